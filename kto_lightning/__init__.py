@@ -1,0 +1,1 @@
+"""KTO fine-tuning of language models in PyTorch Lightning."""

@@ -1,0 +1,50 @@
+r"""The mathematics of KTO (arXiv:2402.01306) on plain tensors: no config, no logger, no collective."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def kto_loss(
+    log_ratio: Float[Tensor, " batch"],
+    desirable: Bool[Tensor, " batch"],
+    z0: Float[Tensor, ""],
+    *,
+    beta: float,
+    weight: Float[Tensor, " batch"] | float = 1.0,
+) -> Float[Tensor, " batch"]:
+    r"""Per-example KTO loss, eqs. 7-8 of arXiv:2402.01306 without the constant λ_y.
+
+    $$\lambda_y \, \sigma\bigl(-s \beta (\log \tfrac{\pi_\theta(y|x)}{\pi_{ref}(y|x)} - z_0)\bigr),
+    \quad s = +1 \text{ if desirable else } -1$$
+
+    The form σ(−u) instead of 1 − σ(u), which in float32 is exactly 0, gradient too, from u = 17 on.
+    With `z0` = 0 this is the unpaired APO-zero loss (arXiv:2408.06266, eq. 7).
+
+    Args:
+        log_ratio: log π_θ(y|x) − log π_ref(y|x), in nats, summed over the completion.
+        desirable: whether each completion was marked good.
+        z0: the reference point in nats, one number for the whole batch, detached.
+        beta: how strongly the policy is held to the reference (per nat).
+        weight: λ of each example.
+    """
+    sign = torch.where(desirable, 1.0, -1.0)
+    return weight * torch.sigmoid(-beta * sign * (log_ratio - z0))
+
+
+def reference_point(total: Float[Tensor, ""], count: int) -> Float[Tensor, ""]:
+    r"""The KL reference estimate $\hat z_0 = \max(0, \frac1m \sum_i \log\frac{π_θ(y'_i|x_i)}{π_{ref}(y'_i|x_i)})$.
+
+    Section 4.2 of arXiv:2402.01306. Averaged first and clamped once: a mean of clamped parts is
+    biased upward. No gradient flows through it.
+
+    Args:
+        total: the sum of the mismatched log-ratios over the whole batch and all ranks, in nats.
+        count: how many there are, at least one.
+
+    Raises:
+        ValueError: if `count` is not positive.
+    """
+    if count < 1:
+        raise ValueError(f"the reference point is a mean over at least one example, got {count}")
+    return (total / count).clamp(min=0).detach()
