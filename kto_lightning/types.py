@@ -59,11 +59,29 @@ class PackedBatch:
     desirable: Bool[Tensor, " batch"]
     weight: Float[Tensor, " batch"]
     """λ of the example: its class weight times the record's own weight."""
+    counted: Bool[Tensor, " batch"]
+    """False for a stand-in, which runs only so that its rank keeps step with the others: it belongs
+    to no sum, neither the loss nor z0 nor any metric. True for every other example, whatever its
+    weight."""
     indices: list[int]
     """Which examples of the data set these are."""
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+@dataclass(kw_only=True, slots=True)
+class StepBatch:
+    """One optimizer step on one rank: its micro-batches, and what the whole batch counts."""
+
+    micro_batches: list[PackedBatch]
+    """As many on every rank, at least one."""
+    num_examples: int
+    """Of the whole batch over all ranks, as are the counts below; stand-ins never count."""
+    num_tokens: int
+    """Real matched tokens, prompts included, after the cut to `max_length`."""
+    num_desirable: int
+    num_undesirable: int
 
 
 @dataclass(kw_only=True, slots=True)
