@@ -1,0 +1,218 @@
+"""Tokenized records, cut to a length: what the sampler plans with and the collator reads.
+
+Lengths, labels and prompt keys are NumPy arrays in memory; the tokens stay in the cache file, which
+is mapped into memory, so that a million records cost megabytes and loader processes share them.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from jaxtyping import Bool, Float32, Int32, Int64
+
+from kto_lightning.errors import DataError
+
+Truncation = Literal["keep_start", "keep_end"]
+
+_MOST_SHOWN = 5
+
+
+@dataclass(kw_only=True, slots=True)
+class Example:
+    """One example, ready to be collated. The arrays are read-only views into the cache file."""
+
+    index: int
+    """Its place in the `ExampleSet`."""
+    prompt_ids: Int32[np.ndarray, " prompt"]
+    """Truncated at its start under `keep_end`, else whole."""
+    completion_ids: Int32[np.ndarray, " completion"]
+    """Never truncated: as a mismatched completion it follows another prompt. The collator cuts."""
+    desirable: bool
+    weight: float
+    """The record's own weight, without its class's."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenizationCounts:
+    """What became of the records, for the log and the data report."""
+
+    records: int
+    dropped_desirable: int
+    """Desirable records whose prompt alone fills `max_length` under `keep_start`."""
+    dropped_undesirable: int
+    dropped_empty: int
+    """Records without a single token."""
+    dropped: list[str]
+    """The first few dropped records, as `file:line`."""
+    truncated_desirable: int
+    """Desirable examples that stay, but longer than `max_length`."""
+    truncated_undesirable: int
+    prompts_not_prefix: int
+    """Records whose tokenized prompt is not a prefix of their tokenized text."""
+    lost_prompt_end: str | None
+    """The end of the first such prompt, which the model is not trained on."""
+    desirable: int
+    undesirable: int
+    prompt_tokens: int
+    """Of the examples that stay, after truncation."""
+    completion_tokens: int
+
+
+class ExampleSet:
+    """The examples that stay, by position; their tokens remain on disk until they are asked for.
+
+    Attributes:
+        prompt_lengths: tokens of each prompt after truncation.
+        completion_lengths: tokens of each completion, untruncated.
+        desirable: whether each completion was marked good.
+        weights: each record's own weight.
+        prompt_keys: equal where the untruncated prompts are equal, token by token (64 bits of
+            BLAKE2b: among a million prompts two that differ share a key once in 10^7 data sets,
+            and then merely do not become partners). Untruncated, so that two questions with the
+            same last tokens still differ and another `max_length` keeps partners.
+        rows: which record each example is.
+        max_length: the limit that `prompt_lengths` and `counts` were made for.
+        counts: what became of the records.
+    """
+
+    prompt_lengths: Int64[np.ndarray, " examples"]
+    completion_lengths: Int64[np.ndarray, " examples"]
+    desirable: Bool[np.ndarray, " examples"]
+    weights: Float32[np.ndarray, " examples"]
+    prompt_keys: Int64[np.ndarray, " examples"]
+    rows: Int64[np.ndarray, " examples"]
+
+    def __init__(
+        self,
+        records: Dataset,
+        tokenized: Dataset,
+        *,
+        max_length: int | None,
+        truncation: Truncation,
+        lost_prompt_end: str | None = None,
+    ) -> None:
+        self._records, self._tokenized = records, tokenized
+        self._open()
+        table = tokenized.data
+        full_prompts, completions = self._prompts.lengths(), self._completions.lengths()
+        prompts, dropped = _truncate(full_prompts, completions, max_length, truncation)
+        empty = full_prompts + completions == 0
+        given = records.select_columns(["desirable", "weight"]).with_format("numpy")[:]
+
+        self.max_length = max_length
+        self.rows = np.flatnonzero(~(dropped | empty))
+        self.prompt_lengths = prompts[self.rows]
+        self.completion_lengths = completions[self.rows]
+        self.desirable = given["desirable"][self.rows]
+        self.weights = given["weight"][self.rows]
+        self.prompt_keys = table.column("prompt_key").to_numpy()[self.rows]
+        if not len(self.rows):
+            raise _nothing_left(full_prompts, empty, max_length)
+        longer = (full_prompts + completions)[self.rows] > _limit(max_length)
+        num_lost = table.column("num_lost").to_numpy()
+        first_dropped = np.flatnonzero(dropped | empty)[:_MOST_SHOWN]
+        self.counts = TokenizationCounts(
+            records=len(records),
+            dropped_desirable=int((dropped & given["desirable"]).sum()),
+            dropped_undesirable=int((dropped & ~given["desirable"]).sum()),
+            dropped_empty=int(empty.sum()),
+            dropped=[location(records, int(row)) for row in first_dropped],
+            truncated_desirable=int((longer & self.desirable).sum()),
+            truncated_undesirable=int((longer & ~self.desirable).sum()),
+            prompts_not_prefix=int((num_lost > 0).sum()),
+            lost_prompt_end=lost_prompt_end,
+            desirable=int(self.desirable.sum()),
+            undesirable=int((~self.desirable).sum()),
+            prompt_tokens=int(self.prompt_lengths.sum()),
+            completion_tokens=int(np.minimum(self.completion_lengths, self._room()).sum()),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = int(self.rows[index])
+        prompt_ids = self._prompts[row]
+        return Example(
+            index=index,
+            prompt_ids=prompt_ids[len(prompt_ids) - int(self.prompt_lengths[index]) :],
+            completion_ids=self._completions[row],
+            desirable=bool(self.desirable[index]),
+            weight=float(self.weights[index]),
+        )
+
+    def location(self, index: int) -> str:
+        """Where an example was written, as `file:line`."""
+        return location(self._records, int(self.rows[index]))
+
+    def _room(self) -> Int64[np.ndarray, " examples"]:
+        """How many tokens of a completion each prompt leaves room for."""
+        return _limit(self.max_length) - self.prompt_lengths
+
+    def _open(self) -> None:
+        self._prompts = _TokenLists(self._tokenized.data.column("prompt_ids"))
+        self._completions = _TokenLists(self._tokenized.data.column("completion_ids"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A spawned loader process maps the file again; pickling the views would copy the tokens.
+        return {k: v for k, v in vars(self).items() if k not in ("_prompts", "_completions")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
+
+
+class _TokenLists:
+    """The rows of an Arrow list column as numpy views, without a Python list in between."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
+        self._chunks = [(c.offsets.to_numpy(), c.values.to_numpy()) for c in column.chunks]
+
+    def __getitem__(self, row: int) -> Int32[np.ndarray, " tokens"]:
+        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
+        offsets, values = self._chunks[chunk]
+        start = row - int(self._starts[chunk])
+        return values[offsets[start] : offsets[start + 1]]
+
+    def lengths(self) -> Int64[np.ndarray, " records"]:
+        return np.concatenate([np.diff(offsets) for offsets, _ in self._chunks]).astype(np.int64)
+
+
+def location(records: Dataset, row: int) -> str:
+    """Where a record was written, as `file:line`."""
+    record = records[row]
+    return f"{record['file']}:{record['line']}"
+
+
+def _limit(max_length: int | None) -> int:
+    return np.iinfo(np.int64).max if max_length is None else max_length
+
+
+def _truncate(
+    prompts: Int64[np.ndarray, " records"],
+    completions: Int64[np.ndarray, " records"],
+    max_length: int | None,
+    truncation: Truncation,
+) -> tuple[Int64[np.ndarray, " records"], Bool[np.ndarray, " records"]]:
+    """The prompts' lengths after truncation, and which examples have no room for a completion."""
+    if truncation == "keep_start":
+        return prompts, prompts >= _limit(max_length)
+    room = np.maximum(_limit(max_length) - completions, 1)
+    return np.minimum(prompts, room), np.zeros(len(prompts), dtype=bool)
+
+
+def _nothing_left(
+    prompts: Int64[np.ndarray, " records"],
+    empty: Bool[np.ndarray, " records"],
+    max_length: int | None,
+) -> DataError:
+    if empty.all():
+        return DataError(f"None of the {len(prompts)} records has a token. Check --data.train.")
+    return DataError(
+        f"No example is left of {len(prompts)} records: with --data.max_length {max_length} every "
+        f"prompt fills the sequence alone (the shortest has {prompts[~empty].min()} tokens). "
+        "Raise --data.max_length, or set --data.truncation keep_end."
+    )

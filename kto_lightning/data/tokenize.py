@@ -1,0 +1,235 @@
+"""Records become token ids: once, in parallel, cached on disk; truncation happens afterwards.
+
+The ids are TRL's (`trl.trainer.kto_trainer`, `_prepare_dataset`), token for token. Where TRL first
+lets `datasets` put all rows into one schema, which fills the keys that a row lacks with null (the
+arguments of tool calls, mostly), a record here is rendered as it was written.
+
+The cache holds whole sequences and knows nothing of `max_length`, so that another length costs
+nothing: `ExampleSet` cuts when it is made.
+"""
+
+import json
+import os
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import transformers
+from datasets import Dataset, Features, List, Value
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from kto_lightning.data.examples import (
+    Example,
+    ExampleSet,
+    TokenizationCounts,
+    Truncation,
+    location,
+)
+from kto_lightning.errors import ConfigError, DataError, ModelError
+
+__all__ = ["Example", "ExampleSet", "TokenizationCounts", "Truncation", "tokenize_records"]
+
+_FORMAT_VERSION = 1
+"""Part of the cache's address: raise it when the columns or the way to the ids change."""
+
+_MANY_RECORDS = 2000
+"""From how many records on starting worker processes is quicker than doing without."""
+
+_MOST_WORKERS = 8
+_MOST_SHOWN = 5
+
+_NO_TEMPLATE = "no chat template"
+_NO_EOS = "no end-of-text token"
+
+_COLUMNS = Features(
+    {
+        "prompt_ids": List(Value("int32")),
+        "completion_ids": List(Value("int32")),
+        "prompt_key": Value("int64"),
+        "num_lost": Value("int32"),  # tokens at the prompt's end that the whole text does not have
+        "fault": Value("string"),  # why the record cannot be tokenized; null where it can
+    }
+)
+
+
+def tokenize_records(
+    records: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    truncation: Truncation = "keep_start",
+    num_workers: int | None = None,
+) -> ExampleSet:
+    """Tokenize what `load_records` returned, or take it from the cache beside it.
+
+    Args:
+        records: columns `record` (JSON of prompt, completion, tools and chat_template_kwargs),
+            `desirable`, `weight`, `file` and `line`.
+        tokenizer: with the chat template that is to be used.
+        max_length: the most tokens of prompt and completion together; None is no limit.
+        truncation: what a too long example keeps. `keep_start` cuts its end and drops it when the
+            prompt alone is that long; `keep_end` first cuts the prompt's start, down to one token.
+        num_workers: processes; None chooses by the number of records and of cores.
+
+    Raises:
+        ConfigError: if `max_length` is below 2.
+        DataError: if a record cannot be rendered by the template, or no example is left.
+        ModelError: if the tokenizer lacks the chat template or the end-of-text token that the
+            records need.
+    """
+    if max_length is not None and max_length < 2:
+        raise ConfigError(
+            f"--data.max_length must leave room for two tokens, one to predict the other, got "
+            f"{max_length}. Raise it, or set it to null for no limit."
+        )
+    if len(records) == 0:
+        raise DataError("There is no record to train on. Check --data.train.")
+    tokenized = records.map(
+        _tokenize_batch,
+        batched=True,
+        input_columns=["record"],
+        remove_columns=records.column_names,
+        features=_COLUMNS,
+        fn_kwargs={"tokenizer": tokenizer},
+        num_proc=_num_processes(len(records), num_workers),
+        new_fingerprint=_fingerprint(records, tokenizer),
+        desc="Tokenizing",
+    )
+    _raise_faults(records, tokenized, tokenizer)
+    lost = _lost_prompt_end(records, tokenized, tokenizer)
+    return ExampleSet(
+        records, tokenized, max_length=max_length, truncation=truncation, lost_prompt_end=lost
+    )
+
+
+def _tokenize_batch(records: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    for text in records:
+        prompt_ids: list[int] = []
+        text_ids: list[int] = []
+        fault = None
+        try:
+            prompt_ids, text_ids = _token_ids(json.loads(text), tokenizer)
+        except ModelError as error:
+            fault = str(error)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            # All that a template's own code can raise. Kept as a column and not raised here, so
+            # that whichever worker process is first, the first record in file order is named.
+            fault = f"{type(error).__name__}: {error}"
+        start = _common_prefix_length(prompt_ids, text_ids)
+        kept = np.asarray(prompt_ids[:start], dtype=np.int32)
+        key = blake2b(kept.tobytes(), digest_size=8).digest()
+        columns["prompt_ids"].append(kept)
+        columns["completion_ids"].append(np.asarray(text_ids[start:], dtype=np.int32))
+        columns["prompt_key"].append(int.from_bytes(key, "little", signed=True))
+        columns["num_lost"].append(len(prompt_ids) - start)
+        columns["fault"].append(fault)
+    return columns
+
+
+def _token_ids(
+    record: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Ids of the prompt alone and of prompt and completion together, by TRL's own calls.
+
+    Raises:
+        ModelError: `_NO_TEMPLATE` or `_NO_EOS`, if the tokenizer lacks what the record needs.
+    """
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(completion, str):
+        eos_token: Any = tokenizer.eos_token
+        if eos_token is None:
+            raise ModelError(_NO_EOS)
+        if not completion.endswith(eos_token):
+            completion += eos_token
+        return _ids(tokenizer(prompt)), _ids(tokenizer(prompt + completion))
+    if not tokenizer.chat_template:
+        raise ModelError(_NO_TEMPLATE)
+    settings = {"tools": record.get("tools"), **(record.get("chat_template_kwargs") or {})}
+    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **settings)
+    return _ids(prompt_ids), _ids(tokenizer.apply_chat_template(prompt + completion, **settings))
+
+
+def _ids(encoding: Any) -> list[int]:
+    return encoding["input_ids"]
+
+
+def _common_prefix_length(first: list[int], second: list[int]) -> int:
+    if second[: len(first)] == first:
+        return len(first)
+    # strict=False: a text may be shorter than its prompt alone with the generation prompt.
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _fingerprint(records: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Where the cache keeps these records' ids: all that decides them, and nothing else."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        vocabulary: Any = [tokenizer.get_vocab(), repr(tokenizer.init_kwargs)]
+    else:
+        vocabulary = json.loads(backend.to_str())
+        # Left behind by the last call with padding or truncation; we use neither.
+        vocabulary = {k: v for k, v in vocabulary.items() if k not in ("padding", "truncation")}
+    content = {
+        "version": [_FORMAT_VERSION, transformers.__version__],
+        "records": records._fingerprint,
+        "class": f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}",
+        "vocabulary": vocabulary,
+        "special_tokens": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+        "chat_template": tokenizer.chat_template,
+    }
+    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _num_processes(num_records: int, num_workers: int | None) -> int | None:
+    """None where the work is done in this process."""
+    if num_workers is None:
+        if num_records <= _MANY_RECORDS:
+            return None
+        allowed = getattr(os, "sched_getaffinity", None)
+        num_cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+        num_workers = min(num_cores, _MOST_WORKERS)
+    num_workers = min(num_workers, num_records)
+    return num_workers if num_workers > 1 else None
+
+
+def _raise_faults(records: Dataset, tokenized: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    faults = tokenized.data.column("fault")
+    if faults.null_count == len(faults):
+        return
+    rows = np.flatnonzero(faults.is_valid().to_numpy())
+    where, first = location(records, int(rows[0])), faults[int(rows[0])].as_py()
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    if first == _NO_TEMPLATE:
+        raise ModelError(
+            f"The tokenizer {name!r} has no chat template, and {where} is a conversation. "
+            "Give one with --data.chat_template FILE_OR_NAME, or train on plain text."
+        )
+    if first == _NO_EOS:
+        raise ModelError(
+            f"The tokenizer {name!r} has no end-of-text token, which the completion of {where} "
+            "(plain text) must end with. Set its eos_token and save it again."
+        )
+    shown = [
+        f"  {location(records, int(row))}: {faults[int(row)].as_py()}" for row in rows[:_MOST_SHOWN]
+    ]
+    more = [f"  … and {len(rows) - _MOST_SHOWN} more"] if len(rows) > _MOST_SHOWN else []
+    raise DataError(
+        f"The chat template of {name!r} cannot render {len(rows)} of {len(records)} records:\n"
+        + "\n".join([*shown, *more])
+        + "\nMend or drop these records, or give another template with "
+        "--data.chat_template FILE_OR_NAME."
+    )
+
+
+def _lost_prompt_end(
+    records: Dataset, tokenized: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> str | None:
+    num_lost = tokenized.data.column("num_lost").to_numpy()
+    if not num_lost.any():
+        return None
+    row = int(np.flatnonzero(num_lost)[0])
+    prompt_ids, _ = _token_ids(json.loads(records[row]["record"]), tokenizer)
+    return str(tokenizer.decode(prompt_ids[-int(num_lost[row]) :]))
