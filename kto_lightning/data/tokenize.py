@@ -1,8 +1,9 @@
 """Records become token ids: once, in parallel, cached on disk; truncation happens afterwards.
 
-The ids are TRL's (`trl.trainer.kto_trainer`, `_prepare_dataset`), token for token. Where TRL first
-lets `datasets` put all rows into one schema, which fills the keys that a row lacks with null (the
-arguments of tool calls, mostly), a record here is rendered as it was written.
+The ids are TRL's (`trl.trainer.kto_trainer`, `_prepare_dataset`), token for token, of the record as
+it was written. TRL gets its rows from `datasets`, which may change them before: `Dataset.from_list`
+gives all rows one schema, so that a tool call has the arguments of all other tools too, as null, and
+`load_dataset("json")` rounds floats to ten digits. Neither happens here.
 
 The cache holds whole sequences and knows nothing of `max_length`, so that another length costs
 nothing: `ExampleSet` cuts when it is made.

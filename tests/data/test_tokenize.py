@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
-from trl import KTOConfig
+from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from kto_lightning.data import tokenize
@@ -129,15 +129,17 @@ def test_a_record_may_be_text_and_the_next_a_conversation() -> None:
     assert examples[1::2] == ours(alone[1])
 
 
-def test_a_call_is_rendered_with_the_arguments_it_was_written_with() -> None:
-    tokenizer = make_tokenizer(chat_template="qwen2_5")
-    rows = tool_records(12)
-    text = [
-        tokenizer.decode(i)
-        for _, i in ours(tokenize_records(as_dataset(rows), tokenizer, max_length=None))
-    ]
-    assert sum("<tool_call>" in t for t in text) == 6
-    assert not any("null" in t for t in text)
+def test_a_call_is_rendered_with_the_arguments_it_was_written_with(tmp_path: Path) -> None:
+    rows, tokenizer = tool_records(12), make_tokenizer(chat_template="qwen2_5")
+    made = ours(tokenize_records(as_dataset(rows), tokenizer, max_length=None))
+    texts = [tokenizer.decode(ids) for _, ids in made]
+    for row, text in list(zip(rows, texts, strict=True))[::2]:
+        call = row["completion"][0]["tool_calls"][0]["function"]
+        assert f'"arguments": {json.dumps(call["arguments"], ensure_ascii=False)}}}' in text
+    # One schema for all rows gives each call the other tool's argument too, as null.
+    theirs = [tokenizer.decode(ids) for _, ids in trls(rows, tokenizer, tmp_path)]
+    assert '"query": null' in "".join(theirs)
+    assert "null" not in "".join(texts)
 
 
 def test_prompts_that_are_no_prefix_are_counted_and_shown() -> None:
