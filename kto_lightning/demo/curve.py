@@ -1,0 +1,83 @@
+"""The rewards' curve of a run, from its `metrics.csv`: for a terminal and as a PNG."""
+
+import csv
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+REWARDS = {
+    "desirable": "train/reward/desirable",
+    "undesirable": "train/reward/undesirable",
+    "margin": "train/reward/margin",
+}
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Curve:
+    """One quantity over the optimizer steps in which it was measured (a batch without a class has
+    no reward for it)."""
+
+    steps: list[int]
+    values: list[float]
+
+    def means(self, count: int) -> list[float]:
+        """At most `count` means over consecutive stretches of about equal length."""
+        count = min(count, len(self.values))
+        edges = [len(self.values) * part // count for part in range(count + 1)] if count else []
+        return [sum(self.values[low:high]) / (high - low) for low, high in pairwise(edges)]
+
+
+def read_rewards(metrics_csv: Path) -> dict[str, Curve]:
+    """The rewards of each step by REWARDS' short names."""
+    with metrics_csv.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    curves: dict[str, Curve] = {}
+    for name, column in REWARDS.items():
+        measured = [row for row in rows if row[column]]
+        curves[name] = Curve(
+            steps=[int(row["step"]) for row in measured],
+            values=[float(row[column]) for row in measured],
+        )
+    return curves
+
+
+def sparkline(values: list[float], low: float, high: float) -> str:
+    """One block per value, whose height says where it lies between `low` and `high`."""
+    span = high - low or 1.0
+    top = len(BLOCKS) - 1
+    return "".join(BLOCKS[round(min(1.0, max(0.0, (v - low) / span)) * top)] for v in values)
+
+
+def write_png(curves: dict[str, Curve], path: Path) -> bool:
+    """Draw the rewards to `path`, faint as measured and bold as a running mean; False where there
+    is no matplotlib to draw with."""
+    try:
+        from matplotlib.figure import Figure  # heavy, and not everyone has it
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7.5, 4.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for (name, curve), colour in zip(curves.items(), ("tab:green", "tab:red", "0.35"), strict=True):
+        axes.plot(curve.steps, curve.values, color=colour, alpha=0.25, linewidth=1)
+        axes.plot(curve.steps, running_mean(curve.values), color=colour, linewidth=2, label=name)
+    axes.axhline(0.0, color="0.7", linewidth=0.8, zorder=0)
+    axes.set(
+        title="Rewards on the training batches",
+        xlabel="optimizer step",
+        ylabel="β · log(policy / reference), in nats",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+    return True
+
+
+def running_mean(values: list[float], window: int = 9) -> list[float]:
+    """The mean over `window` values centred on each, fewer at the ends."""
+    reach = window // 2
+    means = []
+    for index in range(len(values)):
+        near = values[max(0, index - reach) : index + reach + 1]
+        means.append(sum(near) / len(near))
+    return means

@@ -1,0 +1,84 @@
+"""What the demo prints: readable in 80 columns, on a terminal and in a pipe."""
+
+import shlex
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from kto_lightning.demo.curve import Curve, sparkline
+from kto_lightning.demo.evaluate import Share
+from kto_lightning.demo.task import Answer
+
+WIDTH = 80
+BAR_CELLS = 24
+SPARK_CELLS = 44
+
+
+def make_console() -> Console:
+    """A console no wider than WIDTH, which leaves numbers uncoloured."""
+    return Console(highlight=False, width=min(WIDTH, Console().width))
+
+
+def command_line(argv: list[str]) -> str:
+    """The shell command that runs `argv` by hand: one key with its value on each line."""
+    command, *rest = argv
+    keys = [shlex.join(rest[at : at + 2]) for at in range(0, len(rest), 2)]
+    return " \\\n    ".join([f"python -m kto_lightning {command}", *keys])
+
+
+def show_command(console: Console, argv: list[str]) -> None:
+    """Print `argv` as a command to copy: never wrapped, no markup read into it."""
+    console.print(Text(command_line(argv), style="bold"), soft_wrap=True)
+
+
+def show_shares(console: Console, before: Share, after: Share) -> None:
+    """Both shares as bars, with their intervals."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    table.add_column("good answers", justify="right")
+    table.add_column("95% interval")
+    table.add_column("")
+    for name, share in (("before", before), ("after", after)):
+        low, high = share.interval
+        filled = round(share.value * BAR_CELLS)
+        table.add_row(
+            name,
+            f"{share.value:.1%}",
+            f"{low:.1%} to {high:.1%}",
+            "█" * filled + "·" * (BAR_CELLS - filled),
+        )
+    console.print(table)
+
+
+def show_samples(console: Console, before: list[Answer], after: list[Answer]) -> None:
+    """The same problems' answers side by side, each with the checker's mark."""
+    table = Table(padding=(0, 1))
+    for header in ("letters", "before", "after"):
+        table.add_column(header, no_wrap=True)
+    for old, new in zip(before, after, strict=True):
+        table.add_row(" ".join(old.problem.letters), marked(old), marked(new))
+    console.print(table)
+
+
+def marked(answer: Answer) -> str:
+    """An answer behind the checker's mark, as rich markup; control characters as codes."""
+    text = answer.completion.strip()
+    shown = text if text.isprintable() else repr(text)[1:-1]
+    mark = "[green]✓[/green]" if answer.is_good else "[red]✗[/red]"
+    return f"{mark} {escape(shown or '(nothing)')}"
+
+
+def show_rewards(console: Console, curves: dict[str, Curve]) -> None:
+    """A sparkline per reward, on one scale, with the means of its first and last stretch."""
+    lines = {name: curve.means(SPARK_CELLS) for name, curve in curves.items()}
+    every = [value for values in lines.values() for value in values]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for header in ("reward", "over the steps", "first", "last"):
+        table.add_column(header, justify="right" if header in ("first", "last") else "left")
+    for name, values in lines.items():
+        if values:
+            spark = sparkline(values, min(every), max(every))
+            table.add_row(name, spark, f"{values[0]:+.2f}", f"{values[-1]:+.2f}")
+    console.print(table)
