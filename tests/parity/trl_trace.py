@@ -1,0 +1,209 @@
+"""What TRL's `KTOTrainer` computes, step by step and unrounded: the other side of the parity tests.
+
+TRL is run here, in the test, every time; nothing of it is stored. Its numbers are taken where they
+are made (`_compute_loss`, the gradient's norm), because what it logs is rounded. The columns have
+the names of our `metrics.csv`.
+
+What TRL 1.16 does that a comparison must mind, and what `trl_trace` does about it:
+
+- Mismatched completions: after tokenizing and dropping, completions rotate by one inside
+  consecutive blocks of `per_device_train_batch_size` (our `pairing: rotate`). With `num_proc` each
+  worker rotates its own shard, so blocks move: `dataset_num_proc` is None.
+- The sampler is sequential, and so must ours be (`shuffle: false`). An epoch's last, smaller batch
+  is kept (`dataloader_drop_last` False) and its loss divided by its own size.
+- Tokens: the completion starts where prompt and prompt+completion part; plain text gets an EOS.
+  Matched and mismatched sequences are cut at `max_length` from the right, after the rotation, and
+  examples whose prompt alone fills `max_length` are dropped before it.
+- `logps/*` and `rewards/*` are means over a class; a class that is absent has no value (NaN here).
+  z0 (`kl`) is clamped; the mean before the clamp is not kept, so it is caught on its way.
+- Precision: bf16 autocast and gradient checkpointing are TRL's defaults. Both are off: float32.
+- Dropout, LoRA's too, is set to 0 in policy and reference (`disable_dropout`), as is our default.
+- AdamW is `adamw_torch_fused` with betas (0.9, 0.999), eps 1e-8 and 0 weight decay; decay skips
+  biases, `nn.LayerNorm` and whatever is called a norm, but not embeddings. SGD has no momentum.
+- The gradient norm is over the trainable parameters, before clipping; `max_grad_norm` (default
+  1.0!) 0 clips nothing and the norm is still computed. One process and no accumulation:
+  accelerate scales nothing, `average_tokens_across_devices` has no effect.
+- transformers' "constant" schedule ignores warm-up; with warm-up it is "constant_with_warmup". The
+  warm-up lasts ceil(ratio × steps) steps and its first step has a learning rate of 0.
+- A Mixture of Experts: the router's load-balancing loss over the matched sequences, padding masked
+  out, is added to the loss with the config's `router_aux_loss_coef`, whatever the config's
+  `output_router_logits` says.
+- The reference of a `PeftModel` is a frozen copy of its adapter ("ref"), not the bare base model.
+- Labels are told apart by `index_select`, so class weights multiply the losses, not the rewards.
+- The model is loaded as float32 whatever its config says; soft-capped attention (Gemma-2) makes
+  transformers choose its eager attention.
+"""
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from trl.trainer.kto_config import KTOConfig
+from trl.trainer.kto_trainer import KTOTrainer
+
+_TRL_NAMES = {
+    "kl": "train/z0",
+    "rewards/chosen": "train/reward/desirable",
+    "rewards/rejected": "train/reward/undesirable",
+    "rewards/margins": "train/reward/margin",
+    "logps/chosen": "train/logps/desirable",
+    "logps/rejected": "train/logps/undesirable",
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class Trace:
+    """One value per optimizer step in every column, and the weights after the last step."""
+
+    columns: dict[str, list[float]]
+    """By the names of `metrics.csv`; NaN where a batch lacks a class. In addition
+    `mismatched_logps`, the mean over the batch of |log π_θ(y'|x)|, 0 without mismatched pass."""
+    weights: dict[str, Tensor]
+    """The trained model's state dict, or with an adapter the adapter's alone."""
+
+
+class _RecordingTrainer(KTOTrainer):
+    """`KTOTrainer` that keeps each step's numbers before anything rounds or averages them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.columns: dict[str, list[float]] = defaultdict(list)
+        self._mismatched: list[Tensor | None] = []
+        super().__init__(*args, **kwargs)
+
+    def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> Tensor | None:
+        # Called for the policy, then for the reference.
+        logps = super()._compute_kl_logps(model, batch)
+        self._mismatched.append(logps)
+        return logps
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        self._mismatched.clear()
+        self._metrics["train"].clear()
+        loss = super()._compute_loss(model, inputs, return_outputs)
+        metrics = self._metrics["train"]
+        self.columns["train/loss"].append(loss.item())
+        for theirs, ours in _TRL_NAMES.items():
+            self.columns[ours].append(metrics[theirs][-1] if metrics.get(theirs) else math.nan)
+        policy, reference = self._mismatched
+        raw, size = math.nan, 0.0
+        if policy is not None and reference is not None:
+            raw, size = (policy - reference).mean().item(), policy.abs().mean().item()
+        self.columns["train/z0_raw"].append(raw)
+        self.columns["mismatched_logps"].append(size)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        optimizer: Any = self.optimizer
+        self.columns["train/grad_norm"].append(float(norm))
+        self.columns["train/lr"].append(optimizer.param_groups[0]["lr"])
+        return norm
+
+
+def trl_trace(
+    model_dir: Path,
+    train_jsonl: Path,
+    *,
+    batch_size: int,
+    steps: int,
+    output_dir: Path,
+    loss: Literal["kto", "apo_zero_unpaired"] = "kto",
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    learning_rate: float = 1e-6,
+    optimizer: Literal["adamw", "sgd"] = "adamw",
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant",
+    warmup_ratio: float = 0.0,
+    weight_decay: float = 0.0,
+    gradient_clip_norm: float | None = None,
+    max_length: int | None = 1024,
+    adapter_dir: Path | None = None,
+    reference_dir: Path | None = None,
+    pad_to_multiple_of: int | None = None,
+) -> Trace:
+    """Train with TRL on the CPU in float32 and return every step's numbers.
+
+    Args:
+        model_dir: a Hugging Face directory with model and tokenizer; the base model of an adapter.
+        train_jsonl: records with `prompt`, `completion` and a boolean `label`.
+        adapter_dir: a saved LoRA adapter to train further; all weights are trained where None.
+        reference_dir: another model as the reference; the policy as it was where None.
+        pad_to_multiple_of: changes the padding and thereby only the rounding, to learn how far TRL
+            drifts from itself.
+    """
+    config = KTOConfig(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=batch_size,
+        max_steps=steps,
+        loss_type=loss,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        learning_rate=learning_rate,
+        optim="adamw_torch_fused" if optimizer == "adamw" else "sgd",
+        lr_scheduler_type=_schedule_name(lr_schedule, warmup_ratio),
+        warmup_steps=math.ceil(warmup_ratio * steps),
+        weight_decay=weight_decay,
+        max_grad_norm=gradient_clip_norm or 0.0,
+        max_length=max_length,
+        pad_to_multiple_of=pad_to_multiple_of,
+        dataset_num_proc=None,
+        dataloader_drop_last=False,
+        dataloader_pin_memory=False,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        report_to="none",
+    )
+    trainer = _RecordingTrainer(
+        model=_trainable(model_dir, adapter_dir),
+        ref_model=None if reference_dir is None else _load(reference_dir),
+        args=config,
+        train_dataset=_dataset(train_jsonl),
+        processing_class=AutoTokenizer.from_pretrained(model_dir),
+    )
+    trainer.train()
+    return Trace(columns=dict(trainer.columns), weights=trained_weights(trainer.model))
+
+
+def trained_weights(model: Any) -> dict[str, Tensor]:
+    """A copy of a model's state dict, or of its adapter's if it has one."""
+    if isinstance(model, PeftModel):
+        state = get_peft_model_state_dict(model, adapter_name="default")
+    else:
+        state = model.state_dict()
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def _load(directory: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def _trainable(model_dir: Path, adapter_dir: Path | None) -> PreTrainedModel | PeftModel:
+    model = _load(model_dir)
+    if adapter_dir is None:
+        return model
+    return PeftModel.from_pretrained(model, adapter_dir, is_trainable=True)
+
+
+def _dataset(train_jsonl: Path) -> Dataset:
+    lines = train_jsonl.read_text(encoding="utf-8").splitlines()
+    return Dataset.from_list([json.loads(line) for line in lines])
+
+
+def _schedule_name(lr_schedule: str, warmup_ratio: float) -> str:
+    if lr_schedule == "constant" and warmup_ratio > 0:
+        return "constant_with_warmup"
+    return lr_schedule
