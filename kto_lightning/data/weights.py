@@ -1,0 +1,119 @@
+r"""Class weights λ_D and λ_U, which set off the imbalance between good and bad records.
+
+Section 4.3 of arXiv:2402.01306, eq. 9, asks that (λ_D n_D) : (λ_U n_U) lie between 1:1 and 3:2;
+TRL's documentation and this module between 1:1 and 4:3. n_D and n_U count the records that are
+really trained on; a record's own weight does not change the count.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from kto_lightning.errors import ConfigError
+
+UPPER_RATIO = 1.33
+"""4:3 as TRL 1.16 writes it; the lower bound is 1."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ClassWeights:
+    """The factors of the loss of desirable (λ_D) and of undesirable (λ_U) records."""
+
+    desirable: float
+    undesirable: float
+
+
+def recommended_weights(num_desirable: int, num_undesirable: int) -> ClassWeights:
+    """1 for the commoner class and more for the rarer, so that both count the same.
+
+    Rounded to two decimals. 1 and 1 when one class is absent.
+    """
+    rarer, commoner = sorted((num_desirable, num_undesirable))
+    raised = round(commoner / rarer, 2) if rarer else 1.0
+    if num_desirable < num_undesirable:
+        return ClassWeights(desirable=raised, undesirable=1.0)
+    return ClassWeights(desirable=1.0, undesirable=raised)
+
+
+def resolve_weights(
+    num_desirable: int,
+    num_undesirable: int,
+    *,
+    desirable: Literal["auto"] | float = "auto",
+    undesirable: Literal["auto"] | float = "auto",
+) -> ClassWeights:
+    """The weights to train with: a given one is kept, an `auto` one makes the ratio 1:1.
+
+    Raises:
+        ConfigError: if a given weight is not a positive, finite number.
+    """
+    _check_given("desirable_weight", desirable)
+    _check_given("undesirable_weight", undesirable)
+    one_class = not num_desirable or not num_undesirable
+    if isinstance(desirable, str):
+        if isinstance(undesirable, str):
+            return recommended_weights(num_desirable, num_undesirable)
+        desirable = 1.0 if one_class else _rounded(num_undesirable * undesirable / num_desirable)
+    elif isinstance(undesirable, str):
+        undesirable = 1.0 if one_class else _rounded(num_desirable * desirable / num_undesirable)
+    return ClassWeights(desirable=float(desirable), undesirable=float(undesirable))
+
+
+def effective_ratio(
+    num_desirable: int, num_undesirable: int, weights: ClassWeights
+) -> tuple[float, float]:
+    """λ_D n_D and λ_U n_U: how much both classes weigh, such as 746.0 and 746.76."""
+    return weights.desirable * num_desirable, weights.undesirable * num_undesirable
+
+
+def check_weights(num_desirable: int, num_undesirable: int, weights: ClassWeights) -> str | None:
+    """A warning in plain words if the classes weigh outside 1:1 to 4:3; None if all is well.
+
+    As TRL 1.16 (`KTOTrainer._prepare_dataset`) it is enough that one of the two weights lies within
+    the bounds that the other one sets, and the bounds are rounded first. A single class is a
+    warning of its own.
+    """
+    if not num_desirable or not num_undesirable:
+        return _single_class_warning(num_desirable, num_undesirable)
+    balanced = num_undesirable * weights.undesirable / num_desirable
+    lowest_desirable, highest_desirable = _rounded(balanced), _rounded(balanced * UPPER_RATIO)
+    if lowest_desirable <= weights.desirable <= highest_desirable:
+        return None
+    balanced = num_desirable * weights.desirable / num_undesirable
+    lowest_undesirable, highest_undesirable = _rounded(balanced / UPPER_RATIO), _rounded(balanced)
+    if lowest_undesirable <= weights.undesirable <= highest_undesirable:
+        return None
+    both = effective_ratio(num_desirable, num_undesirable, weights)
+    return (
+        f"desirable and undesirable records weigh {both[0]:.6g} : {both[1]:.6g} "
+        f"({both[0] / both[1]:.3g} : 1), outside 1:1 to 4:3. Set either undesirable_weight to "
+        f"{highest_undesirable:g} ({lowest_undesirable:g} to {highest_undesirable:g} fits) or "
+        f"desirable_weight to {lowest_desirable:g} ({lowest_desirable:g} to "
+        f"{highest_desirable:g} fits), not both."
+    )
+
+
+def _single_class_warning(num_desirable: int, num_undesirable: int) -> str | None:
+    if not num_desirable and not num_undesirable:
+        return None
+    present, absent = (
+        ("desirable", "undesirable") if num_desirable else ("undesirable", "desirable")
+    )
+    return (
+        f"all {num_desirable or num_undesirable} records are {present}. KTO learns from the "
+        f"contrast of good and bad completions: add {absent} ones if there are any."
+    )
+
+
+def _check_given(name: str, weight: Literal["auto"] | float) -> None:
+    if weight == "auto":
+        return
+    if isinstance(weight, str) or not (math.isfinite(weight) and weight > 0):
+        raise ConfigError(f"{name} must be 'auto' or a positive number, got {weight!r}. Change it.")
+
+
+def _rounded(weight: float) -> float:
+    """To two decimals; a weight below 0.1 to two significant digits, so that it never becomes 0."""
+    if weight >= 0.1:
+        return round(weight, 2)
+    return float(f"{weight:.2g}")
