@@ -1,0 +1,287 @@
+"""Where records come from: files, globs of files and hub data sets, read row by row.
+
+Knows files and formats, not what a record looks like: that is `forms`' business.
+"""
+
+import codecs
+import csv
+import glob
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kto_lightning.data.values import Unusable, parse_json
+from kto_lightning.errors import DataError
+
+COLUMNS = (
+    *("prompt", "completion", "messages", "conversations", "chosen", "rejected"),
+    *("label", "weight", "tools", "chat_template_kwargs"),
+)
+"""What a record may be made of; further columns are left where they are."""
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(kw_only=True, slots=True)
+class Row:
+    """One row as it was read, not yet looked at."""
+
+    file: str
+    line: int
+    value: object
+    cells: bool = False
+    """From a table: lists of messages may be JSON text, and structs are filled up with None."""
+
+
+@dataclass(kw_only=True, slots=True)
+class BadRecord:
+    """A row that cannot be trained on: where it stands, what is wrong and what to do."""
+
+    file: str
+    line: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.message}"
+
+
+def expand(source: str | list[str]) -> list[str]:
+    """The files and hub data sets that `source` names, globs spelt out in alphabetical order.
+
+    Raises:
+        DataError: for an empty list, a directory, a glob without a match, an unknown extension, and
+            a name that is neither a file nor the form of a hub data set's.
+    """
+    sources = [source] if isinstance(source, str) else source
+    if not sources:
+        raise DataError("the list of data files is empty. Name at least one file or hub data set.")
+    try:
+        return [name for item in sources for name in _expand_one(item)]
+    except OSError as error:  # a name too long, a directory closed to us
+        raise DataError(f"the data files cannot be found: {error}. Check the path.") from error
+
+
+def _expand_one(item: str) -> list[str]:
+    path = Path(_utf8(item))
+    if item and path.is_file():
+        names = [item]
+    elif item and path.is_dir():
+        raise DataError(f"{item} is a directory. Name its files, such as '{path / '*.jsonl'}'.")
+    elif glob.has_magic(item):
+        names = sorted(name for name in glob.glob(item, recursive=True) if Path(name).is_file())
+        if not names:
+            raise DataError(f"no file matches '{item}'. Check the pattern and the directory.")
+    elif HUB_ID.fullmatch(item) and path.suffix.lower() not in READERS:
+        return [item]
+    else:
+        raise DataError(
+            f"there is no file '{item}', and it cannot be a hub data set, which is named "
+            "owner/name. Check the path."
+        )
+    for name in names:
+        if Path(_utf8(name)).suffix.lower() not in READERS:
+            known = ", ".join(READERS)
+            raise DataError(
+                f"{name}: unknown extension '{Path(name).suffix}'; {known} are read. "
+                "Convert the file, or unpack it if it is compressed."
+            )
+    return names
+
+
+def _utf8(name: str) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name!a}: the name is not UTF-8. Rename the file.") from error
+    return name
+
+
+def content_hash(name: str) -> str:
+    """What stands for the contents of one of `expand`'s names: equal hashes, equal rows."""
+    if not Path(name).is_file():
+        return str(_hub_dataset(name)._fingerprint)
+    try:
+        with open(name, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        _raise_unreadable(name, error)
+
+
+def read_rows(name: str) -> Iterator[Row | BadRecord]:
+    """The rows of one of `expand`'s names, in order; those that cannot be parsed as `BadRecord`.
+
+    Only a `.json` file is held in memory whole.
+
+    Raises:
+        DataError: if the file or the hub data set cannot be read at all.
+    """
+    if not Path(name).is_file():
+        yield from _hub_rows(name)
+        return
+    try:
+        yield from READERS[Path(name).suffix.lower()](name)
+    except (OSError, pa.ArrowException) as error:
+        _raise_unreadable(name, error)
+
+
+def _raise_unreadable(name: str, error: Exception) -> NoReturn:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise DataError(f"{name} cannot be read: {reason}. Check the file.") from error
+
+
+def _decode(raw: bytes) -> str:
+    try:
+        return raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        got = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
+        raise Unusable(f"not valid UTF-8 ({got}). Save the file as UTF-8.") from error
+
+
+def _jsonl_rows(name: str) -> Iterator[Row | BadRecord]:
+    with open(name, "rb") as stream:
+        for line, raw in enumerate(stream, start=1):
+            try:
+                text = _decode(raw).rstrip("\r\n")
+                if text.strip():
+                    yield Row(file=name, line=line, value=parse_json(text))
+            except Unusable as problem:
+                yield BadRecord(file=name, line=line, message=str(problem))
+
+
+def _json_rows(name: str) -> Iterator[Row | BadRecord]:
+    try:
+        text = _decode(Path(name).read_bytes())
+        content = parse_json(text) if text.strip() else []
+    except Unusable as problem:
+        cause = problem.__cause__
+        if isinstance(cause, json.JSONDecodeError) and cause.msg == "Extra data":
+            yield from _jsonl_rows(name)  # JSON lines under the name of JSON, as is common
+            return
+        yield BadRecord(file=name, line=problem.line, message=str(problem))
+        return
+    for line, value in enumerate(_only_list(name, content), start=1):
+        yield Row(file=name, line=line, value=value)
+
+
+def _only_list(name: str, content: object) -> list:
+    """The records of a whole JSON file: an array, the single list of an object, or one record."""
+    if isinstance(content, list):
+        return content
+    if isinstance(content, dict):
+        if "prompt" in content or "label" in content or "chosen" in content:
+            return [content]
+        lists = [value for value in content.values() if isinstance(value, list)]
+        if len(lists) == 1:
+            return lists[0]
+    raise DataError(
+        f"{name} must hold one array of records, or an object with a single list in it. "
+        "Save the records as one array, or as JSON lines."
+    )
+
+
+def _csv_rows(name: str) -> Iterator[Row | BadRecord]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses a cell of more than 128 KiB
+    # Bytes that are not UTF-8 come through as surrogates, so that their row can be named.
+    with open(name, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        header = _csv_header(name, reader)
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+                if cells is None:
+                    return
+                if cells:
+                    value = _csv_record(header, cells)
+                    yield Row(file=name, line=line, value=value, cells=True)
+            except csv.Error as error:
+                message = f"invalid CSV ({error}). Check the quotes, or drop the line."
+                yield BadRecord(file=name, line=line, message=message)
+            except Unusable as problem:
+                yield BadRecord(file=name, line=line, message=str(problem))
+
+
+def _csv_header(name: str, reader) -> list[str]:
+    try:
+        header = [cell.strip() for cell in next(reader, [])]
+    except csv.Error as error:
+        raise DataError(f"{name}:1: invalid CSV header ({error}). Check the quotes.") from error
+    if len(set(header)) < len(header):
+        raise DataError(f"{name}:1: a column is named twice: {', '.join(header)}. Rename one.")
+    return header
+
+
+def _csv_record(header: list[str], cells: list[str]) -> dict[str, str | None]:
+    if len(cells) != len(header):
+        raise Unusable(
+            f"{len(header)} cells are needed, one per column, got {len(cells)}. "
+            "Check commas and quotes, or drop the line."
+        )
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError as error:
+        raise Unusable("not valid UTF-8. Save the file as UTF-8.") from error
+    text = {"prompt", "completion"}  # these may be empty; elsewhere an empty cell is no value
+    return {
+        key: cell if cell or key in text else None for key, cell in zip(header, cells, strict=True)
+    }
+
+
+def _parquet_rows(name: str) -> Iterator[Row | BadRecord]:
+    with pq.ParquetFile(name) as table:
+        lines = itertools.count(1)
+        columns = _known(table.schema_arrow.names)
+        for batch in table.iter_batches(batch_size=64, columns=columns):
+            for index in range(batch.num_rows):
+                line = next(lines)
+                try:
+                    value = batch.slice(index, 1).to_pylist()[0]
+                except UnicodeDecodeError:
+                    message = "a text is not valid UTF-8. Mend or drop the row."
+                    yield BadRecord(file=name, line=line, message=message)
+                else:
+                    yield Row(file=name, line=line, value=value, cells=True)
+
+
+def _known(columns: list[str]) -> list[str]:
+    """The columns worth reading; all when there is none, so that the error can name them."""
+    return [column for column in columns if column in COLUMNS] or columns
+
+
+def _hub_dataset(name: str) -> datasets.Dataset:
+    try:
+        dataset = datasets.load_dataset(name, split="train")
+    except (
+        Exception
+    ) as error:  # network, permissions, formats: the hub's errors have no common base
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise DataError(
+            f"'{name}' is neither a file here nor a data set that could be fetched from the hub "
+            f"({type(error).__name__}: {reason}). Check the path, or the id and the connection."
+        ) from error
+    assert isinstance(dataset, datasets.Dataset)
+    return dataset
+
+
+def _hub_rows(name: str) -> Iterator[Row]:
+    dataset = _hub_dataset(name)
+    dataset = dataset.select_columns(_known(dataset.column_names))
+    for line, value in enumerate(dataset, start=1):
+        yield Row(file=name, line=line, value=value, cells=True)
+
+
+READERS = {
+    ".jsonl": _jsonl_rows,
+    ".ndjson": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
