@@ -1,4 +1,4 @@
-r"""The mathematics of KTO (arXiv:2402.01306) on plain tensors: no config, no logger, no collective."""
+"""KTO (arXiv:2402.01306) on plain tensors: no config, no logger, no collective."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -33,7 +33,10 @@ def kto_loss(
 
 
 def reference_point(total: Float[Tensor, ""], count: int) -> Float[Tensor, ""]:
-    r"""The KL reference estimate $\hat z_0 = \max(0, \frac1m \sum_i \log\frac{π_θ(y'_i|x_i)}{π_{ref}(y'_i|x_i)})$.
+    r"""The KL reference estimate z0.
+
+    $$\hat z_0 = \max\bigl(0, \tfrac1m \textstyle\sum_i
+    \log \tfrac{\pi_\theta(y'_i|x_i)}{\pi_{ref}(y'_i|x_i)}\bigr)$$
 
     Section 4.2 of arXiv:2402.01306. Averaged first and clamped once: a mean of clamped parts is
     biased upward. No gradient flows through it.

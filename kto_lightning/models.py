@@ -1,0 +1,226 @@
+"""Loading: a directory or hub id to a model, its tokenizer and its adapters."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from kto_lightning.errors import ConfigError, ModelError
+
+REFERENCE_ADAPTER = "reference"
+"""The frozen twin of an adapter that training starts from."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoRA:
+    """A new low-rank adapter (arXiv:2106.09685) on a frozen base."""
+
+    r: int = 16
+    """Rank of the update."""
+    alpha: float = 32
+    """The update is scaled by alpha / r."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the modules to adapt, `lm_head` too; `all-linear`: every linear one but the head."""
+    dropout: float = 0.0
+    """Dropout on the update's input; the one dropout that stays on when given."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoadedModel:
+    """What training starts from."""
+
+    model: nn.Module
+    """A transformers model, or the `PeftModel` around one."""
+    adapter: Literal["new", "given"] | None = None
+    """None: all weights are trained. `new`: a fresh adapter, whose reference is the base. `given`:
+    an adapter directory, whose reference is its frozen twin `REFERENCE_ADAPTER`."""
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    lora: LoRA | None = None,
+    dropout: bool = False,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load the policy: a model, an adapter directory with its base, or a model with a new adapter.
+
+    Args:
+        name: a directory or a hub id.
+        dtype: of the base's weights; adapters are float32 always.
+        lora: the adapter to add. Its own dropout is kept, whatever `dropout` says.
+        dropout: keep the model's dropout. Off by default: KTO compares log-probs, and noise in
+            them is noise in the rewards.
+
+    Raises:
+        ModelError: if there is no such model, its files are damaged or pickled, or an adapter does
+            not fit it.
+        ConfigError: if `lora` is asked for on top of an adapter directory.
+    """
+    if not is_adapter(name):
+        model = load_causal_lm(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        if not dropout:
+            disable_dropout(model)
+        if lora is None:
+            return LoadedModel(model=model)
+        return LoadedModel(model=_add_adapter(model, lora), adapter="new")
+    if lora is not None:
+        raise ConfigError(
+            f"--model.lora adds an adapter, but --model.policy {name} is an adapter already. "
+            "Leave --model.lora out to train on, or merge the adapter into its base first."
+        )
+    base = adapter_base(name)
+    model = load_causal_lm(base, dtype=dtype, trust_remote_code=trust_remote_code)
+    adapted = _load_adapter(model, name)
+    if not dropout:
+        disable_dropout(adapted)
+    return LoadedModel(model=adapted, adapter="given")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a directory holds a peft adapter."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def adapter_base(name: str) -> str:
+    """The base model that an adapter directory names.
+
+    Raises:
+        ModelError: if its config is damaged or names none.
+    """
+    try:
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ModelError(f"{name}: adapter_config.json cannot be read: {error}") from error
+    if not base:
+        raise ModelError(f"{name}: adapter_config.json names no base_model_name_or_path. Add it.")
+    return base
+
+
+def load_causal_lm(
+    name: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model from safetensors, in training mode.
+
+    `from_pretrained` returns eval mode, in which activation checkpointing would silently be off.
+    """
+    _require_model_files(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"--model.policy {name} cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:  # safetensors raises its own type for a damaged file
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ModelError(f"{name}: its weights are damaged: {error}. Copy them again.") from error
+    return model.train()
+
+
+def _require_model_files(name: str) -> None:
+    directory = Path(name)
+    if directory.is_dir() and not (directory / "config.json").is_file():
+        raise ModelError(
+            f"{name} has no config.json, so it is not a Hugging Face model directory. "
+            "Give the directory that save_pretrained wrote."
+        )
+    if directory.is_file():
+        raise ModelError(f"{name} is a file. Give a Hugging Face model directory or a hub id.")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Switch off every dropout of a model, adapters included."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # Attention modules hand this number to a functional dropout.
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.__dict__["attention_dropout"] = 0.0
+
+
+def _add_adapter(model: PreTrainedModel, lora: LoRA) -> nn.Module:
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=lora.target_modules,
+        lora_dropout=lora.dropout,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(
+            f"--model.lora.target_modules {lora.target_modules}: {_first_line(error)}"
+        ) from error
+    return adapted.train()
+
+
+def _load_adapter(model: PreTrainedModel, name: str) -> nn.Module:
+    """The adapter to train on, and the same once more, frozen, as the reference."""
+    try:
+        adapted = PeftModel.from_pretrained(model, name, is_trainable=True)
+        adapted.load_adapter(name, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        message = f"{name}: the adapter does not fit its base: {_first_line(error)}"
+        raise ModelError(message) from error
+    adapted.set_adapter("default")
+    return adapted.train()
+
+
+def load_tokenizer(
+    name: str, *, chat_template: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; an adapter directory without one uses its base's.
+
+    Args:
+        name: a directory or a hub id.
+        chat_template: a file with a Jinja chat template that replaces the tokenizer's own.
+
+    Raises:
+        ModelError: if there is no tokenizer, or no such template file.
+    """
+    if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
+        name = adapter_base(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise ModelError(
+            f"{name} has no tokenizer that loads: {_first_line(error)} "
+            "Save one there with tokenizer.save_pretrained, or name another with --data.tokenizer."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            message = f"--data.chat_template {chat_template}: {_first_line(error)}"
+            raise ModelError(message) from error
+    return tokenizer
+
+
+def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int:
+    """How many token ids a model knows, read from its config alone."""
+    base = adapter_base(name) if is_adapter(name) else name
+    _require_model_files(base)
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"--model.policy {name} cannot be loaded: {_first_line(error)}") from error
+    return config.get_text_config().vocab_size

@@ -1,0 +1,377 @@
+"""`KTOModule`: one optimizer step of KTO, from a packed batch to updated weights."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from lightning import LightningModule
+from torch import Tensor
+
+from kto_lightning.errors import ConfigError
+from kto_lightning.loss import kto_loss, reference_point
+from kto_lightning.metrics import BatchSums, batch_metrics
+from kto_lightning.models import LoadedModel, LoRA, is_adapter, load_model
+from kto_lightning.optimization import (
+    OPTIMIZERS,
+    SCHEDULES,
+    gradient_norm,
+    make_optimizer,
+    make_scheduler,
+)
+from kto_lightning.packing_probe import make_policy
+from kto_lightning.policy import Policy
+from kto_lightning.reference import AdapterReference, FrozenReference, Reference
+from kto_lightning.types import Logps, PackedBatch, StepBatch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(slots=True)
+class MicroLogps:
+    """What is known of a micro-batch so far."""
+
+    policy: Logps
+    reference: Logps
+
+
+class KTOModule(LightningModule):
+    """KTO (arXiv:2402.01306) on packed batches.
+
+    The loader's item is one optimizer step (`StepBatch`), so z0 is one number per step over the
+    whole batch, however it is cut into micro-batches and over ranks.
+
+    Args:
+        policy: the model to train: a Hugging Face directory, a hub id or an adapter directory.
+        reference: the model that rewards are measured against; null: the policy as it was.
+        beta: how strongly the policy is held to the reference.
+        loss: kto, or apo_zero_unpaired (arXiv:2408.06266), which has no reference point.
+        desirable_weight: λ_D; auto makes both classes weigh the same.
+        undesirable_weight: λ_U; auto makes both classes weigh the same.
+        learning_rate: the highest learning rate of the schedule.
+        weight_decay: on matrices; never on biases and norms.
+        warmup_ratio: share of all steps over which the learning rate rises from 0.
+        lr_schedule: constant, linear, cosine, or another schedule of transformers.get_scheduler.
+        optimizer: adamw (betas 0.9 and 0.999, eps 1e-8) or sgd.
+        gradient_clip_norm: largest global L2 norm of the gradient; null: no clipping.
+        dtype: of a frozen base's weights: float32 or bfloat16; null: float32.
+        lora: train a new low-rank adapter on the frozen policy instead of all its weights.
+        dropout: keep the model's dropout on in training.
+        activation_checkpointing: compute activations again in backward instead of keeping them.
+        reference_cache: not available yet.
+        trust_remote_code: run code that comes with a model from a hub.
+
+    Raises:
+        ConfigError: if a setting is outside what it may be, or two contradict each other.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        reference: str | None = None,
+        beta: float = 0.1,
+        loss: Literal["kto", "apo_zero_unpaired"] = "kto",
+        desirable_weight: Literal["auto"] | float = "auto",
+        undesirable_weight: Literal["auto"] | float = "auto",
+        learning_rate: float = 1e-6,
+        weight_decay: float = 0.0,
+        warmup_ratio: float = 0.0,
+        lr_schedule: str = "constant",
+        optimizer: str = "adamw",
+        gradient_clip_norm: float | None = None,
+        dtype: Literal["float32", "bfloat16"] | None = None,
+        lora: LoRA | None = None,
+        dropout: bool = False,
+        activation_checkpointing: bool = False,
+        reference_cache: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # a checkpoint under LoRA has no frozen weights
+        self.policy_name, self.reference_name = policy, reference
+        self.beta, self.loss = beta, loss
+        self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.warmup_ratio, self.lr_schedule = warmup_ratio, lr_schedule
+        self.optimizer_name, self.gradient_clip_norm = optimizer, gradient_clip_norm
+        self.dtype_name, self.lora, self.dropout = dtype, lora, dropout
+        self.activation_checkpointing = activation_checkpointing
+        self.trust_remote_code = trust_remote_code
+        self.policy: Policy | None = None
+        """Loaded by `configure_model`, after the records have been read."""
+        self.reference: Reference | None = None
+        self.packing_obstacle: str | None = None
+        """Why the model runs padded; None: it runs packed."""
+        self.latest_metrics: dict[str, float] = {}
+        self._check_settings(reference_cache)
+
+    def _check_settings(self, reference_cache: str | None) -> None:
+        for name, value in (
+            ("beta", self.beta),
+            ("gradient_clip_norm", self.gradient_clip_norm),
+        ):
+            if value is not None and not 0.0 < value < math.inf:
+                raise ConfigError(f"--model.{name} must be a number above 0, got {value:g}.")
+        for name, value, highest in (
+            ("learning_rate", self.learning_rate, math.inf),
+            ("weight_decay", self.weight_decay, math.inf),
+            ("warmup_ratio", self.warmup_ratio, 1.0),
+        ):
+            if not 0.0 <= value <= highest or math.isinf(value):
+                raise ConfigError(f"--model.{name} must be from 0 to {highest:g}, got {value:g}.")
+        if self.optimizer_name not in OPTIMIZERS:
+            raise ConfigError(
+                f"--model.optimizer must be one of {', '.join(OPTIMIZERS)}, "
+                f"got {self.optimizer_name}."
+            )
+        if self.lr_schedule not in SCHEDULES:
+            raise ConfigError(
+                f"--model.lr_schedule must be one of {', '.join(SCHEDULES)}, "
+                f"got {self.lr_schedule}."
+            )
+        frozen_base = self.lora is not None or is_adapter(self.policy_name)
+        if self.dtype_name == "bfloat16" and not frozen_base:
+            raise ConfigError(
+                "--model.dtype bfloat16 is for a frozen base: steps of a small learning rate are "
+                "lost in bfloat16 weights. Add --model.lora, or leave the weights in float32 and "
+                "compute in bfloat16 with --trainer.precision bf16-mixed."
+            )
+        if reference_cache is not None:
+            raise ConfigError("--model.reference_cache is not available yet. Leave it out.")
+
+    def configure_model(self) -> None:
+        """Load the policy and its reference. Lightning calls this once the data is set up."""
+        if self.policy is not None:
+            return
+        dtype = DTYPES[self.dtype_name or "float32"]
+        loaded = load_model(
+            self.policy_name,
+            dtype=dtype,
+            lora=self.lora,
+            dropout=self.dropout,
+            trust_remote_code=self.trust_remote_code,
+        )
+        self.policy, self.packing_obstacle = make_policy(loaded.model)
+        self.reference = self._make_reference(self.policy, loaded)
+        if self.activation_checkpointing:
+            self.policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _make_reference(self, policy: Policy, loaded: LoadedModel) -> Reference:
+        if self.reference_name is not None:
+            model = load_model(
+                self.reference_name,
+                dtype=DTYPES[self.dtype_name or "float32"],
+                trust_remote_code=self.trust_remote_code,
+            )
+            return FrozenReference(make_policy(model.model)[0], f"{self.reference_name}, frozen")
+        if loaded.adapter is not None:
+            return AdapterReference(policy, twin=loaded.adapter == "given")
+        return FrozenReference.copy_of(policy)
+
+    def configure_optimizers(self) -> Any:
+        assert self.policy is not None
+        optimizer = make_optimizer(
+            self.optimizer_name,
+            self.policy.parameters(),
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+        )
+        scheduler = make_scheduler(
+            self.lr_schedule,
+            optimizer,
+            warmup_ratio=self.warmup_ratio,
+            num_steps=self.num_training_steps(),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def num_training_steps(self) -> int:
+        """Optimizer steps of the whole run, over which a schedule stretches.
+
+        Counted here because `trainer.estimated_stepping_batches` builds the loaders too early for a
+        resumed run.
+        """
+        trainer = self.trainer
+        per_epoch = trainer.datamodule.num_steps_per_epoch  # pyright: ignore[reportAttributeAccessIssue]
+        limit = trainer.max_steps if trainer.max_steps > 0 else None
+        epochs = trainer.max_epochs
+        if epochs is None or epochs < 0:
+            if limit is None:
+                raise ConfigError("Give --trainer.max_steps or --trainer.max_epochs.")
+            return limit
+        return epochs * per_epoch if limit is None else min(limit, epochs * per_epoch)
+
+    def on_fit_start(self) -> None:
+        self._place_reference()
+        # `from_pretrained` gives eval mode, in which activation checkpointing is silently off.
+        self.train()
+
+    def on_validation_start(self) -> None:
+        self._place_reference()
+
+    def _place_reference(self) -> None:
+        if isinstance(self.reference, FrozenReference):
+            self.reference.to(self.device)
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """One optimizer step: z0 over the whole batch, then micro-batch by micro-batch."""
+        micro_batches = batch.micro_batches
+        known = self._logps_before_backward(micro_batches)
+        z0_raw, z0 = self._reference_point(batch, known)
+        sums = BatchSums.zero(self.device)
+        auxiliary = torch.zeros((), device=self.device)
+        for index, (micro_batch, logps) in enumerate(zip(micro_batches, known, strict=True)):
+            with self._synchronised(last=index == len(micro_batches) - 1):
+                logps = self._with_matched(micro_batch, logps)
+                loss = self._add_losses(micro_batch, logps, z0, sums).sum() / batch.num_examples
+                balance = self._auxiliary_loss(micro_batch, logps.policy, batch.num_tokens)
+                self.manual_backward((loss + balance) * self.trainer.world_size)
+                auxiliary += balance.detach()
+        learning_rate, norm = self._update()
+        scalars = torch.stack([z0_raw, z0, norm.to(z0.dtype)])
+        self._publish_step(batch, sums, auxiliary, scalars, learning_rate)
+
+    def _logps_before_backward(self, micro_batches: list[PackedBatch]) -> list[MicroLogps | None]:
+        """What z0 needs. One micro-batch runs once, with gradient, for everything; several run
+        their mismatched completions first, without one, and keep the reference's answers."""
+        if len(micro_batches) == 1:
+            return [self._all_logps(micro_batches[0])]
+        if micro_batches[0].mismatched is None:
+            return [None] * len(micro_batches)
+        return [self._logps_without_gradient(micro_batch) for micro_batch in micro_batches]
+
+    def _all_logps(self, micro_batch: PackedBatch) -> MicroLogps:
+        assert self.policy is not None
+        assert self.reference is not None
+        return MicroLogps(self.policy(micro_batch), self.reference.logps(micro_batch))
+
+    @torch.no_grad()
+    def _logps_without_gradient(self, micro_batch: PackedBatch) -> MicroLogps:
+        assert self.policy is not None
+        assert self.reference is not None
+        policy = self.policy(micro_batch, matched=False)
+        return MicroLogps(policy, self.reference.logps(micro_batch))
+
+    def _with_matched(self, micro_batch: PackedBatch, known: MicroLogps | None) -> MicroLogps:
+        if known is None:
+            return self._all_logps(micro_batch)
+        if known.policy.matched is None:
+            assert self.policy is not None
+            known.policy = self.policy(micro_batch, mismatched=False)
+        return known
+
+    def _reference_point(
+        self, batch: StepBatch, known: list[MicroLogps | None]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """z0 before and after its clamp: one number over the whole batch and all ranks."""
+        total = torch.zeros((), dtype=BatchSums.dtype(self.device), device=self.device)
+        for micro_batch, logps in zip(batch.micro_batches, known, strict=True):
+            if logps is None or logps.policy.mismatched is None:
+                continue
+            assert logps.reference.mismatched is not None
+            log_ratio = logps.policy.mismatched.detach() - logps.reference.mismatched
+            total += (log_ratio * micro_batch.counted).sum()
+        total = self._sum_over_ranks(total)
+        return total / batch.num_examples, reference_point(total, batch.num_examples)
+
+    def _add_losses(
+        self,
+        micro_batch: PackedBatch,
+        logps: MicroLogps,
+        z0: Float[Tensor, ""],
+        sums: BatchSums,
+    ) -> Float[Tensor, " batch"]:
+        """Per-example losses, 0 for stand-ins; their sums and the rewards' go into `sums`."""
+        policy, reference = logps.policy.matched, logps.reference.matched
+        assert policy is not None
+        assert reference is not None
+        log_ratio = policy - reference
+        losses = kto_loss(
+            log_ratio,
+            micro_batch.desirable,
+            z0.to(log_ratio.dtype),
+            beta=self.beta,
+            weight=micro_batch.weight,
+        )
+        sums.add(
+            loss=losses,
+            reward=self.beta * log_ratio,
+            logps=policy,
+            desirable=micro_batch.desirable,
+            counted=micro_batch.counted,
+        )
+        return losses * micro_batch.counted
+
+    def _auxiliary_loss(
+        self, micro_batch: PackedBatch, logps: Logps, num_tokens: int
+    ) -> Float[Tensor, ""]:
+        """A Mixture of Experts' share of the auxiliary loss: a token-weighted mean over the step's
+        micro-batches, times the model's own coefficient. 0 for other models."""
+        if logps.auxiliary_loss is None:
+            return torch.zeros((), device=self.device)
+        assert self.policy is not None
+        share = sum(micro_batch.matched.lengths) / num_tokens
+        counted = micro_batch.counted[0]  # a micro-batch of a stand-in is nothing else
+        return self.policy.auxiliary_coefficient * logps.auxiliary_loss * share * counted
+
+    def _update(self) -> tuple[float, Float[Tensor, ""]]:
+        """Clip, step, schedule; the learning rate used and the gradient's norm before clipping."""
+        assert self.policy is not None
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        norm = gradient_norm(self.policy.parameters(), self.gradient_clip_norm)
+        learning_rate = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler: Any = self.lr_schedulers()
+        scheduler.step()
+        return learning_rate, norm
+
+    @contextmanager
+    def _synchronised(self, *, last: bool) -> Iterator[None]:
+        """Gradients are averaged over ranks once a step, in the last micro-batch's backward."""
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        with nullcontext() if last or block is None else block():
+            yield
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(values, reduce_op="sum")  # pyright: ignore[reportReturnType]
+
+    def _publish_step(
+        self,
+        batch: StepBatch,
+        sums: BatchSums,
+        auxiliary: Tensor,
+        scalars: Tensor,
+        learning_rate: float,
+    ) -> None:
+        """One read from the device a step, then one dictionary to every logger."""
+        over_ranks = self._sum_over_ranks(torch.cat([sums.values, auxiliary[None].to(sums.values)]))
+        *totals, auxiliary_total, z0_raw, z0, norm = torch.cat(
+            [over_ranks, scalars.to(over_ranks)]
+        ).tolist()
+        metrics = batch_metrics(totals)
+        if metrics["loss"] is not None:
+            metrics["loss"] += auxiliary_total
+        metrics |= {"z0": z0, "z0_raw": z0_raw, "grad_norm": norm, "lr": learning_rate}
+        metrics["tokens"] = batch.num_tokens
+        self.publish("train", metrics)
+
+    def publish(self, stage: str, metrics: dict[str, float | None]) -> None:
+        """Send metrics to every logger; what a batch cannot give is left out."""
+        known = {f"{stage}/{name}": value for name, value in metrics.items() if value is not None}
+        self.latest_metrics = {**self.latest_metrics, **known}
+        for logger in self.loggers:
+            logger.log_metrics(known, step=self.trainer.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is trained: under LoRA the frozen base stays where it came from."""
+        assert self.policy is not None
+        frozen = {
+            f"policy.{name}" for name, p in self.policy.named_parameters() if not p.requires_grad
+        }
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in frozen}

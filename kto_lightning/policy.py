@@ -1,0 +1,297 @@
+"""The policy: a packed batch in, the log-probabilities of its completions out.
+
+`Policy.forward` holds everything a strategy has to see: the matched run, the mismatched run and the
+language model head, so that DDP and FSDP2 wrap one module.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from kto_kernels import linear_logps
+from kto_lightning.attention import (
+    PACKED,
+    PackedRun,
+    PromptStore,
+    UnsupportedAttentionError,
+    interleaved_ranges,
+)
+from kto_lightning.types import Logps, PackedBatch, Sequences
+
+
+class Policy(nn.Module):
+    """A causal language model that scores completions.
+
+    Args:
+        model: a transformers model, or the `PeftModel` around one.
+        packed: run without padding and share prompts (`attention.py`). False is the padded path:
+            the model's own attention on right-padded rows, whole sequences for both completions.
+    """
+
+    def __init__(self, model: nn.Module, *, packed: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        self.own_attention: str = self.causal_lm.config._attn_implementation or "eager"
+        self.packed = packed
+        if packed:
+            self.causal_lm.set_attn_implementation(PACKED)
+        config = self.causal_lm.config.get_text_config()
+        self.logit_scale = logit_scale(config)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.auxiliary_coefficient = auxiliary_coefficient(config)
+        self.pad_token_id: int = getattr(config, "pad_token_id", None) or 0
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model, adapter layers injected, without peft's wrapper."""
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def forward(
+        self, batch: PackedBatch, *, matched: bool = True, mismatched: bool = True
+    ) -> Logps:
+        """Score the completions asked for.
+
+        Gradients flow through the matched log-probs only; the mismatched run never has any.
+
+        Args:
+            batch: one micro-batch. With `batch.shares_prompts` a mismatched pass alone runs the
+                prompts once and the mismatched completions on top of them.
+            matched: score y; also gives the auxiliary loss of a Mixture of Experts.
+            mismatched: score y', if the batch has them.
+        """
+        logps = Logps()
+        mismatched = mismatched and batch.mismatched is not None
+        hidden = store = None
+        if matched:
+            store = self._store_of_matched(batch) if mismatched and batch.shares_prompts else None
+            hidden, logps.auxiliary_loss = self._run(batch.matched, store)
+            logps.matched = self._score(hidden, batch.matched, batch.matched.scored.rows)
+        if mismatched:
+            with torch.no_grad():
+                logps.mismatched = self._score_mismatched(batch, hidden, store)
+        return logps
+
+    def _score_mismatched(
+        self, batch: PackedBatch, hidden: Tensor | None, store: PromptStore | None
+    ) -> Float32[Tensor, " batch"]:
+        sequences = batch.mismatched
+        assert sequences is not None
+        rows = sequences.scored.rows
+        if not batch.shares_prompts:
+            return self._score(self._run(sequences, None)[0], sequences, rows)
+        if hidden is None or store is None:
+            hidden, store = self._run_prompts(batch)
+            rows = _rows_after_prompts(batch, rows)
+        run = PackedRun.continuing(store, batch.prompt_lengths, sequences.lengths, rows.device)
+        continued = self._decode(sequences.input_ids, sequences.position_ids, run).last_hidden_state
+        store.layers.clear()
+        return self._score(torch.cat([hidden, continued[0]]), sequences, rows)
+
+    def _store_of_matched(self, batch: PackedBatch) -> PromptStore:
+        """Where autograd holds all keys and values anyway, keep them as they are; without a
+        gradient or with checkpointing nothing else does: copy the prompts' rows alone."""
+        if torch.is_grad_enabled() and not self.causal_lm.is_gradient_checkpointing:
+            return PromptStore(
+                starts=_starts(batch.matched.lengths), num_rows=len(batch.matched.input_ids)
+            )
+        return PromptStore(
+            starts=_starts(batch.prompt_lengths),
+            num_rows=sum(batch.prompt_lengths),
+            rows=_prompt_rows(batch),
+        )
+
+    def _run_prompts(self, batch: PackedBatch) -> tuple[Float[Tensor, "rows width"], PromptStore]:
+        """The packed run `[x1 | x2 | …]`, kept for what continues it."""
+        lengths = batch.prompt_lengths
+        store = PromptStore(starts=_starts(lengths), num_rows=sum(lengths))
+        rows = _prompt_rows(batch)
+        run = PackedRun(lengths=lengths, store=store)
+        matched = batch.matched
+        outputs = self._decode(matched.input_ids[rows], matched.position_ids[rows], run)
+        return outputs.last_hidden_state[0], store
+
+    def _run(
+        self, sequences: Sequences, store: PromptStore | None
+    ) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, ""] | None]:
+        """The last hidden state of every token, and the routers' auxiliary loss if there is one."""
+        if not self.packed:
+            return self._run_padded(sequences)
+        run = PackedRun(lengths=sequences.lengths, store=store)
+        outputs = self._decode(sequences.input_ids, sequences.position_ids, run)
+        return outputs.last_hidden_state[0], self._auxiliary_loss(outputs, None)
+
+    def _run_padded(
+        self, sequences: Sequences
+    ) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, ""] | None]:
+        """The same on right-padded rows, a sequence a row, with the model's own attention."""
+        ids = pad_sequence(
+            list(sequences.input_ids.split(sequences.lengths)),
+            batch_first=True,
+            padding_value=self.pad_token_id,
+        )
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        real = positions < sequences.boundaries.diff()[:, None]
+        outputs = self.causal_lm.base_model(
+            input_ids=ids, attention_mask=real.long(), **self._decoder_options()
+        )
+        row_starts = range(0, ids.numel(), ids.shape[1])
+        rows = _on(ids, interleaved_ranges(row_starts, sequences.lengths))
+        hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, rows)
+        return hidden, self._auxiliary_loss(outputs, real.long())
+
+    def _decode(self, input_ids: Tensor, position_ids: Tensor, run: PackedRun) -> Any:
+        outputs = self.causal_lm.base_model(
+            input_ids=input_ids[None],
+            position_ids=position_ids[None],
+            packed_run=run,
+            **self._decoder_options(),
+        )
+        num_layers = self.causal_lm.config.get_text_config().num_hidden_layers
+        if run.num_calls < num_layers:
+            raise UnsupportedAttentionError(
+                f"only {run.num_calls} of its {num_layers} layers attend through transformers' "
+                "attention interface"
+            )
+        return outputs
+
+    def _decoder_options(self) -> dict[str, bool]:
+        options = {"use_cache": False}
+        if self.auxiliary_coefficient:
+            options["output_router_logits"] = True
+        return options
+
+    def _auxiliary_loss(self, outputs: Any, mask: Tensor | None) -> Float[Tensor, ""] | None:
+        """The load-balancing loss over a run's real tokens (Switch, arXiv:2101.03961, eqs. 4-6)."""
+        if not self.auxiliary_coefficient:
+            return None
+        config = self.causal_lm.config.get_text_config()
+        loss = load_balancing_loss_func(
+            outputs.router_logits, num_experts(config), config.num_experts_per_tok, mask
+        )
+        return cast(Tensor, loss)
+
+    def _score(
+        self,
+        hidden: Float[Tensor, "tokens width"],
+        sequences: Sequences,
+        rows: Int[Tensor, " scored"],
+    ) -> Float32[Tensor, " batch"]:
+        """Sequence log-probs, nats: the head over `rows`, summed per example."""
+        weight, bias = effective_head(self.causal_lm.get_output_embeddings())
+        token_logps = linear_logps(
+            hidden.index_select(0, rows),
+            weight,
+            sequences.scored.targets,
+            bias=bias,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+        )
+        return sum_per_owner(token_logps, sequences.scored.owners, sequences.lengths)
+
+    @contextmanager
+    def own_attention_restored(self) -> Iterator[PreTrainedModel]:
+        """The model as it generates: with its own attention, in eval mode."""
+        model, training = self.causal_lm, self.training
+        model.set_attn_implementation(self.own_attention)
+        self.eval()
+        try:
+            yield model
+        finally:
+            self.train(training)
+            if self.packed:
+                model.set_attn_implementation(PACKED)
+
+
+def sum_per_owner(
+    token_logps: Float32[Tensor, " scored"], owners: Int[Tensor, " scored"], lengths: list[int]
+) -> Float32[Tensor, " batch"]:
+    """Sum the tokens of each sequence. `owners` ascend; `lengths` bound the tokens of each.
+
+    Through a `[batch, longest]` table, whose row sums are pairwise and the same in every run, where
+    an `index_add_` of floats would depend on the order in which the device gets to it.
+    """
+    counts = torch.zeros(len(lengths), dtype=torch.int64, device=owners.device)
+    counts.index_add_(0, owners, torch.ones_like(owners))
+    first = counts.cumsum(0) - counts
+    columns = torch.arange(len(owners), device=owners.device) - first[owners]
+    table = token_logps.new_zeros(len(lengths), max(lengths, default=0))
+    return table.index_put((owners, columns), token_logps).sum(dim=1)
+
+
+def effective_head(head: Any) -> tuple[Tensor, Tensor | None]:
+    """The weight `[V, D]` and bias a language model head multiplies with at this moment.
+
+    A LoRA layer's weight is its base plus the deltas of the adapters that are switched on, so that
+    an adapter on the head is trained like any other (arXiv:2106.09685, eq. 3).
+    """
+    if not hasattr(head, "get_delta_weight"):
+        weight, bias = head.weight, getattr(head, "bias", None)
+    else:
+        base = head.get_base_layer()
+        weight, bias = base.weight, base.bias
+        if not head.disable_adapters:
+            for adapter in head.active_adapters:
+                weight = weight + head.get_delta_weight(adapter)
+    return _whole(weight), None if bias is None else _whole(bias)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def logit_scale(config: PreTrainedConfig) -> float:
+    """The factor on the logits, by each family's name for it."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    # HyperCLOVA X multiplies by what Granite and MiniCPM divide by.
+    return float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
+
+
+def auxiliary_coefficient(config: PreTrainedConfig) -> float:
+    """A Mixture of Experts' own factor on its load-balancing loss; 0 for other models."""
+    if not hasattr(config, "output_router_logits"):
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0)
+
+
+def num_experts(config: Any) -> int:
+    return config.num_experts if hasattr(config, "num_experts") else config.num_local_experts
+
+
+def _starts(lengths: list[int]) -> list[int]:
+    return [0, *accumulate(lengths)][:-1]
+
+
+def _prompt_rows(batch: PackedBatch) -> Int[Tensor, " rows"]:
+    starts = _starts(batch.matched.lengths)
+    return _on(batch.matched.input_ids, interleaved_ranges(starts, batch.prompt_lengths))
+
+
+def _rows_after_prompts(batch: PackedBatch, rows: Int[Tensor, " scored"]) -> Tensor:
+    """Rows of `[matched run | mismatched run]` as rows of `[prompts | mismatched run]`."""
+    num_matched, num_prompt_rows = len(batch.matched.input_ids), sum(batch.prompt_lengths)
+    places = torch.zeros(num_matched, dtype=torch.int64, device=rows.device)
+    places[_prompt_rows(batch)] = torch.arange(num_prompt_rows, device=rows.device)
+    return torch.where(
+        rows < num_matched,
+        places[rows.clamp(max=num_matched - 1)],
+        rows - num_matched + num_prompt_rows,
+    )
+
+
+def _on(like: Tensor, rows: Any) -> Tensor:
+    return torch.from_numpy(rows).to(like.device, non_blocking=True)

@@ -1,0 +1,98 @@
+"""The reference: where the policy started from, never trained. Four kinds behind one protocol.
+
+Here: the policy with its adapter switched off or exchanged for a frozen twin (no second model), and
+a frozen copy. Cached and following references wrap these.
+"""
+
+import copy
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+from kto_lightning.models import REFERENCE_ADAPTER
+from kto_lightning.policy import Policy
+from kto_lightning.types import Logps, PackedBatch
+
+
+class Reference(Protocol):
+    """What says log π_ref of a micro-batch."""
+
+    description: str
+    """For the summary: which model this is."""
+
+    def logps(self, batch: PackedBatch, *, matched: bool = True, mismatched: bool = True) -> Logps:
+        """Score the completions asked for, as `Policy.forward` does, without a gradient."""
+        ...
+
+
+class FrozenReference:
+    """A second model that stays as it is.
+
+    Not a submodule of whatever holds it: it belongs to no optimizer and no checkpoint, so moving it
+    to a device is this class's own business.
+    """
+
+    def __init__(self, policy: Policy, description: str) -> None:
+        self.policy = policy.requires_grad_(False).eval()
+        self.description = description
+
+    @classmethod
+    def copy_of(cls, policy: Policy) -> "FrozenReference":
+        """The policy as it is now."""
+        return cls(copy.deepcopy(policy), "a frozen copy of the policy as it was")
+
+    def to(self, device: torch.device) -> None:
+        self.policy.to(device)
+
+    @torch.no_grad()
+    def logps(self, batch: PackedBatch, *, matched: bool = True, mismatched: bool = True) -> Logps:
+        return self.policy(batch, matched=matched, mismatched=mismatched)
+
+
+class AdapterReference:
+    """The policy's own base, without its adapter or with the frozen twin of it.
+
+    Args:
+        policy: a policy around a `peft.PeftModel`.
+        twin: score with the adapter `REFERENCE_ADAPTER` instead of with none.
+    """
+
+    def __init__(self, policy: Policy, *, twin: bool) -> None:
+        # Not as a submodule: the policy belongs to the module that trains it.
+        self._policy = policy
+        self._twin = twin
+        self.description = (
+            "the given adapter as it was (a second, frozen adapter; no second model)"
+            if twin
+            else "the base model, adapter switched off (no second model)"
+        )
+
+    @torch.no_grad()
+    def logps(self, batch: PackedBatch, *, matched: bool = True, mismatched: bool = True) -> Logps:
+        training = self._policy.training
+        self._policy.eval()  # an adapter's dropout belongs to training
+        try:
+            with self._switched():
+                return self._policy(batch, matched=matched, mismatched=mismatched)
+        finally:
+            self._policy.train(training)
+
+    def _switched(self) -> AbstractContextManager[None]:
+        model: Any = self._policy.model
+        return _TwinAdapter(model) if self._twin else model.disable_adapter()
+
+
+class _TwinAdapter(AbstractContextManager[None]):
+    """Use the frozen twin for a while, then the trained adapter again."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._active = model.active_adapter
+
+    def __enter__(self) -> None:
+        # Without `inference_mode` peft takes every adapter that it activates for one to train.
+        self._model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
+
+    def __exit__(self, *_: object) -> None:
+        self._model.set_adapter(self._active)
