@@ -1,7 +1,7 @@
 r"""Class weights λ_D and λ_U, which set off the imbalance between good and bad records.
 
-Section 4.3 of arXiv:2402.01306, eq. 9, asks that (λ_D n_D) : (λ_U n_U) lie between 1:1 and 3:2;
-TRL's documentation and this module between 1:1 and 4:3. n_D and n_U count the records that are
+arXiv:2402.01306 asks that (λ_D n_D) : (λ_U n_U) lie between 1:1 and 3:2, TRL's documentation and
+this module that it lie between 1:1 and 4:3. n_D and n_U count the records that are
 really trained on; a record's own weight does not change the count.
 """
 
