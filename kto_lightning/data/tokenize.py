@@ -2,7 +2,7 @@
 
 The ids are TRL's (`trl.trainer.kto_trainer`, `_prepare_dataset`), token for token, of the record as
 it was written. TRL gets its rows from `datasets`, which may change them before: `Dataset.from_list`
-gives all rows one schema, so that a tool call has the arguments of all other tools too, as null, and
+gives all rows one schema, so that a tool call has the arguments of all other tools too, as null;
 `load_dataset("json")` rounds floats to ten digits. Neither happens here.
 
 The cache holds whole sequences and knows nothing of `max_length`, so that another length costs

@@ -113,7 +113,7 @@ def test_tools_and_template_settings_have_trls_tokens(template: str, tmp_path: P
     examples = tokenize_records(as_dataset(rows), tokenizer, max_length=None)
     as_text = [{**row, "tools": json.dumps(row["tools"])} for row in rows]
     assert ours(examples) == trls(as_text, tokenizer, tmp_path)
-    prompts = [tokenizer.decode(e.prompt_ids) for e in examples]
+    prompts = [str(tokenizer.decode(e.prompt_ids)) for e in examples]
     assert ["search something" in prompt for prompt in prompts] == [
         bool(row["tools"]) for row in rows
     ]
@@ -132,12 +132,12 @@ def test_a_record_may_be_text_and_the_next_a_conversation() -> None:
 def test_a_call_is_rendered_with_the_arguments_it_was_written_with(tmp_path: Path) -> None:
     rows, tokenizer = tool_records(12), make_tokenizer(chat_template="qwen2_5")
     made = ours(tokenize_records(as_dataset(rows), tokenizer, max_length=None))
-    texts = [tokenizer.decode(ids) for _, ids in made]
+    texts = [str(tokenizer.decode(ids)) for _, ids in made]
     for row, text in list(zip(rows, texts, strict=True))[::2]:
         call = row["completion"][0]["tool_calls"][0]["function"]
         assert f'"arguments": {json.dumps(call["arguments"], ensure_ascii=False)}}}' in text
     # One schema for all rows gives each call the other tool's argument too, as null.
-    theirs = [tokenizer.decode(ids) for _, ids in trls(rows, tokenizer, tmp_path)]
+    theirs = [str(tokenizer.decode(ids)) for _, ids in trls(rows, tokenizer, tmp_path)]
     assert '"query": null' in "".join(theirs)
     assert "null" not in "".join(texts)
 
