@@ -44,8 +44,10 @@ def test_a_saved_model_opens_as_any_hugging_face_directory(tmp_path: Path) -> No
     model = AutoModelForCausalLM.from_pretrained(directory)
     opened = AutoTokenizer.from_pretrained(directory)
     messages = chat_records(1)[0]["prompt"]
-    ids = opened.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    rendered = [t.apply_chat_template(messages, tokenize=False) for t in (opened, tokenizer)]
+    assert rendered[0] == rendered[1]
+    ids = opened(rendered[0])["input_ids"]
+    assert ids == tokenizer(rendered[1])["input_ids"]
     assert max(ids) < model.config.vocab_size
 
 
