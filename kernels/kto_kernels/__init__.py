@@ -1,5 +1,9 @@
 """Fused log-probabilities of tokens from hidden states, without the logits."""
 
-from kto_kernels.linear_logps import linear_logps
+from kto_kernels.linear_logps import (
+    TokenStatistics,
+    linear_logps,
+    linear_logps_with_statistics,
+)
 
-__all__ = ["linear_logps"]
+__all__ = ["TokenStatistics", "linear_logps", "linear_logps_with_statistics"]

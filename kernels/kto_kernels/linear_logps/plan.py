@@ -1,0 +1,191 @@
+"""Which of the four modes a call takes, and how its work is cut into tiles.
+
+Nothing here looks at values or at the memory that happens to be free: the same shapes on the same
+device take the same way, so the same inputs give the same bits.
+"""
+
+import os
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+BUDGET_VARIABLE = "KTO_KERNELS_LOGITS_MIB"
+"""Environment variable: MiB that a trained head may spend on keeping its logits' gradient."""
+
+MIB = 2**20
+
+
+class Mode(Enum):
+    """What is computed when; G is one matrix product of 2 N D V operations."""
+
+    GRADIENT_FREE = "gradient-free"
+    """1 G."""
+    FROZEN_HEAD = "frozen head"
+    """2 G, all in the forward: only ∂ log p / ∂h, `[N, D]`, is kept."""
+    KEPT = "trained head, kept"
+    """3 G: `[N, V]` unit gradients are kept for the backward."""
+    RECOMPUTED = "trained head, recomputed"
+    """4 G: the backward computes the logits again, a vocabulary slice at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """Which inputs ask for a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> "Needs":
+        enabled = torch.is_grad_enabled()
+        return cls(
+            hidden=enabled and hidden.requires_grad,
+            weight=enabled and weight.requires_grad,
+            bias=enabled and bias is not None and bias.requires_grad,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """How one call is done."""
+
+    mode: Mode
+    compute_dtype: torch.dtype
+    """What both operands of every matrix product are cast to, a slice at a time."""
+    rows: int
+    """Tokens of one tile at most."""
+    columns: int
+    """Vocabulary of one tile at most."""
+    fused: bool = False
+    """Gradient-free only: one Triton kernel instead of tiles."""
+
+    def row_slices(self, tokens: int) -> list[slice]:
+        return _slices(tokens, self.rows)
+
+    def column_slices(self, vocabulary: int) -> list[slice]:
+        return _slices(vocabulary, self.columns)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dispatch:
+    """One row of the table: what a CUDA device does up to a hidden width."""
+
+    max_width: int | None
+    """Largest D this row speaks for; None for all."""
+    fused: bool
+    """Gradient-free passes through the fused kernel, instead of cuBLAS tiles and row kernels."""
+    tile_mib: int
+    """Size of the float32 tile."""
+    measured: str | None
+    """The result file this choice comes from; None while it is argued, not measured."""
+
+
+DISPATCH = (
+    # Argued in kernels/README.md and waiting for `benchmarks/linear_logps.py` on a GPU: at small D
+    # the tile's traffic costs more than what cuBLAS gains over the fused kernel.
+    Dispatch(max_width=1024, fused=True, tile_mib=512, measured=None),
+    Dispatch(max_width=None, fused=False, tile_mib=512, measured=None),
+)
+
+CUDA_TILE_ROWS = 4096
+CPU_TILE_ROWS = 512
+CPU_TILE_ELEMENTS = 2**21
+"""8 MiB in float32: measured best or within 5% of it at N = 256, D = 896, on one core."""
+CPU_TILE_COLUMNS = (1024, 8192)
+CPU_BUDGET_MIB = 256
+
+
+def dispatch_for(width: int) -> Dispatch:
+    """The table's row for a hidden width."""
+    return next(row for row in DISPATCH if row.max_width is None or width <= row.max_width)
+
+
+def budget_bytes(device: torch.device) -> int:
+    """Bytes a trained head may keep between forward and backward: a fixed share of the device."""
+    if (given := os.environ.get(BUDGET_VARIABLE)) is not None:
+        if not given.isdecimal():
+            raise ValueError(f"{BUDGET_VARIABLE} must be a whole number of MiB, got {given!r}")
+        return int(given) * MIB
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 16
+    return CPU_BUDGET_MIB * MIB
+
+
+def choose_mode(needs: Needs, *, tokens: int, vocabulary: int, itemsize: int, budget: int) -> Mode:
+    """The cheapest mode that gives what is needed within the budget."""
+    if not (needs.hidden or needs.weight or needs.bias):
+        return Mode.GRADIENT_FREE
+    if not (needs.weight or needs.bias):
+        return Mode.FROZEN_HEAD
+    fits = tokens * vocabulary * itemsize <= budget
+    return Mode.KEPT if fits else Mode.RECOMPUTED
+
+
+def make_plan(hidden: Tensor, weight: Tensor, needs: Needs, *, statistics: bool = False) -> Plan:
+    """The plan of one call."""
+    device, (vocabulary, width), tokens = hidden.device, weight.shape, hidden.shape[0]
+    dtype = compute_dtype(hidden, weight)
+    mode = choose_mode(
+        needs,
+        tokens=tokens,
+        vocabulary=vocabulary,
+        itemsize=dtype.itemsize,
+        budget=budget_bytes(device),
+    )
+    if device.type == "cuda":
+        chosen = dispatch_for(width)
+        rows = _even(tokens, CUDA_TILE_ROWS)
+        columns = _even(vocabulary, chosen.tile_mib * MIB // 4 // rows)
+        fused = chosen.fused and mode is Mode.GRADIENT_FREE and not statistics
+        return Plan(mode=mode, compute_dtype=dtype, rows=rows, columns=columns, fused=fused)
+    rows = _even(tokens, CPU_TILE_ROWS)
+    low, high = CPU_TILE_COLUMNS
+    columns = _even(vocabulary, min(max(CPU_TILE_ELEMENTS // rows, low), high))
+    return Plan(mode=mode, compute_dtype=dtype, rows=rows, columns=columns)
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The type of the matrix products: autocast's, or the operands', or float32 on a CPU without
+    units for the operands' (bfloat16 products take seven times as long there).
+
+    Raises:
+        TypeError: if the operands differ in type and no autocast settles it, or are no floats of
+            at most 32 bits.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    elif hidden.dtype == weight.dtype:
+        dtype = hidden.dtype
+    else:
+        raise TypeError(
+            f"hidden is {hidden.dtype} and weight {weight.dtype}; "
+            "cast one of them or call under torch.autocast"
+        )
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"hidden and weight must be float32, bfloat16 or float16, got {dtype}")
+    if device == "cpu" and dtype != torch.float32 and not _cpu_multiplies(dtype):
+        return torch.float32
+    return dtype
+
+
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    # PyTorch has no public name for these two before 2.13; without them the slow way is right too.
+    if dtype == torch.bfloat16:
+        return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return getattr(torch.cpu, "_is_amx_fp16_supported", lambda: False)()
+
+
+def _even(total: int, most: int) -> int:
+    """Size of equal parts of `total`, each at most about `most`, in steps of 64."""
+    parts = -(-total // max(most, 64))
+    if parts <= 1:
+        return max(total, 1)
+    return -(-total // parts // 64) * 64
+
+
+def _slices(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]

@@ -1,0 +1,145 @@
+"""The loop over tiles, whatever the mode: `[some tokens, a slice of the vocabulary]` at a time.
+
+The vocabulary is the outer loop, so each slice of W is read (and, where the operands' type differs
+from the parameter's, cast) once a pass, and each slice of its gradient written once.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from kto_kernels.linear_logps import torch_tiles
+from kto_kernels.linear_logps.head import Head
+from kto_kernels.linear_logps.plan import Plan
+from kto_kernels.linear_logps.products import product
+from kto_kernels.linear_logps.running import Running
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """One call's tensors and how it is done."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    head: Head
+    plan: Plan
+
+    @property
+    def tokens(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
+
+    def operand(self) -> Tensor:
+        """The hidden states as the products take them."""
+        return self.hidden.to(self.plan.compute_dtype)
+
+    def weight_slices(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Columns of the vocabulary, their rows of W as the products take them, their bias."""
+        for columns in self.plan.column_slices(self.vocabulary):
+            bias = None if self.bias is None else self.bias[columns].float()
+            yield columns, self.weight[columns].to(self.plan.compute_dtype), bias
+
+
+class Weights(Enum):
+    """What becomes of a tile's exponentials."""
+
+    NONE = "not written"
+    TRANSIENT = "in memory that the next tile takes over"
+    KEPT = "in memory of their own"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tile:
+    """A tile that has been folded into the running log-sum-exp."""
+
+    rows: slice
+    columns: slice
+    weight: Tensor
+    """`[s, D]`: the slice of W in the products' type."""
+    weights: Tensor
+    """`[n, s]`: see `torch_tiles.fold_`; with `Weights.NONE`, nothing to be read."""
+    shrink: Tensor
+    """`[n]`: what sums over earlier slices must be multiplied with."""
+
+
+class Buffers:
+    """A tile's memory, taken once a pass and shared by its tiles."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        plan = inputs.plan
+        self._dtype = plan.compute_dtype
+        self._device = inputs.hidden.device
+        rows, columns = min(plan.rows, inputs.tokens), min(plan.columns, inputs.vocabulary)
+        self._size = rows * columns
+        self._products: Tensor | None = None
+        self._weights: Tensor | None = None
+
+    def products(self, rows: int, columns: int, *, fresh: bool = False) -> Tensor:
+        """A float32 `[rows, columns]`; the same memory at each call, unless the weights will lie
+        in it and `fresh` ones are wanted.
+        """
+        if fresh and self._dtype == torch.float32:
+            return self._empty(rows * columns, torch.float32).view(rows, columns)
+        if self._products is None:
+            self._products = self._empty(self._size, torch.float32)
+        return self._products[: rows * columns].view(rows, columns)
+
+    def weights(self, products: Tensor, *, fresh: bool = False) -> Tensor:
+        """The same shape in the operands' type; `products` itself where that is float32."""
+        if self._dtype == torch.float32:
+            return products
+        if fresh:
+            return self._empty(products.numel(), self._dtype).view(products.shape)
+        if self._weights is None:
+            self._weights = self._empty(self._size, self._dtype)
+        return self._weights[: products.numel()].view(products.shape)
+
+    def _empty(self, size: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=self._device)
+
+
+def tile_operations(device: torch.device) -> ModuleType:
+    """`triton_tiles` on CUDA, and on a CPU under Triton's interpreter; else `torch_tiles`."""
+    return torch_tiles
+
+
+def fold_tiles(inputs: Inputs, running: Running, *, weights: Weights) -> Iterator[Tile]:
+    """Fold every tile into `running`, and hand each out once that is done."""
+    operations, buffers = tile_operations(inputs.hidden.device), Buffers(inputs)
+    hidden, fresh = inputs.operand(), weights is Weights.KEPT
+    for columns, weight, bias in inputs.weight_slices():
+        for rows in inputs.plan.row_slices(inputs.tokens):
+            products = buffers.products(
+                rows.stop - rows.start, columns.stop - columns.start, fresh=fresh
+            )
+            product(hidden[rows], weight.t(), out=products)
+            wanted = weights is not Weights.NONE
+            out = buffers.weights(products, fresh=fresh) if wanted else None
+            shrink = operations.fold_(
+                products,
+                running.rows(rows),
+                inputs.targets[rows],
+                start=columns.start,
+                bias=bias,
+                head=inputs.head,
+                weights=out,
+            )
+            yield Tile(
+                rows=rows,
+                columns=columns,
+                weight=weight,
+                weights=products if out is None else out,
+                shrink=shrink,
+            )

@@ -1,0 +1,128 @@
+r"""Row-wise work on one tile of logits, in PyTorch: the CPU's, and any device's without Triton.
+
+A tile is `[rows, columns]`: some tokens by a slice of the vocabulary. `triton_tiles` does the same
+in kernels of its own; both change their tile in place and neither reads anything back to the host.
+"""
+
+import torch
+from torch import Tensor
+
+from kto_kernels.linear_logps.head import Head
+from kto_kernels.linear_logps.running import Running
+
+
+def fold_(
+    products: Tensor,
+    running: Running,
+    targets: Tensor,
+    *,
+    start: int,
+    bias: Tensor | None,
+    head: Head,
+    weights: Tensor | None,
+) -> Tensor:
+    r"""Fold a tile into the running log-sum-exp of its rows; returns what older sums shrink by.
+
+    The target's own exponential is left out of the sum: 1 − p(target) is then a quotient of sums
+    instead of a difference, exact for confident tokens.
+
+    Args:
+        products: `[n, s]` float32, W h without bias; overwritten.
+        running: the rows' state; updated.
+        targets: `[n]`, columns of the whole vocabulary.
+        start: the tile's first column of the vocabulary.
+        bias: `[s]` or None.
+        weights: where to write $e^{z_v - m} \, \partial z_v / \partial a_v / s$ with a 0 at the
+            target, `[n, s]`; may be `products` itself; None when no gradient will be asked for.
+
+    Returns:
+        `[n]` float32: e^(old maximum − new maximum).
+    """
+    logits, slope = head.transform_(products, bias, want_slope=weights is not None)
+    column, inside = _locate(targets, start, logits.shape[1])
+    found = logits.gather(1, column).squeeze(1)
+    running.target.copy_(torch.where(inside, found, running.target))
+    plain_logits = logits.clone() if running.statistics else None
+
+    highest = torch.maximum(running.max, logits.amax(dim=1))
+    base = _finite(highest)
+    rescale = torch.exp(running.max - base)
+    running.max.copy_(highest)
+    exps = logits.sub_(base[:, None]).exp_()
+    _set_column_(exps, column, inside, torch.zeros_like(rescale))
+    running.others.mul_(rescale).add_(exps.sum(dim=1))
+    if plain_logits is not None:
+        running.add_statistics_(plain_logits, exps, rescale)
+    if weights is not None:
+        if slope is not None:
+            exps.mul_(slope)
+        if weights is not exps:
+            weights.copy_(exps)
+    return rescale
+
+
+def unit_gradient_(
+    products: Tensor,
+    log_total: Tensor,
+    complement: Tensor,
+    targets: Tensor,
+    *,
+    start: int,
+    bias: Tensor | None,
+    head: Head,
+    out: Tensor,
+) -> Tensor:
+    r"""$\partial \log p(y_t) / \partial a_v = (1[v = y_t] - p_v) \, \partial z_v / \partial a_v$.
+
+    Args:
+        products: `[n, s]` float32, W h without bias; overwritten.
+        log_total: `[n]`, the log-sum-exp over the whole vocabulary.
+        complement: `[n]`, 1 − p(target).
+        out: `[n, s]`, where the result goes; may be `products` itself.
+    """
+    logits, slope = head.transform_(products, bias, want_slope=True)
+    column, inside = _locate(targets, start, logits.shape[1])
+    gradient = logits.sub_(log_total[:, None]).exp_().neg_()
+    _set_column_(gradient, column, inside, complement)
+    if slope is not None:
+        gradient.mul_(slope)
+    if head.logit_scale != 1.0:
+        gradient.mul_(head.logit_scale)
+    return gradient if out is gradient else out.copy_(gradient)
+
+
+def shrink_rows_(rows: Tensor, factors: Tensor) -> Tensor:
+    """Multiply each row by its factor."""
+    return rows.mul_(factors[:, None])
+
+
+def finish_weights_(
+    weights: Tensor, factors: Tensor, target_gradient: Tensor, targets: Tensor, start: int
+) -> Tensor:
+    """Turn what `fold_` wrote into unit gradients, once the whole row's sum is known.
+
+    Args:
+        weights: `[n, s]` of a tile; overwritten.
+        factors: `[n]` float32, minus the scale, over the row's sum, from the tile's own maximum.
+        target_gradient: `[n]` float32, the unit gradient at the target.
+    """
+    weights.mul_(factors[:, None])
+    column, inside = _locate(targets, start, weights.shape[1])
+    _set_column_(weights, column, inside, target_gradient.to(weights.dtype))
+    return weights
+
+
+def _locate(targets: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
+    local = targets - start
+    inside = (local >= 0) & (local < columns)
+    return local.clamp(0, columns - 1)[:, None], inside
+
+
+def _set_column_(tile: Tensor, column: Tensor, inside: Tensor, values: Tensor) -> None:
+    kept = tile.gather(1, column).squeeze(1)
+    tile.scatter_(1, column, torch.where(inside, values, kept)[:, None])
+
+
+def _finite(maximum: Tensor) -> Tensor:
+    """A row of −inf so far has no largest logit to subtract; 0 keeps −inf − (−inf) away."""
+    return torch.where(maximum == -torch.inf, 0.0, maximum)

@@ -1,0 +1,275 @@
+"""The log-probs and their gradients, in every mode, against the float64 truth."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kto_kernels import linear_logps, linear_logps_with_statistics
+from kto_kernels.linear_logps import eager
+from kto_kernels.linear_logps.plan import Mode
+from tests.kernels.cases import (
+    HEADS,
+    TRAINED,
+    assert_as_good_as_eager,
+    eagerly,
+    make_case,
+    ours,
+    relative_error,
+    results,
+    small_plan,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WITH_GRADIENT = [Mode.FROZEN_HEAD, *TRAINED]
+
+
+def run(case, mode, **tiling):
+    plan = small_plan(case, mode, **tiling)
+    return results(
+        lambda leaves: ours(leaves, plan),
+        case,
+        trained=mode in TRAINED,
+        frozen=mode is Mode.FROZEN_HEAD,
+    )
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.name.lower())
+def test_errs_at_most_twice_what_eager_errs(mode, dtype, head) -> None:
+    case = make_case(dtype=dtype, head=head)
+    assert_as_good_as_eager(case, run(case, mode), mode=mode)
+
+
+@pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.name.lower())
+@pytest.mark.parametrize("bias", [True, False])
+def test_reads_no_memory_it_has_not_written(mode, bias) -> None:
+    case = make_case(bias=bias, head=HEADS["capped"])
+    expected = run(case, mode)
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
+    try:
+        found = run(case, mode)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 40),
+    width=st.integers(1, 33),
+    vocabulary=st.integers(1, 300),
+    rows=st.integers(1, 48),
+    columns=st.integers(1, 310),
+    mode=st.sampled_from(list(Mode)),
+    head=st.sampled_from(list(HEADS.values())),
+    bias=st.booleans(),
+)
+def test_any_shape_in_any_tiles(tokens, width, vocabulary, rows, columns, mode, head, bias) -> None:
+    case = make_case(tokens, width, vocabulary, head=head, bias=bias)
+    truth = results(eagerly, case.to(torch.float64), trained=True)
+    scales = {name: float(value.abs().max()) for name, value in truth.items()}
+    for name, value in run(case, mode, rows=rows, columns=columns).items():
+        torch.testing.assert_close(
+            value.double(), truth[name], rtol=2e-5, atol=2e-6 * max(1.0, scales[name])
+        )
+
+
+def test_by_hand() -> None:
+    # Two tokens of the vocabulary with logits (ln 3, 0): p = (3/4, 1/4).
+    hidden = torch.tensor([[math.log(3.0), 0.0]], requires_grad=True)
+    weight = torch.tensor([[1.0, 5.0], [0.0, 2.0]], requires_grad=True)
+    logps = linear_logps(hidden, weight, torch.tensor([0]))
+    logps.backward()
+    assert logps.item() == pytest.approx(math.log(0.75))
+    # (1 − p_0) W_0 − p_1 W_1 = (1/4)(1, 5) − (1/4)(0, 2)
+    assert hidden.grad.tolist() == [pytest.approx([0.25, 0.75])]
+    # (1[v = y] − p_v) h
+    step = 0.25 * math.log(3.0)
+    assert weight.grad[0].tolist() == pytest.approx([step, 0.0])
+    assert weight.grad[1].tolist() == pytest.approx([-step, 0.0])
+
+
+@pytest.mark.parametrize("mode", WITH_GRADIENT, ids=lambda mode: mode.name.lower())
+def test_a_near_certain_token_still_has_its_gradient(mode) -> None:
+    # 1 − p(target) = e⁻²⁰, of which a float32 p(target) of 1 says nothing.
+    case = make_case(1, 2, 2, bias=False)
+    case.hidden = torch.tensor([[20.0, 0.0]])
+    case.weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    case.targets = torch.tensor([0])
+    case.gradient = torch.ones(1)
+    found = run(case, mode)["hidden"]
+    truth = results(eagerly, case.to(torch.float64), trained=False, frozen=True)["hidden"]
+    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=0)
+
+
+def test_every_mode_and_run_gives_the_same_bits() -> None:
+    case = make_case(300, 64, 5003)
+    forwards = [run(case, mode, rows=128, columns=2048)["logps"] for mode in Mode]
+    for logps in forwards[1:]:
+        assert torch.equal(logps, forwards[0])
+    for mode in WITH_GRADIENT:
+        once, again = run(case, mode), run(case, mode)
+        for name, value in once.items():
+            assert torch.equal(value, again[name]), (mode, name)
+
+
+@pytest.mark.parametrize("mode", WITH_GRADIENT, ids=lambda mode: mode.name.lower())
+def test_backward_twice_adds_the_same_twice(mode) -> None:
+    case = make_case()
+    case.hidden.requires_grad_()
+    logps = ours(case, small_plan(case, mode))
+    logps.backward(case.gradient, retain_graph=True)
+    once = case.hidden.grad.clone()
+    logps.backward(case.gradient)
+    assert torch.equal(case.hidden.grad, 2 * once)
+
+
+def test_no_tokens() -> None:
+    hidden = torch.zeros(0, 8, requires_grad=True)
+    weight = torch.randn(50, 8, requires_grad=True)
+    bias = torch.randn(50, requires_grad=True)
+    logps = linear_logps(hidden, weight, torch.zeros(0, dtype=torch.long), bias=bias)
+    assert logps.shape == (0,)
+    logps.sum().backward()
+    assert hidden.grad.shape == (0, 8)
+    assert not weight.grad.any()
+    assert not bias.grad.any()
+    frozen = linear_logps(hidden, weight.detach(), torch.zeros(0, dtype=torch.long))
+    frozen.sum().backward()
+
+
+def test_tied_weights_get_both_gradients() -> None:
+    case = make_case(40, 16, 90, bias=False)
+    found = []
+    for function in (linear_logps, eager.linear_logps):
+        table = case.weight.clone().requires_grad_()
+        hidden = torch.tanh(table[case.targets.roll(1)])
+        function(hidden, table, case.targets).backward(case.gradient)
+        found.append(table.grad)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_on_the_head() -> None:
+    case = make_case(40, 16, 90, bias=False)
+    found = []
+    for function in (linear_logps, eager.linear_logps):
+        torch.manual_seed(1)
+        down = torch.randn(4, 16, requires_grad=True)
+        up = torch.randn(90, 4, requires_grad=True)
+        function(case.hidden, case.weight + 0.5 * up @ down, case.targets).backward(case.gradient)
+        found.append((down.grad, up.grad))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_autocast_computes_in_its_type_and_returns_the_parameters(trained) -> None:
+    case = make_case(bias=False)
+
+    def under_autocast(function):
+        def call(leaves):
+            with torch.autocast("cpu", torch.bfloat16):
+                return function(leaves)
+
+        return call
+
+    truth = results(eagerly, case.to(torch.float64), trained=trained, frozen=True)
+    theirs = results(under_autocast(eagerly), case, trained=trained, frozen=True)
+    mine = results(under_autocast(ours), case, trained=trained, frozen=True)
+    assert mine["logps"].dtype == mine["hidden"].dtype == torch.float32
+    for name, value in mine.items():
+        error, eager_error = (relative_error(x, truth[name]) for x in (value, theirs[name]))
+        assert 1e-5 < error <= 2 * eager_error, name  # bfloat16, not float32, did the work
+
+
+def test_masked_vocabulary_and_huge_logits() -> None:
+    case = make_case(30, 16, 700)
+    case.bias[400:] = -torch.inf
+    case.bias[:300] = -torch.inf  # whole tiles without a finite logit, first and last
+    case.targets = torch.randint(300, 400, (30,))
+    for shift in (0.0, -1e4, 1e4):
+        shifted = replace(case, bias=case.bias + shift)
+        truth = results(eagerly, shifted.to(torch.float64), trained=True)
+        for mode in WITH_GRADIENT:
+            for name, value in run(shifted, mode, columns=100).items():
+                torch.testing.assert_close(value.double(), truth[name], rtol=2e-2, atol=2e-2)
+                assert value.isfinite().all()
+
+
+def test_a_target_that_cannot_be() -> None:
+    case = make_case(4, 16, 60)
+    case.bias[int(case.targets[0])] = -torch.inf
+    case.targets[1:] = (case.targets[0] + 1) % 60
+    logps = ours(case)
+    assert logps[0] == -torch.inf
+    assert logps[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.name.lower())
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_statistics(mode, head) -> None:
+    from kto_kernels.linear_logps.function import _score
+
+    case = make_case(head=head)
+    case.hidden.requires_grad_(mode is not Mode.GRADIENT_FREE)
+    logps, entropy, mean_logit = _score(
+        case.hidden,
+        case.weight,
+        case.targets,
+        case.bias,
+        head,
+        statistics=True,
+        plan=small_plan(case, mode),
+    )
+    exact = case.to(torch.float64)
+    logits = eager.eager_logits(exact.hidden, exact.weight, bias=exact.bias, **exact.options())
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mean_logit.double(), logits.mean(dim=1), rtol=1e-5, atol=1e-6)
+    assert not entropy.requires_grad
+    assert not mean_logit.requires_grad
+    assert torch.equal(logps, ours(case, small_plan(case, mode)))
+    assert logps.requires_grad == (mode is not Mode.GRADIENT_FREE)
+
+
+def test_statistics_through_the_front_door() -> None:
+    hidden = torch.zeros(3, 8, requires_grad=True)
+    weight = torch.randn(7, 8)
+    statistics = linear_logps_with_statistics(hidden, weight, torch.tensor([0, 3, 6]))
+    uniform = torch.full((3,), math.log(7))
+    torch.testing.assert_close(statistics.entropy, uniform)
+    torch.testing.assert_close(statistics.logps, -uniform)
+    assert not statistics.mean_logit.any()
+
+
+class TestErrors:
+    hidden, weight = torch.zeros(3, 4), torch.zeros(10, 4)
+    targets = torch.tensor([0, 1, 2])
+
+    def test_target_outside_the_vocabulary(self) -> None:
+        with pytest.raises(IndexError, match=r"targets must lie in \[0, 10\), got -100 to 1"):
+            linear_logps(self.hidden, self.weight, torch.tensor([0, 1, -100]))
+
+    def test_types_that_differ(self) -> None:
+        with pytest.raises(TypeError, match=r"hidden is torch\.bfloat16 and weight torch\.float32"):
+            linear_logps(self.hidden.bfloat16(), self.weight, self.targets)
+
+    def test_double_precision(self) -> None:
+        with pytest.raises(TypeError, match="must be float32, bfloat16 or float16"):
+            linear_logps(self.hidden.double(), self.weight.double(), self.targets)
+
+    @pytest.mark.parametrize("softcap", [0.0, -30.0, math.inf])
+    def test_softcap(self, softcap) -> None:
+        with pytest.raises(ValueError, match="softcap must be a positive finite number"):
+            linear_logps(self.hidden, self.weight, self.targets, softcap=softcap)
+
+    def test_logit_scale(self) -> None:
+        with pytest.raises(ValueError, match="logit_scale must be a finite number, got nan"):
+            linear_logps(self.hidden, self.weight, self.targets, logit_scale=math.nan)
