@@ -1,5 +1,6 @@
 """What the parity tests vary, a pairwise cover of it, and the files a case is run on."""
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations, cycle, product
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.factories import chat_records, make_tokenizer, plain_records, save_model, write_jsonl
 from tests.parity.trl_trace import trained_weights
@@ -104,6 +105,9 @@ class Inputs:
             return model
         return PeftModel.from_pretrained(model, self.adapter_dir, is_trainable=True)
 
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.model_dir)
+
     def initial_weights(self) -> dict[str, Tensor]:
         """What `Trace.weights` is before the first step."""
         return trained_weights(self.load())
@@ -142,18 +146,30 @@ def save_adapter(directory: Path, model_dir: Path) -> Path:
 
 
 def pairwise_cover() -> list[Case]:
-    """Cases in which every pair of values of any two axes occurs together at least once."""
-    names = list(AXES)
-    levels = {name: [(name, value) for value in AXES[name]] for name in names}
-    uncovered = {pair for a, b in combinations(names, 2) for pair in product(levels[a], levels[b])}
+    """Cases in which every pair of values of any two axes occurs together at least once.
+
+    So do loss, tuning and optimizer, all three: pairs alone could leave out SGD, whose weights are
+    compared, for one of them.
+    """
+    levels = [[(name, value) for value in values] for name, values in AXES.items()]
+    recipe = slice(list(AXES).index("loss"), list(AXES).index("optimizer") + 1)
+    missing = {pair for a, b in combinations(levels, 2) for pair in product(a, b)}
+    missing.update(product(*levels[recipe]))
+    used: Counter[Any] = Counter()
+
+    def gain(row: tuple[Any, ...]) -> tuple[int, int]:
+        # What is missing first; of equals, the row whose pairs were used least.
+        pairs = list(combinations(row, 2))
+        return len(missing.intersection([*pairs, row[recipe]])), -sum(used[pair] for pair in pairs)
+
     cases = []
-    for start in cycle(product(levels[names[0]], levels[names[1]])):
-        if not uncovered:
-            return cases
-        rows = [start + rest for rest in product(*(levels[name] for name in names[2:]))]
-        best = max(rows, key=lambda row: len(uncovered.intersection(combinations(row, 2))))
-        if uncovered.intersection(combinations(best, 2)):
-            uncovered.difference_update(combinations(best, 2))
+    starts = cycle(product(*levels[:2]))
+    while missing:
+        start = next(starts)
+        best = max((start + rest for rest in product(*levels[2:])), key=gain)
+        if gain(best)[0] > 0:
+            missing.difference_update([*combinations(best, 2), best[recipe]])
+            used.update(combinations(best, 2))
             cases.append(Case(**dict(best)))
     return cases
 

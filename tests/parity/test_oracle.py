@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from tests.parity.agreement import assert_traces_agree, assert_weights_agree
 from tests.parity.cases import AXES, Case, write_inputs
@@ -59,7 +58,7 @@ def test_trl_computes_kto(case: Case, tmp_path: Path):
     truth = oracle_trace(
         _in_float64(inputs.load()),
         _in_float64(inputs.load()),
-        AutoTokenizer.from_pretrained(inputs.model_dir),
+        inputs.tokenizer(),
         inputs.records,
         batch_size=case.batch_size,
         steps=case.steps,

@@ -39,7 +39,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from datasets import Dataset
@@ -102,9 +102,9 @@ class _RecordingTrainer(KTOTrainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        optimizer: Any = self.optimizer
-        self.columns["train/grad_norm"].append(float(norm))
-        self.columns["train/lr"].append(optimizer.param_groups[0]["lr"])
+        groups = cast(torch.optim.Optimizer, self.optimizer).param_groups
+        self.columns["train/grad_norm"].append(float(cast(Tensor, norm)))
+        self.columns["train/lr"].append(groups[0]["lr"])
         return norm
 
 
