@@ -93,14 +93,14 @@ class Policy(nn.Module):
             hidden, store = self._run_prompts(batch)
             rows = _rows_after_prompts(batch, rows)
         run = PackedRun.continuing(store, batch.prompt_lengths, sequences.lengths, rows.device)
-        continued = self._decode(sequences.input_ids, sequences.position_ids, run).last_hidden_state
+        continued = self._decode(sequences.input_ids, sequences.position_ids, run)
         store.layers.clear()
-        return self._score(torch.cat([hidden, continued[0]]), sequences, rows)
+        return self._score(torch.cat([hidden, continued.last_hidden_state[0]]), sequences, rows)
 
     def _store_of_matched(self, batch: PackedBatch) -> PromptStore:
         """Where autograd holds all keys and values anyway, keep them as they are; without a
         gradient or with checkpointing nothing else does: copy the prompts' rows alone."""
-        if torch.is_grad_enabled() and not self.causal_lm.is_gradient_checkpointing:
+        if torch.is_grad_enabled() and not self._checkpoints_activations():
             return PromptStore(
                 starts=_starts(batch.matched.lengths), num_rows=len(batch.matched.input_ids)
             )
@@ -109,6 +109,10 @@ class Policy(nn.Module):
             num_rows=sum(batch.prompt_lengths),
             rows=_prompt_rows(batch),
         )
+
+    def _checkpoints_activations(self) -> bool:
+        # transformers renames its own property for this between the versions we support.
+        return any(getattr(m, "gradient_checkpointing", False) for m in self.causal_lm.modules())
 
     def _run_prompts(self, batch: PackedBatch) -> tuple[Float[Tensor, "rows width"], PromptStore]:
         """The packed run `[x1 | x2 | …]`, kept for what continues it."""

@@ -64,16 +64,13 @@ class StepBatches(Dataset[StepBatch]):
     max_length: int | None
     """Tokens at which prompt + completion are cut at the end; None: nowhere."""
     can_share_prompts: bool
-    """Whether the model's second run can attend to the prompts of its first. It is used where a
-    step is one micro-batch: with several, z0 needs a pass over all mismatched completions before
-    the first prompt is run with gradient, so that they must stand alone."""
+    """Whether the model's second run can attend to the prompts of its first."""
 
     def __len__(self) -> int:
         """The number of examples: there are as many batches as ways to plan them."""
         return len(self.examples)
 
     def __getitem__(self, plan: StepPlan) -> StepBatch:
-        shares_prompts = self.can_share_prompts and len(plan.micro_batches) == 1
         chosen = plan.examples
         lengths = self.examples.prompt_lengths[chosen] + self.examples.completion_lengths[chosen]
         if self.max_length is not None:
@@ -81,8 +78,7 @@ class StepBatches(Dataset[StepBatch]):
         num_desirable = int(np.count_nonzero(self.examples.desirable[chosen]))
         return StepBatch(
             micro_batches=[
-                self._packed(plan, micro_batch, shares_prompts)
-                for micro_batch in plan.micro_batches
+                self._packed(plan, micro_batch) for micro_batch in plan.micro_batches
             ],
             num_examples=len(chosen),
             num_tokens=int(lengths.sum()),
@@ -90,7 +86,7 @@ class StepBatches(Dataset[StepBatch]):
             num_undesirable=len(chosen) - num_desirable,
         )
 
-    def _packed(self, plan: StepPlan, micro_batch: MicroBatch, shares_prompts: bool) -> PackedBatch:
+    def _packed(self, plan: StepPlan, micro_batch: MicroBatch) -> PackedBatch:
         chosen = plan.examples[micro_batch.positions]
         mismatched = None
         if plan.partners is not None:
@@ -104,7 +100,7 @@ class StepBatches(Dataset[StepBatch]):
             [self.examples[index] for index in chosen.tolist()],
             mismatched,
             max_length=self.max_length,
-            shares_prompts=shares_prompts,
+            shares_prompts=self.can_share_prompts,
             weights=np.zeros_like(weights) if micro_batch.zero_weight else weights,
             counted=not micro_batch.zero_weight,
         )

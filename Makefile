@@ -1,0 +1,45 @@
+# Two commands do everything on a fresh machine, set-up included: `make demo` and `make test`.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test test-slow lint parity clean
+
+help:
+	@echo "make demo        train a small model from feedback, on CPU or GPU, and show before and after"
+	@echo "make test        the quick tests"
+	@echo "make test-slow   all tests, the full parity product included"
+	@echo "make lint        format, lint, types, spelling, import contracts"
+	@echo "make parity      the parity table against TRL"
+
+# Made again whenever the dependencies change. With torch installed first, nothing else asks for it.
+$(BIN)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable ".[dev,demo]"
+	touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/python -m kto_lightning.demo
+
+test: $(BIN)/.installed
+	$(BIN)/pytest -n 2 --dist worksteal
+
+test-slow: $(BIN)/.installed
+	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu"
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/codespell
+	$(BIN)/lint-imports
+
+parity: $(BIN)/.installed
+	$(BIN)/python -m tests.parity.table
+
+clean:
+	rm -rf .venv demo_output output

@@ -1,0 +1,50 @@
+"""`python -m kto_lightning`: help and version before the heavy imports, then the command line."""
+
+import sys
+from importlib.metadata import version
+
+USAGE = """\
+usage: python -m kto_lightning COMMAND [options]
+
+KTO fine-tuning of language models from records that users marked good or bad.
+
+commands:
+  fit       train a model:  --model.policy DIR_OR_HUB_ID --data.train FILE [--output_dir DIR]
+  inspect   report on files of records:  FILE… [--tokenizer DIR] [--json]
+
+options:
+  COMMAND --help      all options of a command
+  --config FILE       options from a YAML file; those given after it win
+  --version           print the version
+
+A record is a line of JSON: {"prompt": "…", "completion": "…", "label": true}
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Answer what needs no imports, and hand the rest to the command line.
+
+    Returns:
+        The exit status: 0; 1 for data or run; 2 for usage.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
+        sys.stderr.write(USAGE)
+        return 2
+    if arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE)
+        return 0
+    if arguments[0] == "--version":
+        sys.stdout.write(f"kto_lightning {version('kto-lightning')}\n")
+        return 0
+    if arguments[0] == "inspect":
+        from kto_lightning.inspect_command import inspect_main
+
+        return inspect_main(arguments[1:])
+    from kto_lightning.cli import main as run
+
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

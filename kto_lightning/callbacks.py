@@ -1,0 +1,178 @@
+"""What happens around the steps: checkpoints, progress, the summary before the first one."""
+
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from kto_lightning.data.weights import effective_ratio
+from kto_lightning.errors import ConfigError
+from kto_lightning.metrics_file import MetricsFile
+
+_NAME = re.compile(r"step=(\d+)\.ckpt")
+_SHOWN = {"loss": "train/loss", "z0": "train/z0", "margin": "train/reward/margin"}
+
+
+class Checkpoints(Checkpoint):
+    """Saves `OUTPUT/checkpoints/step=N.ckpt` and keeps the last two.
+
+    Args:
+        every_n_steps: optimizer steps from one checkpoint to the next; null: at the end only.
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ConfigError(
+                f"--checkpoint.every_n_steps must be at least 1 or null, got {every_n_steps}."
+            )
+        self.every_n_steps = every_n_steps
+        self._saved_step = -1
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        step = trainer.global_step
+        if step == self._saved_step:
+            return
+        directory = checkpoints_of(trainer.default_root_dir)
+        trainer.save_checkpoint(directory / f"step={step}.ckpt")
+        self._saved_step = step
+        if trainer.is_global_zero:
+            for _, old in list_checkpoints(trainer.default_root_dir)[:-2]:
+                trainer.strategy.remove_checkpoint(old)
+
+
+def checkpoints_of(output_dir: str | Path) -> Path:
+    return Path(output_dir) / "checkpoints"
+
+
+def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """The checkpoints of a run and their steps, oldest first."""
+    found = [
+        (int(match.group(1)), path)
+        for path in checkpoints_of(output_dir).glob("step=*.ckpt")
+        if (match := _NAME.fullmatch(path.name))
+    ]
+    return sorted(found)
+
+
+class MetricsStart(Callback):
+    """Opens `metrics.csv` once the run knows at which step it begins."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.begin(after_step=trainer.global_step)
+
+
+class ProgressBar(TQDMProgressBar):
+    """A bar with loss, z0 and margin."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        return shown_metrics(pl_module)
+
+
+class ProgressLines(Callback):
+    """The same as some twenty lines, where the output is a file or a pipe."""
+
+    def __init__(self, num_lines: int = 20) -> None:
+        self._num_lines = num_lines
+        self._started = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        num_steps = pl_module.num_training_steps()  # pyright: ignore[reportCallIssue]
+        every = max(1, num_steps // self._num_lines)
+        step = trainer.global_step
+        if trainer.is_global_zero and (step % every == 0 or step == num_steps):
+            shown = "  ".join(f"{k} {v}" for k, v in shown_metrics(pl_module).items())
+            elapsed = time.monotonic() - self._started
+            print(f"step {step}/{num_steps}  {shown}  {elapsed:.0f} s", flush=True)
+
+
+def shown_metrics(module: Any) -> dict[str, str]:
+    """Loss, z0 and margin of the latest step that had them."""
+    latest = module.latest_metrics
+    return {name: f"{latest[key]:.4f}" for name, key in _SHOWN.items() if key in latest}
+
+
+class Summary(Callback):
+    """What is about to be trained, on what and against what, before the first step."""
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module: Any = pl_module
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for name, value in (*_data_rows(data), *_model_rows(module, data)):
+            table.add_row(name, value)
+        console.print(table)
+        for warning in data.warnings:
+            console.print(f"warning: {warning}", style="yellow")
+
+
+def _data_rows(data: Any) -> list[tuple[str, str]]:
+    counts, weights = data.train_set.counts, data.class_weights
+    good, bad = effective_ratio(counts.desirable, counts.undesirable, weights)
+    dropped = counts.dropped_desirable + counts.dropped_undesirable + counts.dropped_empty
+    where = f" ({', '.join(counts.dropped)}…)" if dropped else ""
+    rows = [
+        ("records", f"{counts.desirable} desirable, {counts.undesirable} undesirable"),
+        ("dropped", f"{dropped}{where}"),
+        (
+            "truncated",
+            f"{counts.truncated_desirable} desirable, {counts.truncated_undesirable} undesirable "
+            f"to {data.max_length} tokens",
+        ),
+        (
+            "weights",
+            f"desirable {weights.desirable:g}, undesirable {weights.undesirable:g}: "
+            f"effective ratio {good:g} : {bad:g}",
+        ),
+        ("tokens", f"{counts.prompt_tokens} in prompts, {counts.completion_tokens} in completions"),
+    ]
+    if counts.prompts_not_prefix:
+        rows.append(
+            (
+                "prompts",
+                f"{counts.prompts_not_prefix} are not a prefix of their text; left out of the "
+                f"first: {counts.lost_prompt_end!r}",
+            )
+        )
+    return rows
+
+
+def _model_rows(module: Any, data: Any) -> list[tuple[str, str]]:
+    parameters = list(module.policy.parameters())
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    attention = "packed, prompts shared by both completions"
+    if module.packing_obstacle is not None:
+        attention = f"padded, because {module.packing_obstacle}"
+    return [
+        ("model", f"{module.policy_name}: {trained:,} of {total:,} parameters trained"),
+        ("reference", module.reference.description),
+        ("attention", attention),
+        ("steps", f"{module.num_training_steps()}, {data.batch_size} examples each"),
+    ]

@@ -1,0 +1,125 @@
+"""`metrics.csv`: one row per optimizer step, a fixed header, full precision, flushed every step."""
+
+import csv
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+TRAIN_METRICS = (
+    "loss",
+    "z0",
+    "z0_raw",
+    "reward/desirable",
+    "reward/undesirable",
+    "reward/margin",
+    "logps/desirable",
+    "logps/undesirable",
+    "grad_norm",
+    "lr",
+    "tokens",
+)
+VALIDATION_METRICS = (
+    "loss",
+    "z0",
+    "z0_raw",
+    "reward/desirable",
+    "reward/undesirable",
+    "reward/margin",
+    "logps/desirable",
+    "logps/undesirable",
+    "reward/auc",
+    "tokens",
+)
+COLUMNS = (
+    "step",
+    *(f"train/{name}" for name in TRAIN_METRICS),
+    *(f"val/{name}" for name in VALIDATION_METRICS),
+)
+
+
+class MetricsFile(Logger):
+    """Writes `OUTPUT/metrics.csv`.
+
+    Validation at a step adds to that step's row, so that there is one row a step. What a batch
+    cannot give stays an empty cell.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        super().__init__()
+        self._directory = Path(directory)
+        self._row: dict[str, float] = {}
+        self._row_start = 0
+        self._file: io.TextIOWrapper | None = None
+
+    @property
+    def path(self) -> Path:
+        return self._directory / "metrics.csv"
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self._directory)
+
+    @rank_zero_only
+    def begin(self, after_step: int) -> None:
+        """Open the file for the steps after `after_step`; rows of later ones are cut off."""
+        kept: list[dict[str, str]] = []
+        if after_step and self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                kept = [row for row in csv.DictReader(file) if _is_kept(row, after_step)]
+        self._directory.mkdir(parents=True, exist_ok=True)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept)
+        part = self.path.with_suffix(".csv.part")
+        part.write_text(text.getvalue(), encoding="utf-8")
+        os.replace(part, self.path)
+        self.close()
+        self._file = self.path.open("r+", newline="", encoding="utf-8")
+        self._row_start = self._file.seek(0, os.SEEK_END)
+        self._row = {}
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if self._file is None:
+            return
+        if self._row.get("step") == step:
+            self._row.update(metrics)
+        else:
+            self._row = {"step": step or 0, **metrics}
+            self._row_start = self._file.seek(0, os.SEEK_END)
+        self._file.seek(self._row_start)
+        writer = csv.DictWriter(self._file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writerow(self._row)
+        self._file.truncate()
+        self._file.flush()
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Settings are in `config.yaml`."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _is_kept(row: dict[str, str], after_step: int) -> bool:
+    """Whole rows up to the checkpoint's step; a killed run may have left half a row."""
+    step = row.get("step") or ""
+    return step.isdigit() and int(step) <= after_step and None not in row.values()
