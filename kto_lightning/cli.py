@@ -7,10 +7,11 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from transformers.utils import logging as transformers_logging
 
@@ -34,27 +35,33 @@ _UNKNOWN_OPTION = re.compile(
     r"does not accept option '(?P<option>[^']+)'|Key '(?P<key>[^']+)' is not expected"
     r"|[Uu]nrecognized arguments: --(?P<argument>[^\s=]+)"
 )
-_RENAMED = {
-    "gradient_clip_val": "--model.gradient_clip_norm",
-    "gradient_clip_algorithm": "--model.gradient_clip_norm",
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    # Trainer option: (values that change nothing, what to use instead)
+    "gradient_clip_val": ((None,), "--model.gradient_clip_norm"),
+    "gradient_clip_algorithm": ((None,), "--model.gradient_clip_norm"),
     "accumulate_grad_batches": (
+        (None, 1),
         "--data.batch_size (examples per optimizer step over all devices) and --data.max_tokens "
-        "(tokens per forward)"
+        "(tokens per forward)",
     ),
 }
 
 
 class Parser(LightningArgumentParser):
-    """Answers a wrong key with the nearest right one."""
+    """Answers a wrong key with the nearest right one, in a line instead of all options."""
 
-    def error(self, message: str, ex: Exception | None = None) -> Any:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         match = _UNKNOWN_OPTION.search(message)
         if match:
             wrong = next(group for group in match.groups() if group).removeprefix("--")
             near = difflib.get_close_matches(wrong, self._known_keys(), n=1, cutoff=0.5)
             if near:
-                message = f"{message.rstrip()} Did you mean '--{near[0]}'?"
-        super().error(message, ex)
+                message = f"{message.rstrip()}. Did you mean '--{near[0]}'?"
+        message = message.replace("required: fit.", "required: --")
+        print(
+            f"error: {message}\nhelp: {self.prog.replace(' [options]', '')} --help", file=sys.stderr
+        )
+        raise SystemExit(2) from ex
 
     def _known_keys(self) -> list[str]:
         parsers = [self]
@@ -120,8 +127,8 @@ class KTOCLI(LightningCLI):
         config.ckpt_path = self._checkpoint(config.ckpt_path, config.output_dir)
 
     def _refuse(self, trainer: Any) -> None:
-        for name, ours in _RENAMED.items():
-            if trainer.get(name) not in (None, 1):
+        for name, (harmless, ours) in _REFUSED.items():
+            if trainer.get(name) not in harmless:
                 raise ConfigError(f"--trainer.{name} does nothing here. Use {ours}.")
         precision = str(trainer.precision)
         if precision.endswith("-true") and precision not in ("32-true", "64-true"):
@@ -201,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     _quieten()
     try:
         KTOCLI(argv)
-    except ConfigError as error:
+    except (ConfigError, MisconfigurationException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KTOError as error:

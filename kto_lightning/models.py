@@ -1,5 +1,6 @@
 """Loading: a directory or hub id to a model, its tokenizer and its adapters."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from transformers import (
 
 from kto_lightning.errors import ConfigError, ModelError
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 REFERENCE_ADAPTER = "reference"
 """The frozen twin of an adapter that training starts from."""
 
@@ -131,6 +133,8 @@ def load_causal_lm(
 
 def _require_model_files(name: str) -> None:
     directory = Path(name)
+    if not directory.exists() and not _HUB_ID.fullmatch(name):
+        raise ModelError(f"there is no directory {name}, and it cannot be a hub id (owner/name).")
     if directory.is_dir() and not (directory / "config.json").is_file():
         raise ModelError(
             f"{name} has no config.json, so it is not a Hugging Face model directory. "
@@ -197,6 +201,8 @@ def load_tokenizer(
     """
     if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
         name = adapter_base(name)
+    if not Path(name).is_dir():
+        _require_model_files(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:

@@ -133,10 +133,10 @@ class KTODataModule(LightningDataModule):
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         module = self._module
         name = self.tokenizer_name or module.policy_name
+        known = vocabulary_size(module.policy_name, trust_remote_code=module.trust_remote_code)
         tokenizer = load_tokenizer(
             name, chat_template=self.chat_template, trust_remote_code=module.trust_remote_code
         )
-        known = vocabulary_size(module.policy_name, trust_remote_code=module.trust_remote_code)
         if len(tokenizer) > known:
             raise ModelError(
                 f"the tokenizer of {name} has {len(tokenizer)} tokens, but the model "
