@@ -37,21 +37,19 @@ PACKED = "kto_packed"
 _HARMLESS = {
     "position_ids",
     "cache_position",
-    "is_causal",
+    "is_causal",  # as False it is refused
     "use_cache",
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
     "return_dict",
-    "layer_past",
-    "head_mask",
     "position_embeddings",
-    "past_key_values",
     "layer_idx",
     "cu_seq_lens_q",
     "cu_seq_lens_k",
     "max_length_q",
     "max_length_k",
+    "sliding_window",
     "num_items_in_batch",
 }
 
@@ -181,9 +179,8 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     packed_run: PackedRun | None = None,
-    **options: object,
+    **options: Any,
 ) -> tuple[Float[Tensor, "1 tokens heads value_size"], None]:
     """Attention over the segments of `packed_run`; transformers' attention signature.
 
@@ -196,7 +193,7 @@ def packed_attention(
     packed_run.num_calls += 1
     query, key = query.to(value.dtype), key.to(value.dtype)
     key, value = packed_run.keys_and_values(_layer_index(module), key, value)
-    window = sliding_window or _window_of_layer(module)
+    window = options.get("sliding_window") or _window_of_layer(module, options)
     attend = _attend_varlen if _can_use_varlen(query, value, dropout) else _attend_by_segment
     return attend(query, key, value, packed_run, scaling, window, dropout), None
 
@@ -209,7 +206,7 @@ def _refuse_unknown(module, attention_mask, packed_run, options) -> None:
     for name, option in options.items():
         if option is not None and option is not False and name not in _HARMLESS:
             raise UnsupportedAttentionError(f"its attention uses '{name}'")
-    if not getattr(module, "is_causal", True):
+    if options.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise UnsupportedAttentionError("its attention is not causal")
 
 
@@ -220,12 +217,16 @@ def _layer_index(module: torch.nn.Module) -> int:
     return layer
 
 
-def _window_of_layer(module: torch.nn.Module) -> int | None:
+def _window_of_layer(module: torch.nn.Module, options: dict[str, Any]) -> int | None:
     """The window of a layer that is named a sliding one in the config but does not pass it."""
     config = getattr(module, "config", None)
+    window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
-    if layer_types and layer_types[_layer_index(module)] == "sliding_attention":
-        return getattr(config, "sliding_window", None)
+    if layer_types:
+        return window if layer_types[_layer_index(module)] == "sliding_attention" else None
+    if window and "sliding_window" not in options:
+        # PhiMoE masks by it; nothing tells which layers another model masks.
+        raise UnsupportedAttentionError("it has a sliding window that its layers do not pass on")
     return None
 
 
@@ -233,6 +234,7 @@ def _can_use_varlen(query: Tensor, value: Tensor, dropout: float) -> bool:
     return (
         varlen_attn is not None
         and query.is_cuda
+        and query.shape[2] > 0
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] == value.shape[-1] <= 256
         and dropout == 0.0
