@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
@@ -48,7 +48,6 @@ class Policy(nn.Module):
         self.logit_scale = logit_scale(config)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.auxiliary_coefficient = auxiliary_coefficient(config)
-        self.pad_token_id: int = getattr(config, "pad_token_id", None) or 0
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -83,7 +82,7 @@ class Policy(nn.Module):
 
     def _score_mismatched(
         self, batch: PackedBatch, hidden: Tensor | None, store: PromptStore | None
-    ) -> Float32[Tensor, " batch"]:
+    ) -> Float[Tensor, " batch"]:
         sequences = batch.mismatched
         assert sequences is not None
         rows = sequences.scored.rows
@@ -138,11 +137,8 @@ class Policy(nn.Module):
         self, sequences: Sequences
     ) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, ""] | None]:
         """The same on right-padded rows, a sequence a row, with the model's own attention."""
-        ids = pad_sequence(
-            list(sequences.input_ids.split(sequences.lengths)),
-            batch_first=True,
-            padding_value=self.pad_token_id,
-        )
+        # Any token will do behind a sequence's end: nothing that is scored sees it.
+        ids = pad_sequence(list(sequences.input_ids.split(sequences.lengths)), batch_first=True)
         positions = torch.arange(ids.shape[1], device=ids.device)
         real = positions < sequences.boundaries.diff()[:, None]
         outputs = self.causal_lm.base_model(
@@ -189,11 +185,12 @@ class Policy(nn.Module):
         hidden: Float[Tensor, "tokens width"],
         sequences: Sequences,
         rows: Int[Tensor, " scored"],
-    ) -> Float32[Tensor, " batch"]:
+    ) -> Float[Tensor, " batch"]:
         """Sequence log-probs, nats: the head over `rows`, summed per example."""
         weight, bias = effective_head(self.causal_lm.get_output_embeddings())
         token_logps = linear_logps(
-            hidden.index_select(0, rows),
+            # A bfloat16 head with a float32 adapter is a float32 head.
+            hidden.index_select(0, rows).to(weight.dtype),
             weight,
             sequences.scored.targets,
             bias=bias,
@@ -217,8 +214,8 @@ class Policy(nn.Module):
 
 
 def sum_per_owner(
-    token_logps: Float32[Tensor, " scored"], owners: Int[Tensor, " scored"], lengths: list[int]
-) -> Float32[Tensor, " batch"]:
+    token_logps: Float[Tensor, " scored"], owners: Int[Tensor, " scored"], lengths: list[int]
+) -> Float[Tensor, " batch"]:
     """Sum the tokens of each sequence. `owners` ascend; `lengths` bound the tokens of each.
 
     Through a `[batch, longest]` table, whose row sums are pairwise and the same in every run, where
