@@ -3,11 +3,12 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -83,6 +84,11 @@ def load_model(
             "Leave --model.lora out to train on, or merge the adapter into its base first."
         )
     base = adapter_base(name)
+    if PeftConfig.from_pretrained(name).is_prompt_learning:
+        raise ModelError(
+            f"{name} is an adapter of virtual tokens, which cannot be trained here. Take one that "
+            "changes weights, such as LoRA."
+        )
     model = load_causal_lm(base, dtype=dtype, trust_remote_code=trust_remote_code)
     adapted = _load_adapter(model, name)
     if not dropout:
@@ -119,15 +125,27 @@ def load_causal_lm(
     """
     _require_model_files(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"--model.policy {name} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"the model {name} cannot be loaded: {_first_line(error)}") from error
     except Exception as error:  # safetensors raises its own type for a damaged file
         if type(error).__name__ != "SafetensorError":
             raise
         raise ModelError(f"{name}: its weights are damaged: {error}. Copy them again.") from error
+    model, found = loaded
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise ModelError(
+            f"{name}: its files lack {len(missing)} of the weights that its config calls for "
+            f"({missing[0]} is one), which would start at random. Take a complete causal language "
+            "model."
+        )
     return model.train()
 
 
@@ -151,11 +169,12 @@ def _first_line(error: BaseException) -> str:
 def disable_dropout(model: nn.Module) -> None:
     """Switch off every dropout of a model, adapters included."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, _DropoutNd):
             module.p = 0.0
-        # Attention modules hand this number to a functional dropout.
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.__dict__["attention_dropout"] = 0.0
+        # Many modules hand a rate of their own, under names of their own, to a functional dropout.
+        for name, rate in vars(module).items():
+            if "drop" in name and isinstance(rate, float):
+                vars(module)[name] = 0.0
 
 
 def _add_adapter(model: PreTrainedModel, lora: LoRA) -> nn.Module:
