@@ -67,12 +67,15 @@ def assert_weights_agree(
 ) -> None:
     """Weights after SGD: to 1e-4 of the largest movement, which must be at least 1e-3."""
     assert ours.keys() == theirs.keys() == initial.keys()
-    movement = max(_largest_difference(theirs[name], initial[name]) for name in theirs)
+    movement = largest_difference(theirs, initial)
     assert movement >= 1e-3, f"the weights moved by {movement:.2g} at most, too little to compare"
-    for name in theirs:
-        difference = _largest_difference(ours[name], theirs[name])
-        assert difference <= 1e-4 * movement, f"{name}: {difference:.2g} of {movement:.2g}"
+    difference = largest_difference(ours, theirs)
+    assert difference <= 1e-4 * movement, (
+        f"{difference:.2g} apart after a movement of {movement:.2g}"
+    )
 
 
-def _largest_difference(a: Tensor, b: Tensor) -> float:
-    return (a.double() - b.double()).abs().max().item()
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest absolute difference of any weight; NaN if any is NaN."""
+    differences = [(a[name].double() - b[name].double()).abs().max() for name in a]
+    return torch.stack(differences).max().item()

@@ -153,7 +153,7 @@ def pairwise_cover() -> list[Case]:
     """
     levels = [[(name, value) for value in values] for name, values in AXES.items()]
     recipe = slice(list(AXES).index("loss"), list(AXES).index("optimizer") + 1)
-    missing = {pair for a, b in combinations(levels, 2) for pair in product(a, b)}
+    missing: set[Any] = {pair for a, b in combinations(levels, 2) for pair in product(a, b)}
     missing.update(product(*levels[recipe]))
     used: Counter[Any] = Counter()
 
