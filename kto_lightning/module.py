@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ from kto_lightning.packing_probe import make_policy
 from kto_lightning.policy import Policy
 from kto_lightning.reference import AdapterReference, FrozenReference, Reference
 from kto_lightning.types import Logps, PackedBatch, StepBatch
+from kto_lightning.validation import ValidationSums
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,6 +37,17 @@ class MicroLogps:
 
     policy: Logps
     reference: Logps
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the policy says of one example."""
+
+    index: int
+    """Its place in the set."""
+    reward: float
+    policy_logps: float
+    reference_logps: float
 
 
 class KTOModule(LightningModule):
@@ -107,6 +119,7 @@ class KTOModule(LightningModule):
         self.packing_obstacle: str | None = None
         """Why the model runs padded; None: it runs packed."""
         self.latest_metrics: dict[str, float] = {}
+        self._validation = ValidationSums(torch.device("cpu"))
         self._check_settings(reference_cache)
 
     def _check_settings(self, reference_cache: str | None) -> None:
@@ -176,7 +189,7 @@ class KTOModule(LightningModule):
         assert self.policy is not None
         optimizer = make_optimizer(
             self.optimizer_name,
-            self.policy.parameters(),
+            self.policy.named_parameters(),
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
         )
@@ -215,6 +228,60 @@ class KTOModule(LightningModule):
     def _place_reference(self) -> None:
         if isinstance(self.reference, FrozenReference):
             self.reference.to(self.device)
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = ValidationSums(self.device)
+
+    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """Held-out batch: the same numbers as a training step's, without a gradient."""
+        known = [self._all_logps(micro_batch) for micro_batch in batch.micro_batches]
+        z0_raw, z0 = self._reference_point(batch, known)
+        auxiliary = torch.zeros((), device=self.device)
+        for micro_batch, logps in zip(batch.micro_batches, known, strict=True):
+            self._add_losses(micro_batch, logps, z0, self._validation.batches)
+            auxiliary += self._auxiliary_loss(micro_batch, logps.policy, batch.num_tokens)
+            reward, counted = self._rewards(logps), micro_batch.counted
+            self._validation.auc.update(reward[counted], micro_batch.desirable[counted])
+        self._validation.add_batch(
+            z0_raw=z0_raw,
+            z0=z0,
+            auxiliary=auxiliary,
+            num_examples=batch.num_examples,
+            num_tokens=batch.num_tokens,
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        self.publish("val", self._validation.metrics(self._sum_over_ranks))
+
+    def on_predict_start(self) -> None:
+        self._place_reference()
+
+    def predict_step(self, batch: StepBatch, batch_idx: int) -> list[Prediction]:
+        """Reward and log-probs of every example that this rank counts."""
+        predictions = []
+        for micro_batch in batch.micro_batches:
+            logps = self._all_logps(micro_batch)
+            assert logps.policy.matched is not None
+            assert logps.reference.matched is not None
+            numbers = zip(
+                micro_batch.indices,
+                self._rewards(logps).tolist(),
+                logps.policy.matched.tolist(),
+                logps.reference.matched.tolist(),
+                micro_batch.counted.tolist(),
+                strict=True,
+            )
+            predictions += [
+                Prediction(index, reward, policy, reference)
+                for index, reward, policy, reference, counted in numbers
+                if counted
+            ]
+        return predictions
+
+    def _rewards(self, logps: MicroLogps) -> Float[Tensor, " batch"]:
+        assert logps.policy.matched is not None
+        assert logps.reference.matched is not None
+        return self.beta * (logps.policy.matched - logps.reference.matched)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step: z0 over the whole batch, then micro-batch by micro-batch."""
@@ -375,3 +442,16 @@ class KTOModule(LightningModule):
         }
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in frozen}
+        checkpoint["kto"] = self.origin()
+
+    def origin(self) -> dict[str, Any]:
+        """Where this policy came from, in plain values: what `export` needs to build it again."""
+        return {
+            "policy": self.policy_name,
+            "reference": self.reference_name or self.policy_name,
+            "beta": self.beta,
+            "loss": self.loss,
+            "dtype": self.dtype_name,
+            "lora": asdict(self.lora) if self.lora is not None else None,
+            "trust_remote_code": self.trust_remote_code,
+        }

@@ -3,7 +3,6 @@
 import os
 from typing import Any, Literal
 
-import numpy as np
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +17,7 @@ from kto_lightning.data.batches import (
 from kto_lightning.data.collate import StepBatches
 from kto_lightning.data.packing import example_costs
 from kto_lightning.data.records import load_records
+from kto_lightning.data.split import split_by_prompt
 from kto_lightning.data.tokenize import ExampleSet, Truncation, tokenize_records
 from kto_lightning.data.weights import ClassWeights, check_weights, resolve_weights
 from kto_lightning.errors import ConfigError, ModelError
@@ -36,6 +36,9 @@ class KTODataModule(LightningDataModule):
     Args:
         train: records to train on: a file (jsonl, json, csv, parquet), a glob of them, several, or
             a hub data set.
+        validation: held-out records: a file like `train`, or a fraction of `train` by prompt; null:
+            none.
+        predict: records to reward, for the command `predict`.
         batch_size: examples per optimizer step, over all devices.
         max_tokens: tokens per forward on one device; decides memory only, never the result.
         max_length: tokens after which prompt + completion is truncated; null: never.
@@ -56,6 +59,8 @@ class KTODataModule(LightningDataModule):
     def __init__(
         self,
         train: str | list[str] | None = None,
+        validation: float | str | list[str] | None = None,
+        predict: str | list[str] | None = None,
         batch_size: int = 8,
         max_tokens: int = 16384,
         max_length: int | None = 1024,
@@ -69,7 +74,7 @@ class KTODataModule(LightningDataModule):
         preprocessing_workers: int | None = None,
     ) -> None:
         super().__init__()
-        self.train = train
+        self.train, self.validation, self.predict = train, validation, predict
         self.batch_size, self.max_tokens, self.max_length = batch_size, max_tokens, max_length
         self.truncation: Truncation = truncation
         self.shuffle = shuffle
@@ -79,7 +84,8 @@ class KTODataModule(LightningDataModule):
         self.num_workers, self.preprocessing_workers = num_workers, preprocessing_workers
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.train_set: ExampleSet | None = None
-        self.pairing: Pairing | None = None
+        self.validation_set: ExampleSet | None = None
+        self.predict_set: ExampleSet | None = None
         self.class_weights: ClassWeights | None = None
         self.warnings: list[str] = []
         """In plain words, for the summary."""
@@ -108,27 +114,52 @@ class KTODataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Read and tokenize once per machine; the other processes find it in the cache."""
-        self._load()
+        assert self.trainer is not None
+        self._load(str(self.trainer.state.fn))
 
     def setup(self, stage: str) -> None:
-        self._load()
+        self._load(stage)
 
-    def _load(self) -> None:
-        if self.train_set is not None:
+    def _load(self, stage: str) -> None:
+        """Records of a stage (`fit`, `validate` or `predict`), read once."""
+        if stage == "predict":
+            self.predict_set = self.predict_set or self._examples(self.predict, "predict")
             return
-        if self.train is None:
-            raise ConfigError("--data.train is needed: a file of records to train on.")
-        records = load_records(self.train)
-        self.tokenizer = self._load_tokenizer()
-        self.train_set = tokenize_records(
+        fraction = isinstance(self.validation, (int, float))
+        if self.validation_set is None and self.validation is not None and not fraction:
+            self.validation_set = self._examples(self.validation, "validation")
+        if self.train_set is None and (stage == "fit" or fraction):
+            self._load_training_set()
+        if stage == "validate" and self.validation_set is None:
+            raise ConfigError("--data.validation is needed: a file of records, or a fraction.")
+
+    def _load_training_set(self) -> None:
+        examples = self._examples(self.train, "train")
+        if isinstance(self.validation, (int, float)):
+            kept, held_out = split_by_prompt(
+                examples.prompt_keys,
+                examples.desirable,
+                fraction=self.validation,
+                seed=self.pairing_seed,
+            )
+            self.validation_set = examples.select(held_out)
+            examples = examples.select(kept)
+        self.class_weights = self._resolve_weights(examples)
+        self.train_set = examples
+
+    def _examples(self, source: float | str | list[str] | None, key: str) -> ExampleSet:
+        if source is None:
+            raise ConfigError(f"--data.{key} is needed: a file of records.")
+        assert not isinstance(source, (int, float))
+        records = load_records(source)
+        self.tokenizer = self.tokenizer or self._load_tokenizer()
+        return tokenize_records(
             records,
             self.tokenizer,
             max_length=self.max_length,
             truncation=self.truncation,
             num_workers=self.preprocessing_workers,
         )
-        self.class_weights = self._resolve_weights(self.train_set)
-        self.pairing = self._pair(self.train_set)
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         module = self._module
@@ -156,14 +187,13 @@ class KTODataModule(LightningDataModule):
             self.warnings.append(warning)
         return weights
 
-    def _pair(self, examples: ExampleSet) -> Pairing:
+    def _pair(self, examples: ExampleSet, *, shuffle: bool) -> Pairing:
         if self._module.loss == "apo_zero_unpaired":
             return unpaired(len(examples))
-        if self.pairing_kind == "rotate":
-            pairing = pair_rotate(len(examples), self.batch_size)
-        else:
-            seed = self.pairing_seed if self.shuffle else None
-            pairing = pair_distinct_prompts(examples.prompt_keys, seed=seed)
+        if self.pairing_kind == "distinct_prompts":
+            seed = self.pairing_seed if shuffle else None
+            return pair_distinct_prompts(examples.prompt_keys, seed=seed)
+        pairing = pair_rotate(len(examples), self.batch_size)
         if len(pairing.self_paired):
             self.warnings.append(
                 "the last block of --data.pairing rotate has a single example, which is paired "
@@ -174,44 +204,64 @@ class KTODataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[StepBatch]:
         assert self.train_set is not None
-        assert self.pairing is not None
         assert self.class_weights is not None
-        assert self.trainer is not None
-        packed = self._module.policy.packed
-        self._sampler = PlanSampler(
-            pairing=self.pairing,
-            costs=self._costs(self.train_set, self.pairing),
-            batch_size=self.batch_size,
-            max_tokens=self.max_tokens,
-            shuffle=self.shuffle,
-            seed=int(os.environ.get("PL_GLOBAL_SEED", "0")),
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            padded=not packed,
-        )
+        pairing = self._pair(self.train_set, shuffle=self.shuffle)
+        self._sampler = self._plans(self.train_set, pairing, shuffle=self.shuffle)
         if self._state is not None:
             self._sampler.load_state(self._state)
-        batches = StepBatches(
-            examples=self.train_set,
-            desirable_weight=self.class_weights.desirable,
-            undesirable_weight=self.class_weights.undesirable,
-            max_length=self.max_length,
-            can_share_prompts=packed,
-        )
-        return DataLoader(
-            batches,
-            batch_size=None,
-            sampler=self._sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+        return self._loader(self.train_set, self._sampler, self.class_weights)
 
-    def _costs(self, examples: ExampleSet, pairing: Pairing) -> np.ndarray:
-        return example_costs(
+    def val_dataloader(self) -> DataLoader[StepBatch] | list[Any]:
+        if self.validation_set is None:
+            return []
+        examples = self.validation_set
+        # Held-out loss is weighted as in training; on its own, as its classes ask for.
+        weights = self.class_weights or self._resolve_weights(examples)
+        pairing = self._pair(examples, shuffle=self.shuffle)
+        return self._loader(examples, self._plans(examples, pairing, shuffle=False), weights)
+
+    def predict_dataloader(self) -> DataLoader[StepBatch]:
+        assert self.predict_set is not None
+        examples = self.predict_set
+        plans = self._plans(examples, unpaired(len(examples)), shuffle=False)
+        return self._loader(examples, plans, ClassWeights(desirable=1.0, undesirable=1.0))
+
+    def _plans(self, examples: ExampleSet, pairing: Pairing, *, shuffle: bool) -> PlanSampler:
+        assert self.trainer is not None
+        costs = example_costs(
             examples.prompt_lengths,
             examples.completion_lengths,
             pairing.partner,
             max_length=self.max_length,
+        )
+        return PlanSampler(
+            pairing=pairing,
+            costs=costs,
+            batch_size=self.batch_size,
+            max_tokens=self.max_tokens,
+            shuffle=shuffle,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", "0")),
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            padded=not self._module.policy.packed,
+        )
+
+    def _loader(
+        self, examples: ExampleSet, plans: PlanSampler, weights: ClassWeights
+    ) -> DataLoader[StepBatch]:
+        batches = StepBatches(
+            examples=examples,
+            desirable_weight=weights.desirable,
+            undesirable_weight=weights.undesirable,
+            max_length=self.max_length,
+            can_share_prompts=self._module.policy.packed,
+        )
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=plans,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
         )
 
     def state_dict(self) -> dict[str, Any]:

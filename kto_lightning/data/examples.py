@@ -4,7 +4,8 @@ Lengths, labels and prompt keys are NumPy arrays in memory; the tokens stay in t
 is mapped into memory, so that a million records cost megabytes and loader processes share them.
 """
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -110,7 +111,6 @@ class ExampleSet:
         self.prompt_keys = table.column("prompt_key").to_numpy()[self.rows]
         if not len(self.rows):
             raise _nothing_left(full_prompts, empty, max_length)
-        longer = (full_prompts + completions)[self.rows] > _limit(max_length)
         num_lost = table.column("num_lost").to_numpy()
         first_dropped = np.flatnonzero(dropped | empty)[:_MOST_SHOWN]
         self.counts = TokenizationCounts(
@@ -119,15 +119,37 @@ class ExampleSet:
             dropped_undesirable=int((dropped & ~given["desirable"]).sum()),
             dropped_empty=int(empty.sum()),
             dropped=[location(records, int(row)) for row in first_dropped],
-            truncated_desirable=int((longer & self.desirable).sum()),
-            truncated_undesirable=int((longer & ~self.desirable).sum()),
             prompts_not_prefix=int((num_lost > 0).sum()),
             lost_prompt_end=lost_prompt_end,
-            desirable=int(self.desirable.sum()),
-            undesirable=int((~self.desirable).sum()),
-            prompt_tokens=int(self.prompt_lengths.sum()),
-            completion_tokens=int(np.minimum(self.completion_lengths, self._room()).sum()),
+            **self._counts_of_kept(),
         )
+
+    def _counts_of_kept(self) -> dict[str, int]:
+        full_lengths = self._prompts.lengths() + self._completions.lengths()
+        longer = full_lengths[self.rows] > _limit(self.max_length)
+        return {
+            "truncated_desirable": int((longer & self.desirable).sum()),
+            "truncated_undesirable": int((longer & ~self.desirable).sum()),
+            "desirable": int(self.desirable.sum()),
+            "undesirable": int((~self.desirable).sum()),
+            "prompt_tokens": int(self.prompt_lengths.sum()),
+            "completion_tokens": int(np.minimum(self.completion_lengths, self._room()).sum()),
+        }
+
+    def select(self, positions: Int64[np.ndarray, " chosen"]) -> "ExampleSet":
+        """The examples at `positions`, as a set of its own; what was dropped stays counted."""
+        chosen = copy.copy(self)
+        for name in (
+            "prompt_lengths",
+            "completion_lengths",
+            "desirable",
+            "weights",
+            "prompt_keys",
+            "rows",
+        ):
+            setattr(chosen, name, getattr(self, name)[positions])
+        chosen.counts = replace(self.counts, **chosen._counts_of_kept())
+        return chosen
 
     def __len__(self) -> int:
         return len(self.rows)
