@@ -1,7 +1,10 @@
 """Optimizers and learning-rate schedules by key."""
 
+import inspect
 import math
+import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,21 +26,73 @@ def _sgd(groups: list[dict], learning_rate: float) -> Optimizer:
 
 OPTIMIZERS: dict[str, Callable[[list[dict], float], Optimizer]] = {"adamw": _adamw, "sgd": _sgd}
 SCHEDULES = [kind.value for kind in SchedulerType]
+# Beside all vectors: an expert's biases and norms by head are matrices, one row an expert or head.
+_NEVER_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|[._])norm(\.|$)", re.IGNORECASE)
+
+
+def require_number(
+    name: str,
+    value: float,
+    *,
+    least: float = 0.0,
+    above: float | None = None,
+    most: float = math.inf,
+) -> None:
+    """Raise ConfigError unless `least` (or, exclusively, `above`) ≤ value ≤ `most` and finite."""
+    enough = value >= least if above is None else value > above
+    if enough and value <= most and math.isfinite(value):
+        return
+    limits = f"at least {least:g}" if above is None else f"a number above {above:g}"
+    if math.isfinite(most):
+        limits = f"{limits} and at most {most:g}"
+    raise ConfigError(f"--model.{name} must be {limits}, got {value:g}.")
+
+
+def require_one_of(name: str, value: str, known: Iterable[str]) -> None:
+    """Raise ConfigError unless it is one of them."""
+    known = list(known)
+    if value not in known:
+        raise ConfigError(f"--model.{name} must be one of {', '.join(known)}, got {value}.")
+
+
+def check_optimization(
+    *,
+    optimizer: str,
+    learning_rate: float,
+    weight_decay: float,
+    gradient_clip_norm: float | None,
+    lr_schedule: str,
+    warmup_ratio: float,
+) -> None:
+    """Raise ConfigError for what would otherwise fail only after data and model are loaded."""
+    require_one_of("optimizer", optimizer, OPTIMIZERS)
+    require_number("learning_rate", learning_rate)
+    require_number("weight_decay", weight_decay)
+    if gradient_clip_norm is not None:
+        require_number("gradient_clip_norm", gradient_clip_norm, above=0.0)
+    require_one_of("lr_schedule", lr_schedule, SCHEDULES)
+    require_number("warmup_ratio", warmup_ratio, most=1.0)
+    trial = SGD([torch.zeros(1)], lr=learning_rate)
+    make_scheduler(lr_schedule, trial, warmup_ratio=warmup_ratio, num_steps=1)
 
 
 def make_optimizer(
     name: str,
-    parameters: Iterable[nn.Parameter],
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
     *,
     learning_rate: float,
     weight_decay: float,
 ) -> Optimizer:
     """The optimizer of that name (`OPTIMIZERS`); weight decay on matrices only, never on biases
     and norms."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    decayed, kept = [], []
+    for parameter_name, parameter in named_parameters:
+        if parameter.requires_grad:
+            never = parameter.ndim < 2 or _NEVER_DECAYED.search(parameter_name)
+            (kept if never else decayed).append(parameter)
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
     ]
     return OPTIMIZERS[name]([group for group in groups if group["params"]], learning_rate)
 
@@ -54,9 +109,15 @@ def make_scheduler(
     if name == "constant" and warmup_steps:
         name = "constant_with_warmup"
     try:
-        return get_scheduler(name, optimizer, warmup_steps, num_steps)
+        scheduler: Any = get_scheduler(name, optimizer, warmup_steps, num_steps)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"--model.lr_schedule {name} cannot be used here: {error}") from error
+    if "metrics" in inspect.signature(scheduler.step).parameters:
+        raise ConfigError(
+            f"--model.lr_schedule {name} waits for a validation metric, and here the learning rate "
+            "changes with every optimizer step. Use constant, linear or cosine."
+        )
+    return scheduler
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], clip_norm: float | None) -> torch.Tensor:
