@@ -1,5 +1,6 @@
 """Loading: a directory or hub id to a model, its tokenizer and its adapters."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,16 @@ class LoRA:
     """Names of the modules to adapt, `lm_head` too; `all-linear`: every linear one but the head."""
     dropout: float = 0.0
     """Dropout on the update's input; the one dropout that stays on when given."""
+
+    def __post_init__(self) -> None:
+        for name, fits, limits in (
+            ("r", self.r >= 1, "at least 1"),
+            ("alpha", 0.0 < self.alpha < math.inf, "a number above 0"),
+            ("dropout", 0.0 <= self.dropout < 1.0, "at least 0 and below 1"),
+        ):
+            if not fits:
+                value = getattr(self, name)
+                raise ConfigError(f"--model.lora.{name} must be {limits}, got {value:g}.")
 
 
 @dataclass(kw_only=True, slots=True)
