@@ -199,6 +199,11 @@ class Policy(nn.Module):
         )
         return sum_per_owner(token_logps, sequences.scored.owners, sequences.lengths)
 
+    def run_padded(self) -> None:
+        """Take the padded path from now on."""
+        self.packed = False
+        self.causal_lm.set_attn_implementation(self.own_attention)
+
     @contextmanager
     def own_attention_restored(self) -> Iterator[PreTrainedModel]:
         """The model as it generates: with its own attention, in eval mode."""
