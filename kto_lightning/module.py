@@ -1,6 +1,5 @@
 """`KTOModule`: one optimizer step of KTO, from a packed batch to updated weights."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -16,11 +15,12 @@ from kto_lightning.loss import kto_loss, reference_point
 from kto_lightning.metrics import BatchSums, batch_metrics
 from kto_lightning.models import LoadedModel, LoRA, is_adapter, load_model
 from kto_lightning.optimization import (
-    OPTIMIZERS,
-    SCHEDULES,
+    check_optimization,
     gradient_norm,
     make_optimizer,
     make_scheduler,
+    require_number,
+    require_one_of,
 )
 from kto_lightning.packing_probe import make_policy
 from kto_lightning.policy import Policy
@@ -123,29 +123,18 @@ class KTOModule(LightningModule):
         self._check_settings(reference_cache)
 
     def _check_settings(self, reference_cache: str | None) -> None:
-        for name, value in (
-            ("beta", self.beta),
-            ("gradient_clip_norm", self.gradient_clip_norm),
-        ):
-            if value is not None and not 0.0 < value < math.inf:
-                raise ConfigError(f"--model.{name} must be a number above 0, got {value:g}.")
-        for name, value, highest in (
-            ("learning_rate", self.learning_rate, math.inf),
-            ("weight_decay", self.weight_decay, math.inf),
-            ("warmup_ratio", self.warmup_ratio, 1.0),
-        ):
-            if not 0.0 <= value <= highest or math.isinf(value):
-                raise ConfigError(f"--model.{name} must be from 0 to {highest:g}, got {value:g}.")
-        if self.optimizer_name not in OPTIMIZERS:
-            raise ConfigError(
-                f"--model.optimizer must be one of {', '.join(OPTIMIZERS)}, "
-                f"got {self.optimizer_name}."
-            )
-        if self.lr_schedule not in SCHEDULES:
-            raise ConfigError(
-                f"--model.lr_schedule must be one of {', '.join(SCHEDULES)}, "
-                f"got {self.lr_schedule}."
-            )
+        require_number("beta", self.beta, above=0.0)
+        require_one_of("loss", self.loss, ("kto", "apo_zero_unpaired"))
+        if self.dtype_name is not None:
+            require_one_of("dtype", self.dtype_name, DTYPES)
+        check_optimization(
+            optimizer=self.optimizer_name,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            gradient_clip_norm=self.gradient_clip_norm,
+            lr_schedule=self.lr_schedule,
+            warmup_ratio=self.warmup_ratio,
+        )
         frozen_base = self.lora is not None or is_adapter(self.policy_name)
         if self.dtype_name == "bfloat16" and not frozen_base:
             raise ConfigError(
@@ -180,7 +169,12 @@ class KTOModule(LightningModule):
                 dtype=DTYPES[self.dtype_name or "float32"],
                 trust_remote_code=self.trust_remote_code,
             )
-            return FrozenReference(make_policy(model.model)[0], f"{self.reference_name}, frozen")
+            reference, obstacle = make_policy(model.model)
+            if obstacle is not None and policy.packed:
+                # One batch serves both, and without shared prompts it is made for padded runs.
+                policy.run_padded()
+                self.packing_obstacle = f"of its reference: {obstacle}"
+            return FrozenReference(reference, f"{self.reference_name}, frozen")
         if loaded.adapter is not None:
             return AdapterReference(policy, twin=loaded.adapter == "given")
         return FrozenReference.copy_of(policy)
@@ -209,6 +203,8 @@ class KTOModule(LightningModule):
         """
         trainer = self.trainer
         per_epoch = trainer.datamodule.num_steps_per_epoch  # pyright: ignore[reportAttributeAccessIssue]
+        share = trainer.limit_train_batches
+        per_epoch = int(per_epoch * share) if isinstance(share, float) else min(per_epoch, share)
         limit = trainer.max_steps if trainer.max_steps > 0 else None
         epochs = trainer.max_epochs
         if epochs is None or epochs < 0:
@@ -304,6 +300,12 @@ class KTOModule(LightningModule):
     def _logps_before_backward(self, micro_batches: list[PackedBatch]) -> list[MicroLogps | None]:
         """What z0 needs. One micro-batch runs once, with gradient, for everything; several run
         their mismatched completions first, without one, and keep the reference's answers."""
+        if (micro_batches[0].mismatched is None) != (self.loss == "apo_zero_unpaired"):
+            raise ConfigError(
+                "The loss kto needs mismatched completions in its batches and apo_zero_unpaired "
+                f"has none, but these were not made for {self.loss}. Give loader and module the "
+                "same loss."
+            )
         if len(micro_batches) == 1:
             return [self._all_logps(micro_batches[0])]
         if micro_batches[0].mismatched is None:
