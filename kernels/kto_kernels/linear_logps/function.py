@@ -11,6 +11,7 @@ from kto_kernels.linear_logps.head import Head
 from kto_kernels.linear_logps.modes import (
     Forward,
     frozen_head_forward,
+    fused_logps,
     kept_forward,
     plain_forward,
     trained_backward,
@@ -91,6 +92,7 @@ def _score(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """logps, entropy, mean logit; `plan` overrules the choice, for tests and benchmarks."""
     _check(hidden, weight, targets, bias)
+    targets = targets.long().contiguous()
     needs = Needs.of(hidden, weight, bias)
     plan = plan or make_plan(hidden, weight, needs, statistics=statistics)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -99,6 +101,8 @@ def _score(
                 hidden=hidden, weight=weight, bias=bias, targets=targets, head=head, plan=plan
             )
             with torch.no_grad():
+                if plan.fused:
+                    return fused_logps(inputs), None, None
                 forward = plain_forward(inputs, statistics=statistics)
             return forward.logps, forward.entropy, forward.mean_logit
         return _LinearLogps.apply(hidden, weight, bias, targets, head, plan, needs, statistics)

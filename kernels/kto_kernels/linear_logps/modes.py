@@ -12,6 +12,7 @@ E = \frac{\partial \log p(y)}{\partial h}
 Neither depends on the loss: ∂loss/∂log p is a factor per row that comes later.
 """
 
+import importlib
 from dataclasses import dataclass, field
 
 import torch
@@ -46,6 +47,14 @@ def plain_forward(inputs: Inputs, *, statistics: bool) -> Forward:
     return _forward(inputs, running, running.finish(inputs.head))
 
 
+def fused_logps(inputs: Inputs) -> Tensor:
+    """Log-probabilities alone, without tiles. 1 G."""
+    fused = importlib.import_module("kto_kernels.linear_logps.fused")  # needs Triton
+    bias = None if inputs.bias is None else inputs.bias.float().contiguous()
+    hidden = inputs.operand().contiguous()
+    return fused.fused_logps(hidden, inputs.weight, inputs.targets, bias, inputs.head)
+
+
 def frozen_head_forward(inputs: Inputs, *, statistics: bool) -> Forward:
     """Log-probabilities and E. 2 G, and nothing left to multiply in the backward."""
     running = Running.start(inputs.tokens, inputs.hidden.device, statistics=statistics)
@@ -59,7 +68,9 @@ def frozen_head_forward(inputs: Inputs, *, statistics: bool) -> Forward:
     factor = inputs.head.logit_scale / finished.total
     at_target = factor * finished.target_slope * running.others
     total.mul_(-factor[:, None])
-    total.addcmul_(inputs.weight[inputs.targets].float(), at_target[:, None])
+    # A target outside the vocabulary has made `at_target` NaN; its row must still exist.
+    target_rows = inputs.weight[inputs.targets.clamp(0, inputs.vocabulary - 1)]
+    total.addcmul_(target_rows.float(), at_target[:, None])
     forward = _forward(inputs, running, finished)
     narrower = min(inputs.hidden.dtype, inputs.plan.compute_dtype, key=lambda dtype: dtype.itemsize)
     forward.hidden_gradient = total.to(narrower)

@@ -4,6 +4,7 @@ Nothing here looks at values or at the memory that happens to be free: the same 
 device take the same way, so the same inputs give the same bits.
 """
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from enum import Enum
@@ -15,6 +16,10 @@ BUDGET_VARIABLE = "KTO_KERNELS_LOGITS_MIB"
 """Environment variable: MiB that a trained head may spend on keeping its logits' gradient."""
 
 MIB = 2**20
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's interpreter: its kernels run on a CPU, to be tested there."""
 
 
 class Mode(Enum):
@@ -98,6 +103,11 @@ CPU_TILE_COLUMNS = (1024, 8192)
 CPU_BUDGET_MIB = 256
 
 
+def uses_triton(device: torch.device) -> bool:
+    """Whether this device's work goes through Triton kernels."""
+    return HAS_TRITON and (device.type == "cuda" or INTERPRETED)
+
+
 def dispatch_for(width: int) -> Dispatch:
     """The table's row for a hidden width."""
     return next(row for row in DISPATCH if row.max_width is None or width <= row.max_width)
@@ -139,12 +149,25 @@ def make_plan(hidden: Tensor, weight: Tensor, needs: Needs, *, statistics: bool 
         chosen = dispatch_for(width)
         rows = _even(tokens, CUDA_TILE_ROWS)
         columns = _even(vocabulary, chosen.tile_mib * MIB // 4 // rows)
-        fused = chosen.fused and mode is Mode.GRADIENT_FREE and not statistics
+        fused = (
+            chosen.fused
+            and mode is Mode.GRADIENT_FREE
+            and not statistics
+            and uses_triton(device)
+            and _suits_fused(weight, dtype)
+        )
         return Plan(mode=mode, compute_dtype=dtype, rows=rows, columns=columns, fused=fused)
     rows = _even(tokens, CPU_TILE_ROWS)
     low, high = CPU_TILE_COLUMNS
     columns = _even(vocabulary, min(max(CPU_TILE_ELEMENTS // rows, low), high))
     return Plan(mode=mode, compute_dtype=dtype, rows=rows, columns=columns)
+
+
+def _suits_fused(weight: Tensor, dtype: torch.dtype) -> bool:
+    """A weight that would first be cast or copied whole is better cut into tiles, and float32
+    products have no tensor cores to gain from.
+    """
+    return weight.dtype == dtype != torch.float32 and weight.is_contiguous()
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

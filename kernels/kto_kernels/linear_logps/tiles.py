@@ -4,7 +4,7 @@ The vocabulary is the outer loop, so each slice of W is read (and, where the ope
 from the parameter's, cast) once a pass, and each slice of its gradient written once.
 """
 
-import importlib.util
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -15,11 +15,9 @@ from torch import Tensor
 
 from kto_kernels.linear_logps import torch_tiles
 from kto_kernels.linear_logps.head import Head
-from kto_kernels.linear_logps.plan import Plan
+from kto_kernels.linear_logps.plan import Plan, uses_triton
 from kto_kernels.linear_logps.products import product
 from kto_kernels.linear_logps.running import Running
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +46,7 @@ class Inputs:
     def weight_slices(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Columns of the vocabulary, their rows of W as the products take them, their bias."""
         for columns in self.plan.column_slices(self.vocabulary):
-            bias = None if self.bias is None else self.bias[columns].float()
+            bias = None if self.bias is None else self.bias[columns].float().contiguous()
             yield columns, self.weight[columns].to(self.plan.compute_dtype), bias
 
 
@@ -112,7 +110,9 @@ class Buffers:
 
 def tile_operations(device: torch.device) -> ModuleType:
     """`triton_tiles` on CUDA, and on a CPU under Triton's interpreter; else `torch_tiles`."""
-    return torch_tiles
+    if not uses_triton(device):
+        return torch_tiles
+    return importlib.import_module("kto_kernels.linear_logps.triton_tiles")
 
 
 def fold_tiles(inputs: Inputs, running: Running, *, weights: Weights) -> Iterator[Tile]:
