@@ -19,7 +19,10 @@ What TRL 1.16 does that a comparison must mind, and what `trl_trace` does about 
 - Precision: bf16 autocast and gradient checkpointing are TRL's defaults. Both are off: float32.
 - Dropout, LoRA's too, is set to 0 in policy and reference (`disable_dropout`), as is our default.
 - AdamW is `adamw_torch_fused` with betas (0.9, 0.999), eps 1e-8 and 0 weight decay; decay skips
-  biases, `nn.LayerNorm` and whatever is called a norm, but not embeddings. SGD has no momentum.
+  biases, `nn.LayerNorm` and whatever is called a norm, but not embeddings, nor other vectors
+  (gpt-oss's sinks, Mamba's D and `norm_f`). SGD has no momentum.
+- The loss is 1 − σ(u), in float32 a multiple of 6e-8: where a whole batch's loss falls below 1e-2,
+  its own rounding is more than 1e-5 of it.
 - The gradient norm is over the trainable parameters, before clipping; `max_grad_norm` (default
   1.0!) 0 clips nothing and the norm is still computed. One process and no accumulation:
   accelerate scales nothing, `average_tokens_across_devices` has no effect.
