@@ -10,6 +10,8 @@ KTO fine-tuning of language models from records that users marked good or bad.
 
 commands:
   fit       train a model:  --model.policy DIR_OR_HUB_ID --data.train FILE [--output_dir DIR]
+  validate  loss, rewards and reward AUC on held-out records:  --data.validation FILE
+  predict   a reward for every record:  --data.predict FILE
   inspect   report on files of records:  FILE… [--tokenizer DIR] [--json]
 
 options:

@@ -29,6 +29,7 @@ from kto_lightning.errors import ConfigError, KTOError
 from kto_lightning.export import save_policy
 from kto_lightning.metrics_file import MetricsFile
 from kto_lightning.module import KTOModule
+from kto_lightning.rewards_file import write_rewards
 
 PROG = "python -m kto_lightning"
 _UNKNOWN_OPTION = re.compile(
@@ -71,7 +72,7 @@ class Parser(LightningArgumentParser):
 
 
 class KTOCLI(LightningCLI):
-    """`fit` on top of Lightning's trainer."""
+    """`fit`, `validate` and `predict` on top of Lightning's trainer."""
 
     def __init__(self, arguments: list[str] | None = None) -> None:
         super().__init__(
@@ -95,7 +96,12 @@ class KTOCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+        skipped = {"model", "dataloaders", "datamodule", "weights_only"}
+        return {
+            "fit": skipped | {"train_dataloaders", "val_dataloaders"},
+            "validate": skipped | {"verbose"},
+            "predict": skipped | {"return_predictions"},
+        }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -173,16 +179,36 @@ class KTOCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
-        assert isinstance(self.model, KTOModule)
-        assert isinstance(self.datamodule, KTODataModule)
+        module, data = self._parts()
+        if data.validation_set is not None and module.validated_step != self.trainer.global_step:
+            self.trainer.validate(module, datamodule=data, verbose=False)
         if not self.trainer.is_global_zero:
             return
-        assert self.model.policy is not None
-        assert self.datamodule.tokenizer is not None
+        assert module.policy is not None
+        assert data.tokenizer is not None
         output = Path(self.trainer.default_root_dir)
-        save_policy(self.model.policy, self.datamodule.tokenizer, output)
+        origin = module.origin()
+        save_policy(module.policy, data.tokenizer, output, origin=origin)
         print(f"model     {output / 'model'}")
         print(f"metrics   {output / 'metrics.csv'}")
+
+    def after_validate(self) -> None:
+        module, _ = self._parts()
+        for name, value in module.latest_metrics.items():
+            print(f"{name:24} {value:.6g}")
+
+    def after_predict(self) -> None:
+        _, data = self._parts()
+        assert data.predict_set is not None
+        parts = self.trainer.predict_loop.predictions
+        predictions = [prediction for part in parts for prediction in part]
+        for path in write_rewards(data.predict_set, predictions, self.trainer.default_root_dir):
+            print(f"rewards   {path}")
+
+    def _parts(self) -> tuple[KTOModule, KTODataModule]:
+        assert isinstance(self.model, KTOModule)
+        assert isinstance(self.datamodule, KTODataModule)
+        return self.model, self.datamodule
 
 
 def _is_logger(logger: Any) -> bool:

@@ -79,22 +79,25 @@ class MetricsFile(Logger):
             with self.path.open(newline="", encoding="utf-8") as file:
                 kept = [row for row in csv.DictReader(file) if _is_kept(row, after_step)]
         self._directory.mkdir(parents=True, exist_ok=True)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept)
         part = self.path.with_suffix(".csv.part")
-        part.write_text(text.getvalue(), encoding="utf-8")
+        with part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
         os.replace(part, self.path)
+        self._open()
+
+    def _open(self) -> None:
         self.close()
         self._file = self.path.open("r+", newline="", encoding="utf-8")
-        self._row_start = self._file.seek(0, os.SEEK_END)
-        self._row = {}
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if self._file is None:
-            return
+            if not self._row:
+                return  # no run has begun: `validate` and `predict` write no steps
+            self._open()
+        assert self._file is not None
         if self._row.get("step") == step:
             self._row.update(metrics)
         else:

@@ -1,8 +1,9 @@
 """`KTOModule`: one optimizer step of KTO, from a packed batch to updated weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,9 +12,10 @@ from lightning import LightningModule
 from torch import Tensor
 
 from kto_lightning.errors import ConfigError
+from kto_lightning.export import remembered_reference, whole_name
 from kto_lightning.loss import kto_loss, reference_point
 from kto_lightning.metrics import BatchSums, batch_metrics
-from kto_lightning.models import LoadedModel, LoRA, is_adapter, load_model
+from kto_lightning.models import LoRA, is_adapter, load_model
 from kto_lightning.optimization import (
     check_optimization,
     gradient_norm,
@@ -24,8 +26,8 @@ from kto_lightning.optimization import (
 )
 from kto_lightning.packing_probe import make_policy
 from kto_lightning.policy import Policy
-from kto_lightning.reference import AdapterReference, FrozenReference, Reference
-from kto_lightning.types import Logps, PackedBatch, StepBatch
+from kto_lightning.reference import FrozenReference, Reference, make_reference
+from kto_lightning.types import Logps, PackedBatch, Prediction, StepBatch
 from kto_lightning.validation import ValidationSums
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,17 +39,6 @@ class MicroLogps:
 
     policy: Logps
     reference: Logps
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What the policy says of one example."""
-
-    index: int
-    """Its place in the set."""
-    reward: float
-    policy_logps: float
-    reference_logps: float
 
 
 class KTOModule(LightningModule):
@@ -119,6 +110,7 @@ class KTOModule(LightningModule):
         self.packing_obstacle: str | None = None
         """Why the model runs padded; None: it runs packed."""
         self.latest_metrics: dict[str, float] = {}
+        self.validated_step = -1
         self._validation = ValidationSums(torch.device("cpu"))
         self._check_settings(reference_cache)
 
@@ -149,35 +141,23 @@ class KTOModule(LightningModule):
         """Load the policy and its reference. Lightning calls this once the data is set up."""
         if self.policy is not None:
             return
-        dtype = DTYPES[self.dtype_name or "float32"]
-        loaded = load_model(
-            self.policy_name,
-            dtype=dtype,
-            lora=self.lora,
-            dropout=self.dropout,
+        load = partial(
+            load_model,
+            dtype=DTYPES[self.dtype_name or "float32"],
             trust_remote_code=self.trust_remote_code,
         )
+        loaded = load(self.policy_name, lora=self.lora, dropout=self.dropout)
         self.policy, self.packing_obstacle = make_policy(loaded.model)
-        self.reference = self._make_reference(self.policy, loaded)
+        reference_name = self.reference_name
+        if reference_name is None and self.trainer.state.fn != "fit":
+            reference_name = remembered_reference(self.policy_name)
+        self.reference = make_reference(
+            self.policy, loaded, policy_name=self.policy_name, name=reference_name, load=load
+        )
+        if not self.policy.packed and self.packing_obstacle is None:
+            self.packing_obstacle = "its reference cannot be packed"
         if self.activation_checkpointing:
             self.policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-
-    def _make_reference(self, policy: Policy, loaded: LoadedModel) -> Reference:
-        if self.reference_name is not None:
-            model = load_model(
-                self.reference_name,
-                dtype=DTYPES[self.dtype_name or "float32"],
-                trust_remote_code=self.trust_remote_code,
-            )
-            reference, obstacle = make_policy(model.model)
-            if obstacle is not None and policy.packed:
-                # One batch serves both, and without shared prompts it is made for padded runs.
-                policy.run_padded()
-                self.packing_obstacle = f"of its reference: {obstacle}"
-            return FrozenReference(reference, f"{self.reference_name}, frozen")
-        if loaded.adapter is not None:
-            return AdapterReference(policy, twin=loaded.adapter == "given")
-        return FrozenReference.copy_of(policy)
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
@@ -247,6 +227,7 @@ class KTOModule(LightningModule):
         )
 
     def on_validation_epoch_end(self) -> None:
+        self.validated_step = self.trainer.global_step
         self.publish("val", self._validation.metrics(self._sum_over_ranks))
 
     def on_predict_start(self) -> None:
@@ -333,7 +314,7 @@ class KTOModule(LightningModule):
         return known
 
     def _reference_point(
-        self, batch: StepBatch, known: list[MicroLogps | None]
+        self, batch: StepBatch, known: Sequence[MicroLogps | None]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """z0 before and after its clamp: one number over the whole batch and all ranks."""
         total = torch.zeros((), dtype=BatchSums.dtype(self.device), device=self.device)
@@ -439,9 +420,9 @@ class KTOModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained: under LoRA the frozen base stays where it came from."""
         assert self.policy is not None
-        frozen = {
-            f"policy.{name}" for name, p in self.policy.named_parameters() if not p.requires_grad
-        }
+        # Tied weights stand in the state under each of their names.
+        parameters = self.policy.named_parameters(remove_duplicate=False)
+        frozen = {f"policy.{name}" for name, p in parameters if not p.requires_grad}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in frozen}
         checkpoint["kto"] = self.origin()
@@ -449,8 +430,8 @@ class KTOModule(LightningModule):
     def origin(self) -> dict[str, Any]:
         """Where this policy came from, in plain values: what `export` needs to build it again."""
         return {
-            "policy": self.policy_name,
-            "reference": self.reference_name or self.policy_name,
+            "policy": whole_name(self.policy_name),
+            "reference": whole_name(self.reference_name or self.policy_name),
             "beta": self.beta,
             "loss": self.loss,
             "dtype": self.dtype_name,

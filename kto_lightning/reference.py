@@ -5,12 +5,14 @@ a frozen copy. Cached and following references wrap these.
 """
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 
-from kto_lightning.models import REFERENCE_ADAPTER
+from kto_lightning.models import REFERENCE_ADAPTER, LoadedModel, adapter_base
+from kto_lightning.packing_probe import make_policy
 from kto_lightning.policy import Policy
 from kto_lightning.types import Logps, PackedBatch
 
@@ -96,3 +98,32 @@ class _TwinAdapter(AbstractContextManager[None]):
 
     def __exit__(self, *_: object) -> None:
         self._model.set_adapter(self._active)
+
+
+def make_reference(
+    policy: Policy,
+    loaded: LoadedModel,
+    *,
+    policy_name: str,
+    name: str | None,
+    load: Callable[[str], LoadedModel],
+) -> Reference:
+    """The reference of a policy that has just been loaded.
+
+    Args:
+        policy: made padded if its reference cannot be packed: one batch serves both.
+        loaded: what `policy` was made of.
+        policy_name: the name it was loaded by.
+        name: the reference's; None: the policy as it was.
+        load: loads a model by its name.
+    """
+    if name is None:
+        if loaded.adapter is not None:
+            return AdapterReference(policy, twin=loaded.adapter == "given")
+        return FrozenReference.copy_of(policy)
+    if loaded.adapter == "given" and name == adapter_base(policy_name):
+        return AdapterReference(policy, twin=False)
+    reference, obstacle = make_policy(load(name).model)
+    if obstacle is not None and policy.packed:
+        policy.run_padded()
+    return FrozenReference(reference, f"{name}, frozen")

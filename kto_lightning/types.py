@@ -92,3 +92,14 @@ class Logps:
     mismatched: Float[Tensor, " batch"] | None = None
     auxiliary_loss: Float[Tensor, ""] | None = None
     """A Mixture of Experts' load-balancing loss over the matched run, before its coefficient."""
+
+
+@dataclass(slots=True)
+class Prediction:
+    """What the policy says of one example."""
+
+    index: int
+    """Its place in the set."""
+    reward: float
+    policy_logps: float
+    reference_logps: float

@@ -165,6 +165,11 @@ class ExampleSet:
             weight=float(self.weights[index]),
         )
 
+    @property
+    def records(self) -> Dataset:
+        """All records as they were read, also those that were dropped; `rows` points into it."""
+        return self._records
+
     def location(self, index: int) -> str:
         """Where an example was written, as `file:line`."""
         return location(self._records, int(self.rows[index]))
