@@ -7,7 +7,7 @@ a frozen copy. Cached and following references wrap these.
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -17,6 +17,7 @@ from kto_lightning.policy import Policy
 from kto_lightning.types import Logps, PackedBatch
 
 
+@runtime_checkable
 class Reference(Protocol):
     """What says log π_ref of a micro-batch."""
 
