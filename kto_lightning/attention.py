@@ -23,7 +23,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -303,5 +302,6 @@ def _varlen_takes_gqa() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters  # pyright: ignore[reportArgumentType]
 
 
+# No mask function beside it: transformers then makes no mask, and does not wait for the device to
+# find out from the positions where sequences begin.
 AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
