@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -25,6 +24,7 @@ from kto_lightning.attention import (
     UnsupportedAttentionError,
     interleaved_ranges,
 )
+from kto_lightning.head import effective_head, logit_scale
 from kto_lightning.types import Logps, PackedBatch, Sequences
 
 
@@ -92,9 +92,9 @@ class Policy(nn.Module):
             hidden, store = self._run_prompts(batch)
             rows = _rows_after_prompts(batch, rows)
         run = PackedRun.continuing(store, batch.prompt_lengths, sequences.lengths, rows.device)
-        continued = self._decode(sequences.input_ids, sequences.position_ids, run)
+        continued, _ = self._decode(sequences.input_ids, sequences.position_ids, run)
         store.layers.clear()
-        return self._score(torch.cat([hidden, continued.last_hidden_state[0]]), sequences, rows)
+        return self._score(torch.cat([hidden, continued]), sequences, rows)
 
     def _store_of_matched(self, batch: PackedBatch) -> PromptStore:
         """Where autograd holds all keys and values anyway, keep them as they are; without a
@@ -116,12 +116,13 @@ class Policy(nn.Module):
     def _run_prompts(self, batch: PackedBatch) -> tuple[Float[Tensor, "rows width"], PromptStore]:
         """The packed run `[x1 | x2 | …]`, kept for what continues it."""
         lengths = batch.prompt_lengths
-        store = PromptStore(starts=_starts(lengths), num_rows=sum(lengths))
         rows = _prompt_rows(batch)
+        kept = None if sum(lengths) else rows  # of a run of no token, nothing
+        store = PromptStore(starts=_starts(lengths), num_rows=sum(lengths), rows=kept)
         run = PackedRun(lengths=lengths, store=store)
         matched = batch.matched
-        outputs = self._decode(matched.input_ids[rows], matched.position_ids[rows], run)
-        return outputs.last_hidden_state[0], store
+        hidden, _ = self._decode(matched.input_ids[rows], matched.position_ids[rows], run)
+        return hidden, store
 
     def _run(
         self, sequences: Sequences, store: PromptStore | None
@@ -130,8 +131,8 @@ class Policy(nn.Module):
         if not self.packed:
             return self._run_padded(sequences)
         run = PackedRun(lengths=sequences.lengths, store=store)
-        outputs = self._decode(sequences.input_ids, sequences.position_ids, run)
-        return outputs.last_hidden_state[0], self._auxiliary_loss(outputs, None)
+        hidden, outputs = self._decode(sequences.input_ids, sequences.position_ids, run)
+        return hidden, self._auxiliary_loss(outputs, None)
 
     def _run_padded(
         self, sequences: Sequences
@@ -139,6 +140,8 @@ class Policy(nn.Module):
         """The same on right-padded rows, a sequence a row, with the model's own attention."""
         # Any token will do behind a sequence's end: nothing that is scored sees it.
         ids = pad_sequence(list(sequences.input_ids.split(sequences.lengths)), batch_first=True)
+        if not ids.shape[1]:
+            ids = ids.new_zeros(len(ids), 1)
         positions = torch.arange(ids.shape[1], device=ids.device)
         real = positions < sequences.boundaries.diff()[:, None]
         outputs = self.causal_lm.base_model(
@@ -149,7 +152,18 @@ class Policy(nn.Module):
         hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, rows)
         return hidden, self._auxiliary_loss(outputs, real.long())
 
-    def _decode(self, input_ids: Tensor, position_ids: Tensor, run: PackedRun) -> Any:
+    def _decode(
+        self, input_ids: Tensor, position_ids: Tensor, run: PackedRun
+    ) -> tuple[Float[Tensor, "tokens width"], Any]:
+        """The last hidden state of every token, and what else the decoder returns.
+
+        A run of no token (completions that are all empty) is made of one that nobody reads: under
+        FSDP every rank has to run, and some models cannot run on nothing.
+        """
+        num_tokens = len(input_ids)
+        if not num_tokens:
+            input_ids = position_ids = input_ids.new_zeros(1)
+            run = PackedRun(lengths=[1], store=run.store if run.prefix_lengths is None else None)
         outputs = self.causal_lm.base_model(
             input_ids=input_ids[None],
             position_ids=position_ids[None],
@@ -162,7 +176,7 @@ class Policy(nn.Module):
                 f"only {run.num_calls} of its {num_layers} layers attend through transformers' "
                 "attention interface"
             )
-        return outputs
+        return outputs.last_hidden_state[0, :num_tokens], outputs
 
     def _decoder_options(self) -> dict[str, bool]:
         options = {"use_cache": False}
@@ -232,39 +246,6 @@ def sum_per_owner(
     columns = torch.arange(len(owners), device=owners.device) - first[owners]
     table = token_logps.new_zeros(len(lengths), max(lengths, default=0))
     return table.index_put((owners, columns), token_logps).sum(dim=1)
-
-
-def effective_head(head: Any) -> tuple[Tensor, Tensor | None]:
-    """The weight `[V, D]` and bias a language model head multiplies with at this moment.
-
-    A LoRA layer's weight is its base plus the deltas of the adapters that are switched on, so that
-    an adapter on the head is trained like any other (arXiv:2106.09685, eq. 3).
-    """
-    if not hasattr(head, "get_delta_weight"):
-        weight, bias = head.weight, getattr(head, "bias", None)
-    else:
-        base = head.get_base_layer()
-        weight, bias = base.weight, base.bias
-        if not head.disable_adapters:
-            for adapter in head.active_adapters:
-                weight = weight + head.get_delta_weight(adapter)
-    return _whole(weight), None if bias is None else _whole(bias)
-
-
-def _whole(weight: Tensor) -> Tensor:
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
-
-
-def logit_scale(config: PreTrainedConfig) -> float:
-    """The factor on the logits, by each family's name for it."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name))
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    # HyperCLOVA X multiplies by what Granite and MiniCPM divide by.
-    return float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
 
 
 def auxiliary_coefficient(config: PreTrainedConfig) -> float:
