@@ -197,7 +197,7 @@ def look_again(story: Story, before: list[Answer]) -> list[Answer]:
         story.console.print(f"\nThe first {NUM_SHOWN} of them, one answer each at temperature 1:")
         show_samples(story.console, before[:NUM_SHOWN], after[:NUM_SHOWN])
         curves = read_rewards(story.folder.fit / "metrics.csv")
-        story.console.print("\nRewards on the training batches, in nats:")
+        story.console.print("\nRewards on the training batches, in nats, each on its own scale:")
         show_rewards(story.console, curves)
         if write_png(curves, story.folder.rewards_png):
             story.console.print(f"The same as a picture: {story.folder.rewards_png}")
@@ -214,16 +214,16 @@ def conclude(story: Story, argv: list[str], before: Share, after: Share) -> int:
         "fit": argv,
         "before": before.as_dict(),
         "after": after.as_dict(),
-        "rise_points": rise,
+        "rise_points": round(rise, 2),
         "seconds": {name: round(seconds, 1) for name, seconds in story.seconds.items()},
     }
     story.folder.result.write_text(json.dumps(result, indent=2) + "\n")
     kept = rise >= PROMISED_POINTS
-    story.console.print(
-        f"\n[bold {'green' if kept else 'red'}]Good answers: {before.value:.1%} before, "
-        f"{after.value:.1%} after, {rise:+.1f} points in {story.seconds['total']:.0f} s.[/] "
-        f"The aligned model is in {story.folder.fit / 'model'}."
-    )
+    story.console.print(f"\nThe aligned model is in {story.folder.fit / 'model'}.")
     if not kept:
-        story.console.print(f"At least {PROMISED_POINTS:+.0f} points were promised.")
+        story.console.print(f"A rise of {PROMISED_POINTS:.0f} points was promised.")
+    story.console.print(
+        f"[bold {'green' if kept else 'red'}]Good answers: {before.value:.1%} before, "
+        f"{after.value:.1%} after: {rise:+.1f} points in {story.seconds['total']:.0f} s.[/]"
+    )
     return 0 if kept else 1

@@ -71,14 +71,13 @@ def marked(answer: Answer) -> str:
 
 
 def show_rewards(console: Console, curves: dict[str, Curve]) -> None:
-    """A sparkline per reward, on one scale, with the means of its first and last stretch."""
-    lines = {name: curve.means(SPARK_CELLS) for name, curve in curves.items()}
-    every = [value for values in lines.values() for value in values]
+    """A sparkline per reward, each on its own scale, with its first and last stretch's mean."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for header in ("reward", "over the steps", "first", "last"):
         table.add_column(header, justify="right" if header in ("first", "last") else "left")
-    for name, values in lines.items():
+    for name, curve in curves.items():
+        values = curve.means(SPARK_CELLS)
         if values:
-            spark = sparkline(values, min(every), max(every))
+            spark = sparkline(values, min(values), max(values))
             table.add_row(name, spark, f"{values[0]:+.2f}", f"{values[-1]:+.2f}")
     console.print(table)
