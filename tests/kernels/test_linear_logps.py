@@ -189,6 +189,45 @@ def test_autocast_computes_in_its_type_and_returns_the_parameters(trained) -> No
         assert 1e-5 < error <= 2 * eager_error, name  # bfloat16, not float32, did the work
 
 
+@pytest.mark.parametrize("mode", TRAINED, ids=lambda mode: mode.name.lower())
+def test_a_loss_scale_does_not_overflow_half_precision(mode) -> None:
+    case = make_case(bias=False)
+    plan = small_plan(case, mode, compute_dtype=torch.float16)
+    plain = results(lambda leaves: ours(leaves, plan), case, trained=True)["weight"]
+    case.gradient = case.gradient * 2**20
+    scaled = results(lambda leaves: ours(leaves, plan), case, trained=True)["weight"]
+    torch.testing.assert_close(scaled, plain * 2**20)
+
+
+@pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.name.lower())
+def test_half_precision_multiplied_in_float32(mode) -> None:
+    # What a CPU without bfloat16 units does: parameters cast a slice at a time.
+    case = make_case(dtype=torch.bfloat16)
+    found = run(case, mode, compute_dtype=torch.float32)
+    for name in found.keys() - {"logps"}:
+        assert found[name].dtype == torch.bfloat16
+    assert_as_good_as_eager(case, found, mode=mode)
+
+
+def test_targets_of_any_integer_type() -> None:
+    case = make_case()
+    for dtype in (torch.int32, torch.int16):
+        expected = linear_logps(case.hidden, case.weight, case.targets)
+        assert torch.equal(linear_logps(case.hidden, case.weight, case.targets.to(dtype)), expected)
+
+
+def test_tensors_that_are_not_contiguous() -> None:
+    case = make_case(bias=False)
+    hidden = case.hidden.t().contiguous().t().requires_grad_()
+    weight = case.weight.t().contiguous().t().requires_grad_()
+    logps = linear_logps(hidden, weight, case.targets)
+    logps.sum().backward()  # the gradient that comes back is an expanded 1
+    truth = results(eagerly, replace(case, gradient=torch.ones(123)), trained=True)
+    torch.testing.assert_close(logps.detach(), truth["logps"])
+    torch.testing.assert_close(hidden.grad, truth["hidden"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight.grad, truth["weight"], rtol=1e-5, atol=1e-5)
+
+
 def test_masked_vocabulary_and_huge_logits() -> None:
     case = make_case(30, 16, 700)
     case.bias[400:] = -torch.inf

@@ -155,7 +155,11 @@ class _TrainedGradients:
         hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
         self._inputs = inputs
         self._gradient = gradient
-        self._scaled = (gradient[:, None] * hidden).to(inputs.plan.compute_dtype)
+        # float16 ends at 65504, and a loss scaler multiplies the gradient by as much.
+        half = inputs.plan.compute_dtype == torch.float16 and inputs.tokens > 0
+        self._unit = gradient.abs().amax().clamp(min=1e-30) if half else None
+        factors = gradient if self._unit is None else gradient / self._unit
+        self._scaled = (factors[:, None] * hidden).to(inputs.plan.compute_dtype)
         self._hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs.hidden else None
         fill = torch.zeros_like if inputs.tokens == 0 else torch.empty_like
         self._weight = fill(weight) if needs.weight else None
@@ -177,14 +181,15 @@ class _TrainedGradients:
         first, last = rows.start == 0, rows.stop == self._inputs.tokens
         if first and last:
             product(unit, self._scaled, out=out)
-            return
-        if first:
+        elif first:
             self._weight_slice = torch.empty_like(out, dtype=torch.float32)
             product(unit, self._scaled[rows], out=self._weight_slice)
         else:
             add_product(self._weight_slice, unit, self._scaled[rows])
-        if last:
+        if last and not first:
             out.copy_(self._weight_slice)
+        if last and self._unit is not None:
+            out.mul_(self._unit)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """∂h, ∂W and ∂b, each in its input's type, or None where not needed."""

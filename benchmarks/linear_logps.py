@@ -1,0 +1,325 @@
+"""Time `kto_kernels.linear_logps` against eager, torch.compile, TRL and Liger.
+
+    python benchmarks/linear_logps.py                        # this device's default shapes
+    python benchmarks/linear_logps.py --shape 256x896x65536 --dtype float32 --rounds 15
+    python benchmarks/linear_logps.py --output benchmarks/results/h200_linear_logps.json
+
+A shape is tokens x width x vocabulary. Three tasks: `gradient-free` (a reference, a mismatched
+pass, an evaluation), `frozen` (LoRA: only the hidden states want a gradient) and `trained`.
+
+Columns: forward, and forward with backward, median [10%, 90%] in ms; how often faster than eager;
+GEMMs, products of 2·N·D·V operations, counted by PyTorch's dispatcher in a small run on the CPU;
+ceiling, the operations of those GEMMs over the time, as a share of what this device reaches in
+such a product alone; MiB beyond the inputs at the peak; error over eager's, against float64.
+A contestant that is wrong, more than five times eager's error, gets no time.
+"""
+
+import argparse
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from common import (
+    Contestant,
+    Times,
+    describe,
+    peak_memory_mib,
+    print_header,
+    print_table,
+    time_paired,
+    write_result,
+)
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from kto_kernels.linear_logps import eager
+from kto_kernels.linear_logps.function import _score
+from kto_kernels.linear_logps.head import Head
+from kto_kernels.linear_logps.plan import Mode, Needs, make_plan
+
+TASKS = ("gradient-free", "frozen", "trained")
+WRONG = 5.0
+CPU_SHAPES = ["256x896x65536"]
+CUDA_SHAPES = ["8192x896x151936", "8192x2048x128256", "8192x4096x151936"]
+
+Score = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Hidden states, weight, targets to log-probs, `[N]` or their sum."""
+
+
+@dataclass(kw_only=True)
+class Problem:
+    """One shape's tensors; gradients of the summed log-probs go to the leaves."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+
+    @classmethod
+    def make(cls, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype):
+        tokens, width, vocabulary = shape
+        generator = torch.Generator(device).manual_seed(0)
+        options = {"device": device, "generator": generator}
+        weight = torch.randn(vocabulary, width, **options).mul_(2 / width**0.5).to(dtype)
+        targets = torch.randint(vocabulary, (tokens,), **options)
+        hidden = torch.randn(tokens, width, **options)
+        confident = tokens // 4
+        hidden[:confident] += 4 * weight[targets[:confident]].float()
+        return cls(hidden=hidden.to(dtype), weight=weight, targets=targets)
+
+    def ask_for(self, task: str) -> None:
+        self.hidden = self.hidden.detach().requires_grad_(task != "gradient-free")
+        self.weight = self.weight.detach().requires_grad_(task == "trained")
+
+    def forget(self) -> None:
+        self.hidden.grad = self.weight.grad = None
+
+    def run(self, score: Score) -> Tensor:
+        logps = score(self.hidden, self.weight, self.targets)
+        if logps.requires_grad:
+            logps.sum().backward()
+        return logps.detach()
+
+    def forward(self, score: Score) -> Tensor:
+        with torch.set_grad_enabled(self.hidden.requires_grad):
+            return score(self.hidden, self.weight, self.targets)
+
+
+def ours(mode: Mode | None = None, **changes) -> Score:
+    """Our log-probs; as planned, or with something of the plan overruled."""
+
+    def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        plan = make_plan(hidden, weight, Needs.of(hidden, weight, None))
+        plan = replace(plan, mode=mode or plan.mode, **changes)
+        return _score(hidden, weight, targets, None, Head(), plan=plan)[0]
+
+    return score
+
+
+def trl() -> Score:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        arguments = (hidden, weight, None, targets, 1.0, 32_768, None, 1.0, ())
+        return ChunkedLogProbFunction.apply(*arguments)[0]
+
+    return score
+
+
+def liger() -> Score:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        # Its gradients are made in the forward, for a sum; one gradient per token costs it 4 GEMMs.
+        loss = liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="sum")
+        assert isinstance(loss, Tensor)
+        return -loss
+
+    return score
+
+
+def contestants(task: str, device: torch.device, *, compiled: bool) -> dict[str, Score]:
+    """Who can run here."""
+    found: dict[str, Score] = {"eager": eager.linear_logps}
+    if compiled:
+        found["torch.compile"] = torch.compile(eager.linear_logps)
+    if importlib.util.find_spec("trl"):
+        found["TRL"] = trl()
+    if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        found["Liger, summed"] = liger()
+    if task == "trained":
+        found["ours, kept"] = ours(Mode.KEPT)
+        found["ours, recomputed"] = ours(Mode.RECOMPUTED)
+    elif task == "gradient-free" and device.type == "cuda":
+        found["ours, tiles"] = ours(fused=False)
+        found["ours, fused"] = ours(fused=True)
+    else:
+        found["ours"] = ours()
+    return found
+
+
+def truth(problem: Problem, rows: int = 256) -> dict[str, Tensor]:
+    """Float64 results, some rows at a time."""
+    exact = {"logps": [], "hidden": []}
+    weight = problem.weight.detach().double().requires_grad_(problem.weight.requires_grad)
+    for hidden, targets in zip(
+        problem.hidden.detach().split(rows), problem.targets.split(rows), strict=True
+    ):
+        leaf = hidden.double().requires_grad_(problem.hidden.requires_grad)
+        logps = eager.linear_logps(leaf, weight, targets)
+        if logps.requires_grad:
+            logps.sum().backward()
+        exact["logps"].append(logps.detach())
+        exact["hidden"].append(leaf.grad)
+    found = {"logps": torch.cat(exact["logps"])}
+    if problem.hidden.requires_grad:
+        found["hidden"] = torch.cat(exact["hidden"])
+    if weight.grad is not None:
+        found["weight"] = weight.grad
+    return found
+
+
+def errors(problem: Problem, score: Score, exact: dict[str, Tensor]) -> dict[str, float]:
+    """Root mean square error of each result over that of the truth."""
+    problem.forget()
+    results = {"logps": problem.run(score)}
+    for name in ("hidden", "weight"):
+        if (gradient := getattr(problem, name).grad) is not None:
+            results[name] = gradient
+    if results["logps"].ndim == 0:  # a sum: the gradients must speak for the rest
+        results["logps"] = results["logps"][None]
+        exact = exact | {"logps": exact["logps"].sum()[None]}
+    return {
+        name: float((value.double() - exact[name]).norm() / exact[name].norm())
+        for name, value in results.items()
+    }
+
+
+def worst_ratio(mine: dict[str, float], eagers: dict[str, float], *, summed: bool) -> float:
+    """The largest error over eager's; a summed log-prob is held to eager's error per token."""
+    names = [name for name in mine if not (summed and name == "logps" and len(mine) > 1)]
+    return max(mine[name] / max(eagers[name], 1e-9) for name in names)
+
+
+def count_gemms(task: str, name: str, score: Score) -> float | None:
+    """Matrix products of 2·N·D·V operations, in a small run on the CPU; None if it cannot run."""
+    if "compile" in name or "Liger" in name:
+        return None
+    if "fused" in name:
+        score = ours(fused=False)  # one kernel, which no dispatcher looks into, for the same GEMM
+    shape = (64, 32, 512)
+    small = Problem.make(shape, torch.device("cpu"), torch.float32)
+    small.ask_for(task)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm}) as counter:
+        small.run(score)
+    return counter.get_total_flops() / (2 * shape[0] * shape[1] * shape[2])
+
+
+def addmm(total, left, right, *_, **__) -> int:
+    """Operations of `addmm_`, from shapes: FlopCounterMode overlooks what works in place."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+def gemm_tflops(problem: Problem, device: torch.device, rounds: int) -> float:
+    """What the device reaches in the forward's product alone, in 10¹² operations a second."""
+    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    vocabulary = min(weight.shape[0], 2**27 // hidden.shape[0])  # bounds the result, not the rate
+    out = torch.empty(hidden.shape[0], vocabulary, dtype=hidden.dtype, device=device)
+    product = Contestant(name="", run=lambda: torch.mm(hidden, weight[:vocabulary].t(), out=out))
+    best = min(time_paired([product], device, rounds=rounds)[""].samples_ms)
+    return 2 * hidden.numel() * vocabulary / best / 1e9
+
+
+def measure(
+    problem: Problem, task: str, device: torch.device, arguments: argparse.Namespace
+) -> Iterator[dict]:
+    """One row a contestant."""
+    problem.ask_for(task)
+    exact = truth(problem)
+    everyone = contestants(task, device, compiled=arguments.compile)
+    eagers = errors(problem, eager.linear_logps, exact)
+    wrong = {}
+    for name, score in everyone.items():
+        found = errors(problem, score, exact)
+        wrong[name] = worst_ratio(found, eagers, summed="summed" in name)
+    del exact
+    right = {name: score for name, score in everyone.items() if wrong[name] <= WRONG}
+
+    def times(run: Callable[[Score], Tensor]) -> dict[str, Times]:
+        entries = [
+            Contestant(name=name, run=lambda score=score: run(score), prepare=problem.forget)
+            for name, score in right.items()
+        ]
+        return time_paired(entries, device, rounds=arguments.rounds)
+
+    forward = times(problem.forward)
+    whole = forward if task == "gradient-free" else times(problem.run)
+    ceiling = gemm_tflops(problem, device, arguments.rounds)
+    operations = 2 * problem.hidden.numel() * problem.weight.shape[0]
+    for name, score in everyone.items():
+        row = {"task": task, "contestant": name, "error_over_eager": wrong[name]}
+        if name in right:
+            gemms = count_gemms(task, name, score)
+            rate = (gemms or 0) * operations / whole[name].median_ms / 1e9
+            run = Contestant(
+                name=name, run=lambda score=score: problem.run(score), prepare=problem.forget
+            )
+            row |= {
+                "forward_ms": forward[name],
+                "total_ms": whole[name],
+                "speedup": whole[name].speedup_over(whole["eager"]),
+                "gemms": gemms,
+                "ceiling_share": rate / ceiling if gemms else None,
+                "peak_mib": peak_memory_mib(run, device),
+            }
+        yield row
+
+
+def as_text(row: dict) -> dict[str, str]:
+    """A row of the printed table."""
+    if "total_ms" not in row:
+        refused = f"wrong: {row['error_over_eager']:.1f}"
+        blank = dict.fromkeys(("forward ms", "total ms", "× eager", "GEMMs", "ceiling", "MiB"), "–")
+        return {"task": row["task"], "": row["contestant"], **blank, "error": refused}
+
+    def optional(value: float | None, pattern: str) -> str:
+        return "–" if value is None else pattern.format(value)
+
+    return {
+        "task": row["task"],
+        "": row["contestant"],
+        "forward ms": str(row["forward_ms"]),
+        "total ms": str(row["total_ms"]),
+        "× eager": f"{row['speedup']:.2f}",
+        "GEMMs": optional(row["gemms"], "{:.1f}"),
+        "ceiling": optional(row["ceiling_share"], "{:.0%}"),
+        "MiB": optional(row["peak_mib"], "{:.0f}"),
+        "error": f"{row['error_over_eager']:.2f}",
+    }
+
+
+def as_json(row: dict) -> dict:
+    """A row of the result file."""
+    return {
+        name: list(value.samples_ms) if isinstance(value, Times) else value
+        for name, value in row.items()
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
+    parser.add_argument("--shape", action="append", help="tokens x width x vocabulary")
+    parser.add_argument("--task", action="append", choices=TASKS)
+    parser.add_argument("--rounds", type=int, default=20 if cuda else 7)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--output", type=Path, help="result file, JSON")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    header = describe(device) | {"dtype": arguments.dtype, "rounds": arguments.rounds}
+    print_header(header)
+    results = []
+    for text in arguments.shape or (CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES):
+        tokens, width, vocabulary = (int(part) for part in text.split("x"))
+        problem = Problem.make((tokens, width, vocabulary), device, dtype)
+        print(f"\n{text} {arguments.dtype}\n")
+        rows = []
+        for task in arguments.task or TASKS:
+            rows += measure(problem, task, device, arguments)
+        print_table([as_text(row) for row in rows])
+        results += [{"shape": [tokens, width, vocabulary]} | as_json(row) for row in rows]
+    if arguments.output:
+        write_result(arguments.output, header, results)
+
+
+if __name__ == "__main__":
+    main()
