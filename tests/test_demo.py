@@ -331,4 +331,4 @@ def share_after_trl(folder: Path, scratch: Path) -> evaluate.Share:
     trainer.train()
     seed = int(settings["--seed_everything"])
     held_out = task.draw_problems(random.Random(seed), run.NUM_HELD_OUT)
-    return evaluate.share_good(evaluate.answer(trainer.model.eval(), tokenizer, held_out, seed))
+    return evaluate.share_good(evaluate.answer(model.eval(), tokenizer, held_out, seed))
