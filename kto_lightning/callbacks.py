@@ -1,11 +1,14 @@
 """What happens around the steps: checkpoints, progress, the summary before the first one."""
 
+import os
 import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
@@ -15,6 +18,7 @@ from rich.table import Table
 from kto_lightning.data.weights import effective_ratio
 from kto_lightning.errors import ConfigError
 from kto_lightning.metrics_file import MetricsFile
+from kto_lightning.report import report_of_training_set, write_report
 
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 _SHOWN = {"loss": "train/loss", "z0": "train/z0", "margin": "train/reward/margin"}
@@ -34,6 +38,15 @@ class Checkpoints(Checkpoint):
             )
         self.every_n_steps = every_n_steps
         self._saved_step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set aside what another run, or a later part of this one, left here: `last` is ours."""
+        if not trainer.is_global_zero:
+            return
+        for step, path in list_checkpoints(trainer.default_root_dir):
+            if step > trainer.global_step:
+                os.replace(path, path.with_suffix(".ckpt.old"))
+                print(f"warning: {path} is of a later step; renamed to .ckpt.old", file=sys.stderr)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
@@ -79,6 +92,18 @@ class MetricsStart(Callback):
                 logger.begin(after_step=trainer.global_step)
 
 
+class StepSeed(Callback):
+    """Draws every step's dropout from the run's seed and the step, so that a resumed run goes on
+    with the numbers that the killed one would have drawn."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        entropy = [seed, trainer.global_step, trainer.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+
+
 class ProgressBar(TQDMProgressBar):
     """A bar with loss, z0 and margin."""
 
@@ -112,6 +137,25 @@ def shown_metrics(module: Any) -> dict[str, str]:
     """Loss, z0 and margin of the latest step that had them."""
     latest = module.latest_metrics
     return {name: f"{latest[key]:.4f}" for name, key in _SHOWN.items() if key in latest}
+
+
+class DataReportFile(Callback):
+    """Writes `OUTPUT/data_report.json` before the first step."""
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        report = report_of_training_set(
+            data.train,
+            data.train_set.records,
+            data.train_set,
+            batch_size=data.batch_size,
+            max_length=data.max_length,
+            tokenizer=data.tokenizer.name_or_path,
+        )
+        path = Path(trainer.default_root_dir) / "data_report.json"
+        write_report(path, report)
+        data.report_line = f"{path}, {len(report.findings)} findings (`inspect` shows them)"
 
 
 class Summary(Callback):
@@ -152,6 +196,8 @@ def _data_rows(data: Any) -> list[tuple[str, str]]:
         ),
         ("tokens", f"{counts.prompt_tokens} in prompts, {counts.completion_tokens} in completions"),
     ]
+    if data.report_line:
+        rows.append(("data report", data.report_line))
     if counts.prompts_not_prefix:
         rows.append(
             (

@@ -89,6 +89,9 @@ class KTODataModule(LightningDataModule):
         self.class_weights: ClassWeights | None = None
         self.warnings: list[str] = []
         """In plain words, for the summary."""
+        self._train_pairing: Pairing | None = None
+        self.report_line: str | None = None
+        """Where the data report is, for the summary."""
         self._sampler: PlanSampler | None = None
         self._state: dict[str, int] | None = None
         self._check_settings()
@@ -99,8 +102,14 @@ class KTODataModule(LightningDataModule):
                 raise ConfigError(f"--data.{name} must be at least 1, got {getattr(self, name)}.")
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(f"--data.max_length must be at least 2, got {self.max_length}.")
-        if self.num_workers < 0:
-            raise ConfigError(f"--data.num_workers must be at least 0, got {self.num_workers}.")
+        for name in ("num_workers", "pairing_seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--data.{name} must be at least 0, got {getattr(self, name)}.")
+        if self.preprocessing_workers is not None and self.preprocessing_workers < 1:
+            raise ConfigError(
+                "--data.preprocessing_workers must be at least 1, or null to choose, got "
+                f"{self.preprocessing_workers}."
+            )
 
     @property
     def _module(self) -> Any:
@@ -145,7 +154,20 @@ class KTODataModule(LightningDataModule):
             self.validation_set = examples.select(held_out)
             examples = examples.select(kept)
         self.class_weights = self._resolve_weights(examples)
+        self._train_pairing = self._pair(examples, shuffle=self.shuffle)
         self.train_set = examples
+        self._check_interval()
+
+    def _check_interval(self) -> None:
+        """Before the model is loaded; Lightning finds out when the first epoch begins."""
+        assert self.trainer is not None
+        interval, every = self.trainer.val_check_interval, self.trainer.check_val_every_n_epoch
+        if isinstance(interval, int) and every is not None and interval > self.num_steps_per_epoch:
+            raise ConfigError(
+                f"--trainer.val_check_interval {interval} is more than the "
+                f"{self.num_steps_per_epoch} steps of an epoch. Lower it, or count steps over all "
+                "epochs with --trainer.check_val_every_n_epoch null."
+            )
 
     def _examples(self, source: float | str | list[str] | None, key: str) -> ExampleSet:
         if source is None:
@@ -205,8 +227,8 @@ class KTODataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[StepBatch]:
         assert self.train_set is not None
         assert self.class_weights is not None
-        pairing = self._pair(self.train_set, shuffle=self.shuffle)
-        self._sampler = self._plans(self.train_set, pairing, shuffle=self.shuffle)
+        assert self._train_pairing is not None
+        self._sampler = self._plans(self.train_set, self._train_pairing, shuffle=self.shuffle)
         if self._state is not None:
             self._sampler.load_state(self._state)
         return self._loader(self.train_set, self._sampler, self.class_weights)
