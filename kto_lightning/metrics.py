@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 NUM_SUMS = 7
@@ -32,7 +32,7 @@ class BatchSums:
         *,
         loss: Float[Tensor, " batch"],
         reward: Float[Tensor, " batch"],
-        logps: Float[Tensor, " batch"],
+        logps: Float32[Tensor, " batch"],
         desirable: Bool[Tensor, " batch"],
         counted: Bool[Tensor, " batch"],
     ) -> None:

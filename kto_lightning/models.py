@@ -31,7 +31,7 @@ class LoRA:
 
     r: int = 16
     """Rank of the update."""
-    alpha: float = 32
+    alpha: float = 32.0
     """The update is scaled by alpha / r."""
     target_modules: str | list[str] = "all-linear"
     """Names of the modules to adapt, `lm_head` too; `all-linear`: every linear one but the head."""

@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -82,7 +82,7 @@ class Policy(nn.Module):
 
     def _score_mismatched(
         self, batch: PackedBatch, hidden: Tensor | None, store: PromptStore | None
-    ) -> Float[Tensor, " batch"]:
+    ) -> Float32[Tensor, " batch"]:
         sequences = batch.mismatched
         assert sequences is not None
         rows = sequences.scored.rows
@@ -199,7 +199,7 @@ class Policy(nn.Module):
         hidden: Float[Tensor, "tokens width"],
         sequences: Sequences,
         rows: Int[Tensor, " scored"],
-    ) -> Float[Tensor, " batch"]:
+    ) -> Float32[Tensor, " batch"]:
         """Sequence log-probs, nats: the head over `rows`, summed per example."""
         weight, bias = effective_head(self.causal_lm.get_output_embeddings())
         token_logps = linear_logps(
@@ -233,8 +233,8 @@ class Policy(nn.Module):
 
 
 def sum_per_owner(
-    token_logps: Float[Tensor, " scored"], owners: Int[Tensor, " scored"], lengths: list[int]
-) -> Float[Tensor, " batch"]:
+    token_logps: Float32[Tensor, " scored"], owners: Int[Tensor, " scored"], lengths: list[int]
+) -> Float32[Tensor, " batch"]:
     """Sum the tokens of each sequence. `owners` ascend; `lengths` bound the tokens of each.
 
     Through a `[batch, longest]` table, whose row sums are pairwise and the same in every run, where
