@@ -11,7 +11,8 @@ Columns: forward, and forward with backward, median [10%, 90%] in ms; how often 
 GEMMs, products of 2·N·D·V operations, counted by PyTorch's dispatcher in a small run on the CPU;
 ceiling, the operations of those GEMMs over the time, as a share of what this device reaches in
 such a product alone; MiB beyond the inputs at the peak; error over eager's, against float64.
-A contestant that is wrong, more than five times eager's error, gets no time.
+A contestant that is wrong, more than five times eager's error, gets no time. `ours` goes through
+tiles; where there is a GPU, the fused kernel is a contestant of its own.
 """
 
 import argparse
@@ -86,11 +87,13 @@ class Problem:
             return score(self.hidden, self.weight, self.targets)
 
 
-def ours(mode: Mode | None = None, **changes) -> Score:
+def ours(mode: Mode | None = None, *, tile_mib: int | None = None, **changes) -> Score:
     """Our log-probs; as planned, or with something of the plan overruled."""
 
     def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         plan = make_plan(hidden, weight, Needs.of(hidden, weight, None))
+        if tile_mib is not None:
+            changes["columns"] = max(64, tile_mib * 2**20 // 4 // plan.rows)
         plan = replace(plan, mode=mode or plan.mode, **changes)
         return _score(hidden, weight, targets, None, Head(), plan=plan)[0]
 
@@ -119,23 +122,24 @@ def liger() -> Score:
     return score
 
 
-def contestants(task: str, device: torch.device, *, compiled: bool) -> dict[str, Score]:
+def contestants(task: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Score]:
     """Who can run here."""
     found: dict[str, Score] = {"eager": eager.linear_logps}
-    if compiled:
+    if arguments.compile:
         found["torch.compile"] = torch.compile(eager.linear_logps)
     if importlib.util.find_spec("trl"):
         found["TRL"] = trl()
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         found["Liger, summed"] = liger()
-    if task == "trained":
-        found["ours, kept"] = ours(Mode.KEPT)
-        found["ours, recomputed"] = ours(Mode.RECOMPUTED)
-    elif task == "gradient-free" and device.type == "cuda":
-        found["ours, tiles"] = ours(fused=False)
+    if task == "gradient-free" and device.type == "cuda":
         found["ours, fused"] = ours(fused=True)
-    else:
-        found["ours"] = ours()
+    modes = {"ours": None}
+    if task == "trained":
+        modes = {"ours, kept": Mode.KEPT, "ours, recomputed": Mode.RECOMPUTED}
+    for name, mode in modes.items():
+        found[name] = ours(mode, fused=False)
+        for size in arguments.tile_mib or ():
+            found[f"{name}, {size} MiB tiles"] = ours(mode, fused=False, tile_mib=size)
     return found
 
 
@@ -167,7 +171,7 @@ def errors(problem: Problem, score: Score, exact: dict[str, Tensor]) -> dict[str
     for name in ("hidden", "weight"):
         if (gradient := getattr(problem, name).grad) is not None:
             results[name] = gradient
-    if results["logps"].ndim == 0:  # a sum: the gradients must speak for the rest
+    if results["logps"].ndim == 0:
         results["logps"] = results["logps"][None]
         exact = exact | {"logps": exact["logps"].sum()[None]}
     return {
@@ -176,10 +180,17 @@ def errors(problem: Problem, score: Score, exact: dict[str, Tensor]) -> dict[str
     }
 
 
-def worst_ratio(mine: dict[str, float], eagers: dict[str, float], *, summed: bool) -> float:
-    """The largest error over eager's; a summed log-prob is held to eager's error per token."""
-    names = [name for name in mine if not (summed and name == "logps" and len(mine) > 1)]
-    return max(mine[name] / max(eagers[name], 1e-9) for name in names)
+def judge(problem: Problem, everyone: dict[str, Score]) -> dict[str, float]:
+    """Each contestant's largest error over eager's, of log-probs and gradients."""
+    exact = truth(problem)
+    eagers = errors(problem, eager.linear_logps, exact)
+    found = {}
+    for name, score in everyone.items():
+        mine = errors(problem, score, exact)
+        if "summed" in name and len(mine) > 1:
+            del mine["logps"]  # one number, not one a token: its gradients must speak for it
+        found[name] = max(mine[part] / max(eagers[part], 1e-9) for part in mine)
+    return found
 
 
 def count_gemms(task: str, name: str, score: Score) -> float | None:
@@ -216,25 +227,21 @@ def measure(
 ) -> Iterator[dict]:
     """One row a contestant."""
     problem.ask_for(task)
-    exact = truth(problem)
-    everyone = contestants(task, device, compiled=arguments.compile)
-    eagers = errors(problem, eager.linear_logps, exact)
-    wrong = {}
-    for name, score in everyone.items():
-        found = errors(problem, score, exact)
-        wrong[name] = worst_ratio(found, eagers, summed="summed" in name)
-    del exact
+    everyone = contestants(task, device, arguments)
+    wrong = judge(problem, everyone)
     right = {name: score for name, score in everyone.items() if wrong[name] <= WRONG}
 
-    def times(run: Callable[[Score], Tensor]) -> dict[str, Times]:
-        entries = [
+    def entries(run: Callable[[Score], Tensor]) -> list[Contestant]:
+        return [
             Contestant(name=name, run=lambda score=score: run(score), prepare=problem.forget)
             for name, score in right.items()
         ]
-        return time_paired(entries, device, rounds=arguments.rounds)
 
-    forward = times(problem.forward)
-    whole = forward if task == "gradient-free" else times(problem.run)
+    forward = time_paired(entries(problem.forward), device, rounds=arguments.rounds)
+    whole = forward
+    if task != "gradient-free":
+        whole = time_paired(entries(problem.run), device, rounds=arguments.rounds)
+    peaks = {entry.name: peak_memory_mib(entry, device) for entry in entries(problem.run)}
     ceiling = gemm_tflops(problem, device, arguments.rounds)
     operations = 2 * problem.hidden.numel() * problem.weight.shape[0]
     for name, score in everyone.items():
@@ -242,16 +249,13 @@ def measure(
         if name in right:
             gemms = count_gemms(task, name, score)
             rate = (gemms or 0) * operations / whole[name].median_ms / 1e9
-            run = Contestant(
-                name=name, run=lambda score=score: problem.run(score), prepare=problem.forget
-            )
             row |= {
                 "forward_ms": forward[name],
                 "total_ms": whole[name],
                 "speedup": whole[name].speedup_over(whole["eager"]),
                 "gemms": gemms,
                 "ceiling_share": rate / ceiling if gemms else None,
-                "peak_mib": peak_memory_mib(run, device),
+                "peak_mib": peaks[name],
             }
         yield row
 
@@ -298,6 +302,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--task", action="append", choices=TASKS)
     parser.add_argument("--rounds", type=int, default=20 if cuda else 7)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--tile-mib", action="append", type=int, help="also with tiles of this size in float32"
+    )
     parser.add_argument("--output", type=Path, help="result file, JSON")
     return parser.parse_args()
 

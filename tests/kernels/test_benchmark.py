@@ -34,7 +34,7 @@ def test_a_wrong_result_gets_no_time(benchmark, monkeypatch) -> None:
 
     monkeypatch.setattr(benchmark, "contestants", everyone)
     problem = benchmark.Problem.make((24, 16, 200), CPU, torch.float32)
-    arguments = argparse.Namespace(compile=False, rounds=3)
+    arguments = argparse.Namespace(rounds=3)
     rows = {row["contestant"]: row for row in benchmark.measure(problem, "frozen", CPU, arguments)}
     assert len(rows["ours"]["total_ms"].samples_ms) == 3
     assert rows["ours"]["gemms"] == rows["eager"]["gemms"] == 2

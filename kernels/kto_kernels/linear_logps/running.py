@@ -53,13 +53,13 @@ class Running:
             weighted_sum=None if self.weighted_sum is None else self.weighted_sum[rows],
         )
 
-    def add_statistics_(self, logits: Tensor, exps: Tensor, rescale: Tensor) -> None:
+    def add_statistics_(self, logits: Tensor, exps: Tensor, shrink: Tensor) -> None:
         """Fold in a tile's sums; `exps` has a 0 at the target."""
         assert self.logit_sum is not None
         assert self.weighted_sum is not None
         self.logit_sum.add_(logits.sum(dim=1))
         products = torch.where(exps > 0, exps * logits, 0.0)
-        self.weighted_sum.mul_(rescale).add_(products.sum(dim=1))
+        self.weighted_sum.mul_(shrink).add_(products.sum(dim=1))
 
     def finish(self, head: Head) -> "Finished":
         """Once every column has been seen."""

@@ -29,8 +29,7 @@ def fold_(
     Args:
         products: `[n, s]` float32, W h without bias; overwritten.
         running: the rows' state; updated.
-        targets: `[n]`, columns of the whole vocabulary.
-        start: the tile's first column of the vocabulary.
+        targets: `[n]`, columns of the whole vocabulary, of which `start` is the tile's first.
         bias: `[s]` or None.
         weights: where to write $e^{z_v - m} \, \partial z_v / \partial a_v / s$ with a 0 at the
             target, `[n, s]`; may be `products` itself; None when no gradient will be asked for.
@@ -44,21 +43,17 @@ def fold_(
     running.target.copy_(torch.where(inside, found, running.target))
     plain_logits = logits.clone() if running.statistics else None
 
-    highest = torch.maximum(running.max, logits.amax(dim=1))
-    base = _finite(highest)
-    rescale = torch.exp(running.max - base)
-    running.max.copy_(highest)
+    base, shrink = _raise_maximum_(running, logits.amax(dim=1))
     exps = logits.sub_(base[:, None]).exp_()
-    _set_column_(exps, column, inside, torch.zeros_like(rescale))
-    running.others.mul_(rescale).add_(exps.sum(dim=1))
+    _set_column_(exps, column, inside, torch.zeros_like(shrink))
+    running.others.mul_(shrink).add_(exps.sum(dim=1))
     if plain_logits is not None:
-        running.add_statistics_(plain_logits, exps, rescale)
+        running.add_statistics_(plain_logits, exps, shrink)
     if weights is not None:
-        if slope is not None:
-            exps.mul_(slope)
-        if weights is not exps:
-            weights.copy_(exps)
-    return rescale
+        weighted = exps if slope is None else exps.mul_(slope)
+        if weights is not weighted:
+            weights.copy_(weighted)
+    return shrink
 
 
 def unit_gradient_(
@@ -123,6 +118,11 @@ def _set_column_(tile: Tensor, column: Tensor, inside: Tensor, values: Tensor) -
     tile.scatter_(1, column, torch.where(inside, values, kept)[:, None])
 
 
-def _finite(maximum: Tensor) -> Tensor:
-    """A row of −inf so far has no largest logit to subtract; 0 keeps −inf − (−inf) away."""
-    return torch.where(maximum == -torch.inf, 0.0, maximum)
+def _raise_maximum_(running: Running, found: Tensor) -> tuple[Tensor, Tensor]:
+    """What to subtract from the logits from now on, and what older sums shrink by."""
+    highest = torch.maximum(running.max, found)
+    # A row of −inf so far has no largest logit to subtract; 0 keeps −inf − (−inf) away.
+    base = torch.where(highest == -torch.inf, 0.0, highest)
+    shrink = torch.exp(running.max - base)
+    running.max.copy_(highest)
+    return base, shrink
