@@ -1,15 +1,19 @@
 """Checkpoints that are whole or not there at all."""
 
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
+from torch import nn
 
-from kto_lightning.errors import KTOError
+from kto_lightning.errors import ConfigError, KTOError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -46,7 +50,47 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Load tensors and plain values only: a checkpoint from elsewhere cannot run code."""
-        return super().load_checkpoint(path, map_location, weights_only=True)
+        try:
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        except (UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+            raise KTOError(
+                f"{path} is no checkpoint that can be read, or it is damaged. Give one that `fit` "
+                "wrote, or --ckpt_path last."
+            ) from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every byte of a checkpoint file is as it was written; a sharded one's is not read."""
+    if path.is_dir():
+        return True
+    try:
+        with ZipFile(path) as archive:  # which `torch.save` writes, with a checksum per entry
+            return archive.testzip() is None
+    except (BadZipFile, OSError, EOFError, zlib.error):
+        return False
+
+
+def check_weights_fit(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Refuse a checkpoint of another model: what does not fit would be left out without a word.
+
+    Raises:
+        ConfigError: unless it holds every trained weight of `module`, in its shape, and no other.
+    """
+    saved = checkpoint.get("state_dict")
+    if not saved:
+        return  # sharded: each rank loads its own part
+    own = module.state_dict()
+    trained = [n for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad]
+    wrong = [name for name in trained if name not in saved]
+    wrong += [n for n, value in saved.items() if n not in own or own[n].shape != value.shape]
+    if not wrong:
+        return
+    origin = checkpoint.get("kto", {})
+    raise ConfigError(
+        f"the checkpoint does not hold the weights of this policy ({len(wrong)} do not fit, "
+        f"{wrong[0]} is one). It was saved with --model.policy {origin.get('policy')} and "
+        f"--model.lora {origin.get('lora')}: give the same."
+    )
 
 
 def _sync_directory(directory: Path) -> None:

@@ -1,15 +1,14 @@
 """The command line: LightningCLI with our keys, refusals, exit statuses and output layout."""
 
-import difflib
 import logging
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+from datasets import disable_progress_bars
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -17,58 +16,22 @@ from transformers.utils import logging as transformers_logging
 
 from kto_lightning.callbacks import (
     Checkpoints,
+    DataReportFile,
     MetricsStart,
     ProgressBar,
     ProgressLines,
     Summary,
+    checkpoints_of,
     list_checkpoints,
 )
-from kto_lightning.checkpoint_io import AtomicCheckpointIO
+from kto_lightning.checkpoint_io import AtomicCheckpointIO, is_whole
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.errors import ConfigError, KTOError
 from kto_lightning.export import save_policy
 from kto_lightning.metrics_file import MetricsFile
 from kto_lightning.module import KTOModule
 from kto_lightning.rewards_file import write_rewards
-
-PROG = "python -m kto_lightning"
-_UNKNOWN_OPTION = re.compile(
-    r"does not accept option '(?P<option>[^']+)'|Key '(?P<key>[^']+)' is not expected"
-    r"|[Uu]nrecognized arguments: --(?P<argument>[^\s=]+)"
-)
-_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    # Trainer option: (values that change nothing, what to use instead)
-    "gradient_clip_val": ((None,), "--model.gradient_clip_norm"),
-    "gradient_clip_algorithm": ((None,), "--model.gradient_clip_norm"),
-    "accumulate_grad_batches": (
-        (None, 1),
-        "--data.batch_size (examples per optimizer step over all devices) and --data.max_tokens "
-        "(tokens per forward)",
-    ),
-}
-
-
-class Parser(LightningArgumentParser):
-    """Answers a wrong key with the nearest right one, in a line instead of all options."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        match = _UNKNOWN_OPTION.search(message)
-        if match:
-            wrong = next(group for group in match.groups() if group).removeprefix("--")
-            near = difflib.get_close_matches(wrong, self._known_keys(), n=1, cutoff=0.5)
-            if near:
-                message = f"{message.rstrip()}. Did you mean '--{near[0]}'?"
-        message = message.replace("required: fit.", "required: --")
-        print(
-            f"error: {message}\nhelp: {self.prog.replace(' [options]', '')} --help", file=sys.stderr
-        )
-        raise SystemExit(2) from ex
-
-    def _known_keys(self) -> list[str]:
-        parsers = [self]
-        for action in self._actions:
-            parsers.extend(getattr(action, "_name_parser_map", {}).values())
-        return [action.dest for parser in parsers for action in parser._actions]
+from kto_lightning.usage import PROG, Parser, check_trainer_options, reason_of
 
 
 class KTOCLI(LightningCLI):
@@ -88,7 +51,12 @@ class KTOCLI(LightningCLI):
             },
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={"prog": PROG, "default_env": True, "env_prefix": "KTO"},
+            parser_kwargs={
+                "prog": PROG,
+                "default_env": True,
+                "env_prefix": "KTO",
+                "allow_abbrev": False,  # else `--trainer.max_step` is taken for `max_steps`
+            },
             args=arguments,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -123,54 +91,63 @@ class KTOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
         trainer = config.trainer
-        self._refuse(trainer)
+        check_trainer_options(trainer, trains=self.subcommand == "fit")
+        config.output_dir = os.path.expanduser(config.output_dir) or "."
+        if self.subcommand == "fit":
+            _check_output(config.output_dir, config.model)
+        else:
+            self.save_config_callback = None  # OUTPUT's config.yaml is that of its training
         if trainer.precision is None:
             on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
             trainer.precision = "bf16-mixed" if on_gpu else "32-true"
         if trainer.max_epochs is None:
             trainer.max_epochs = 1 if trainer.max_steps == -1 else -1
-        trainer.default_root_dir = config.output_dir
         config.ckpt_path = self._checkpoint(config.ckpt_path, config.output_dir)
 
-    def _refuse(self, trainer: Any) -> None:
-        for name, (harmless, ours) in _REFUSED.items():
-            if trainer.get(name) not in harmless:
-                raise ConfigError(f"--trainer.{name} does nothing here. Use {ours}.")
-        precision = str(trainer.precision)
-        if precision.endswith("-true") and precision not in ("32-true", "64-true"):
-            raise ConfigError(
-                f"--trainer.precision {precision} rounds rotary embeddings and small updates away. "
-                "Use bf16-mixed; for a frozen base in bfloat16 add --model.lora and "
-                "--model.dtype bfloat16."
-            )
-        if precision in ("16", "16-mixed"):
-            raise ConfigError(
-                f"--trainer.precision {precision} scales gradients, which clipping and grad_norm "
-                "here do not undo. Use bf16-mixed or 32-true."
-            )
-        if trainer.fast_dev_run:
-            raise ConfigError("--trainer.fast_dev_run skips OUTPUT. Use --trainer.max_steps 1.")
+    def instantiate_classes(self) -> None:
+        """Settings that Lightning or a class it makes refuses are a message too."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, ImportError) as error:
+            raise ConfigError(reason_of(error)) from error
+
+    def _set_seed(self) -> None:
+        seed = self.config[str(self.subcommand)].seed_everything
+        if not 0 <= seed < 2**32:
+            raise ConfigError(f"--seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
+        super()._set_seed()
 
     @staticmethod
     def _checkpoint(path: str | None, output_dir: str) -> str | None:
         if path is None:
             return None
-        if path == "last":
-            found = list_checkpoints(output_dir)
-            if not found:
-                raise KTOError(f"--ckpt_path last: there is no checkpoint in {output_dir}.")
-            return str(found[-1][1])
-        if not Path(path).exists():
-            raise KTOError(f"--ckpt_path {path}: there is no such checkpoint.")
-        return path
+        if path != "last":
+            if not Path(path).exists():
+                raise KTOError(f"--ckpt_path {path}: there is no such checkpoint. Check the path.")
+            return path
+        for _, found in reversed(list_checkpoints(output_dir)):
+            if is_whole(found):
+                return str(found)
+            print(f"warning: {found} is damaged; looking for the one before it.", file=sys.stderr)
+        raise KTOError(
+            f"--ckpt_path last: there is no whole checkpoint in {checkpoints_of(output_dir)}. "
+            "Check --output_dir, or leave --ckpt_path out to begin anew."
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self.config_init[str(self.subcommand)].trainer
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-        own = MetricsFile(trainer.default_root_dir)
+        output_dir = self.config_init[str(self.subcommand)].output_dir
+        kwargs["default_root_dir"] = output_dir
+        own = MetricsFile(output_dir)
         kwargs["logger"] = [own, *(logger for logger in loggers if _is_logger(logger))]
         progress = ProgressBar() if sys.stdout.isatty() else ProgressLines()
-        kwargs["callbacks"] = [*(trainer.callbacks or []), MetricsStart(), Summary()]
+        kwargs["callbacks"] = [
+            *(trainer.callbacks or []),
+            MetricsStart(),
+            DataReportFile(),
+            Summary(),
+        ]
         if trainer.enable_progress_bar is not False:
             kwargs["callbacks"].append(progress)
         if isinstance(progress, ProgressLines):
@@ -211,6 +188,21 @@ class KTOCLI(LightningCLI):
         return self.model, self.datamodule
 
 
+def _check_output(output_dir: str, model: Any) -> None:
+    """Refuse to end a run by overwriting what it began with."""
+    output = Path(output_dir)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output_dir {output_dir} is a file. Name a directory.")
+    written = [(output / name).resolve() for name in ("model", "adapter")]
+    for key in ("policy", "reference"):
+        name = model[key]
+        if name is not None and Path(name).resolve() in written:
+            raise ConfigError(
+                f"--model.{key} {name} would be overwritten by this run's own model. "
+                "Choose another --output_dir."
+            )
+
+
 def _is_logger(logger: Any) -> bool:
     return logger is not None and not isinstance(logger, bool)
 
@@ -221,7 +213,10 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -240,6 +235,10 @@ def main(argv: list[str] | None = None) -> int:
     except KTOError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk, a directory closed to us
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}. Check path and disk.", file=sys.stderr)
+        return 1
     except SystemExit as leave:
-        return leave.code if isinstance(leave.code, int) else 1
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     return 0

@@ -51,7 +51,7 @@ class MetricsFile(Logger):
     def __init__(self, directory: str | Path) -> None:
         super().__init__()
         self._directory = Path(directory)
-        self._row: dict[str, float] = {}
+        self._row: dict[str, Any] = {}
         self._row_start = 0
         self._file: io.TextIOWrapper | None = None
 
@@ -83,7 +83,11 @@ class MetricsFile(Logger):
         with part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
-            writer.writerows(kept)
+            writer.writerows(kept[:-1])
+            self._row, self._row_start = {}, file.tell()
+            if kept:  # a validation of that very step, which was cut off, belongs to its row
+                writer.writerow(kept[-1])
+                self._row = kept[-1] | {"step": int(kept[-1]["step"])}
         os.replace(part, self.path)
         self._open()
 

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor
 
+from kto_lightning.checkpoint_io import check_weights_fit
+from kto_lightning.data.weights import resolve_weights
 from kto_lightning.errors import ConfigError
 from kto_lightning.export import remembered_reference, whole_name
 from kto_lightning.loss import kto_loss, reference_point
@@ -97,7 +99,8 @@ class KTOModule(LightningModule):
         self.strict_loading = False  # a checkpoint under LoRA has no frozen weights
         self.policy_name, self.reference_name = policy, reference
         self.beta, self.loss = beta, loss
-        self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
+        self.desirable_weight: Literal["auto"] | float = desirable_weight
+        self.undesirable_weight: Literal["auto"] | float = undesirable_weight
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_ratio, self.lr_schedule = warmup_ratio, lr_schedule
         self.optimizer_name, self.gradient_clip_norm = optimizer, gradient_clip_norm
@@ -117,6 +120,7 @@ class KTOModule(LightningModule):
     def _check_settings(self, reference_cache: str | None) -> None:
         require_number("beta", self.beta, above=0.0)
         require_one_of("loss", self.loss, ("kto", "apo_zero_unpaired"))
+        resolve_weights(1, 1, desirable=self.desirable_weight, undesirable=self.undesirable_weight)
         if self.dtype_name is not None:
             require_one_of("dtype", self.dtype_name, DTYPES)
         check_optimization(
@@ -229,6 +233,8 @@ class KTOModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.validated_step = self.trainer.global_step
         self.publish("val", self._validation.metrics(self._sum_over_ranks))
+        known = {k: v for k, v in self.latest_metrics.items() if k.startswith("val/")}
+        self.log_dict(known, logger=False)  # for callbacks that watch a metric: EarlyStopping
 
     def on_predict_start(self) -> None:
         self._place_reference()
@@ -427,6 +433,20 @@ class KTOModule(LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in frozen}
         checkpoint["kto"] = self.origin()
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another model's weights, and settings that a restored optimizer would override."""
+        check_weights_fit(checkpoint, self)
+        if self.trainer.state.fn != "fit":
+            return
+        then, now = checkpoint.get("kto", {}), self.origin()
+        for name in ("optimizer", "learning_rate", "weight_decay"):
+            if then.get(name, now[name]) != now[name]:
+                raise ConfigError(
+                    f"--model.{name} is {now[name]}, and was {then[name]} in the run that "
+                    "--ckpt_path goes on with, which keeps its optimizer. Give the same, or start "
+                    "a new run from the exported model."
+                )
+
     def origin(self) -> dict[str, Any]:
         """Where this policy came from, in plain values: what `export` needs to build it again."""
         return {
@@ -437,4 +457,7 @@ class KTOModule(LightningModule):
             "dtype": self.dtype_name,
             "lora": asdict(self.lora) if self.lora is not None else None,
             "trust_remote_code": self.trust_remote_code,
+            "optimizer": self.optimizer_name,
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
         }

@@ -109,7 +109,7 @@ def _check_given(name: str, weight: Literal["auto"] | float) -> None:
     if weight == "auto":
         return
     if isinstance(weight, str) or not (math.isfinite(weight) and weight > 0):
-        raise ConfigError(f"{name} must be 'auto' or a positive number, got {weight!r}. Change it.")
+        raise ConfigError(f"--model.{name} must be 'auto' or a positive number, got {weight}.")
 
 
 def _rounded(weight: float) -> float:

@@ -1,0 +1,171 @@
+"""What the command line refuses: wrong keys, wrong values, and trainer options that would do
+nothing or harm here. Each answer names the key, what it may be and what was got."""
+
+import difflib
+import re
+import sys
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from kto_lightning.errors import ConfigError
+
+PROG = "python -m kto_lightning"
+_UNKNOWN_OPTION = re.compile(
+    r"does not accept option '(?P<option>[^']+)'|Key '(?P<key>[^']+)' is not expected"
+    r"|[Uu]nrecognized arguments: --(?P<argument>[^\s=]+)|Option '(?P<part>[^']+)' is not accepted"
+)
+_WRONG_VALUE = re.compile(r'Parser key "(?P<key>[^"]+)":(?P<reason>.*)', re.DOTALL)
+_EXPECTED = re.compile(
+    r"Expected an? (?:<class '(?P<type>\w+)'>|typing\.Literal\[(?P<words>.*?)\])"
+)
+_GOT = re.compile(r"(?:Got value|Given value): (?P<got>.*)")
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+_ONLY = {
+    # Trainer option: (values that change nothing, why another one is refused and what to do)
+    "gradient_clip_val": ((None,), "does nothing here. Use --model.gradient_clip_norm."),
+    "gradient_clip_algorithm": ((None,), "does nothing here. Use --model.gradient_clip_norm."),
+    "accumulate_grad_batches": (
+        (None, 1),
+        "does nothing here. Use --data.batch_size (examples per optimizer step over all devices) "
+        "and --data.max_tokens (tokens per forward).",
+    ),
+    "fast_dev_run": ((False, 0), "skips OUTPUT. Use --trainer.max_steps 1."),
+    "barebones": ((None, False), "writes no metrics. Leave it out."),
+    "enable_checkpointing": (
+        (None, True),
+        "contradicts what makes a run resumable. Leave it out: there is one checkpoint, at the "
+        "end, unless --checkpoint.every_n_steps asks for more.",
+    ),
+    "default_root_dir": ((None,), "does nothing here. Use --output_dir."),
+    "overfit_batches": (
+        (0.0,),
+        "exchanges the order of the data. Use --trainer.limit_train_batches and --data.shuffle "
+        "false.",
+    ),
+    "use_distributed_sampler": (
+        (False,),
+        "would share batches out twice: that is done already. Leave it out.",
+    ),
+}
+_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16")
+
+
+class Parser(LightningArgumentParser):
+    """Answers a wrong key with the nearest right one, in a line instead of all options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = message.replace("required: fit.", "required: --")
+        prog = self.prog.replace(" [options]", "")
+        dashes = "--"
+        if not prog.startswith(PROG):  # a parser within a parser: of what `--model.lora` takes
+            prog, dashes = PROG, ""
+        message = self._wrong_key(message) or _wrong_value(message, dashes) or message
+        print(f"error: {message}\nhelp: {prog} --help", file=sys.stderr)
+        raise SystemExit(2) from ex
+
+    def _wrong_key(self, message: str) -> str | None:
+        match = _UNKNOWN_OPTION.search(message)
+        if match is None:
+            return None
+        wrong = next(group for group in match.groups() if group)
+        known = self._known_keys()
+        near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+        if near:
+            return f"there is no option '{wrong}'. Did you mean '--{near[0]}'?"
+        if match["part"]:
+            return f"there is no option '{wrong}' here. There are: {', '.join(known)}."
+        return f"there is no option '{wrong}'."
+
+    def _known_keys(self) -> list[str]:
+        parsers = [self]
+        for action in self._actions:
+            parsers.extend(getattr(action, "_name_parser_map", {}).values())
+        keys = [action.dest for parser in parsers for action in parser._actions]
+        return [key for key in dict.fromkeys(keys) if key not in ("help", "subcommand")]
+
+
+def _wrong_value(message: str, dashes: str) -> str | None:
+    """`--model.dtype must be float32, bfloat16 or null, got x.` for half a page of types."""
+    match = _WRONG_VALUE.search(message)
+    if match is None:
+        return None
+    key, reason = dashes + match["key"], match["reason"]
+    allowed: list[str] = []
+    for expected in _EXPECTED.finditer(reason):
+        if expected["type"] == "NoneType":
+            allowed.append("null")
+        elif expected["type"] in _TYPES:
+            allowed.append(_TYPES[expected["type"]])
+        elif expected["words"]:
+            allowed += [word.strip("'") for word in expected["words"].split(", ")]
+    got = _GOT.search(reason)
+    if got is None:
+        return f"{key}: {_joined_lines(reason)}"
+    if not allowed or allowed == ["null"]:
+        return f"{key} cannot be {got['got']}."
+    *first, last = dict.fromkeys(allowed)
+    choice = f"{', '.join(first)} or {last}" if first else last
+    return f"{key} must be {choice}, got {got['got']}."
+
+
+def reason_of(error: BaseException) -> str:
+    """The reason within jsonargparse's list of all types that a value did not fit, as one line."""
+    reasons = [_joined_lines(part) for part in str(error).split("\n  - ")[1:]]
+    reasons = [reason for reason in reasons if not reason.startswith("Expected a")]
+    return reasons[0] if reasons else _joined_lines(str(error))
+
+
+def _joined_lines(text: str) -> str:
+    return " ".join(line.strip().removeprefix("- ") for line in text.splitlines()).strip()
+
+
+def check_trainer_options(trainer: Any, *, trains: bool) -> None:
+    """Refuse what would be ignored or harm, before any data or model is touched.
+
+    Args:
+        trainer: the settings under `trainer`.
+        trains: whether the command is `fit`.
+
+    Raises:
+        ConfigError: with the key to use instead.
+    """
+    for name, (harmless, reason) in _ONLY.items():
+        if trainer.get(name) not in harmless:
+            raise ConfigError(f"--trainer.{name} {reason}")
+    _check_precision(trainer.precision)
+    if trains:
+        _check_length(trainer)
+
+
+def _check_precision(precision: int | str | None) -> None:
+    if precision is None or str(precision) in _PRECISIONS:
+        return
+    reason = "is not available here"
+    if precision in ("bf16-true", "16-true"):
+        reason = "rounds rotary embeddings and small updates away"
+    elif str(precision) in ("16", "16-mixed"):
+        reason = "scales gradients, which clipping and grad_norm here do not undo"
+    elif str(precision) in ("64", "64-true"):
+        reason = "has no use here: log-probs are float32"
+    raise ConfigError(
+        f"--trainer.precision {precision} {reason}. Use bf16-mixed or 32-true; for a frozen base "
+        "in bfloat16 add --model.lora and --model.dtype bfloat16."
+    )
+
+
+def _check_length(trainer: Any) -> None:
+    """Before Lightning, which takes a run of no steps for done."""
+    for name in ("max_steps", "max_epochs"):
+        value = trainer.get(name)
+        if value is not None and value != -1 and value < 1:
+            raise ConfigError(
+                f"--trainer.{name} must be at least 1, or -1 for no limit, got {value}."
+            )
+    if trainer.max_epochs == -1 and trainer.max_steps == -1:
+        raise ConfigError(
+            "the run would never end: --trainer.max_steps and --trainer.max_epochs are both -1. "
+            "Give one of them."
+        )
+    if trainer.limit_train_batches == 0:
+        raise ConfigError("--trainer.limit_train_batches 0 leaves nothing to train on.")
