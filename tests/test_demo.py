@@ -275,7 +275,8 @@ def test_demo_end_to_end_raises_the_share_by_30_points(demo_run):
     assert 0.40 <= result["before"]["share"] <= 0.60
     assert result["rise_points"] >= 30
     assert result["after"]["interval_95"][0] > result["before"]["interval_95"][1]
-    labels = [json.loads(line)["label"] for line in (folder / "feedback.jsonl").open()]
+    lines = (folder / "feedback.jsonl").read_text().splitlines()
+    labels = [json.loads(line)["label"] for line in lines]
     assert (labels.count(True), labels.count(False)) == (746, 254)
     assert f"{result['after']['share']:.1%} after" in " ".join(printed.split())
     assert "python -m kto_lightning fit" in printed
