@@ -21,6 +21,7 @@ from transformers import (
 from kto_lightning.errors import ConfigError, ModelError
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 REFERENCE_ADAPTER = "reference"
 """The frozen twin of an adapter that training starts from."""
 
@@ -144,7 +145,7 @@ def load_causal_lm(
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"the model {name} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"the model {name} cannot be loaded: {_reason(name, error)}") from error
     except Exception as error:  # safetensors raises its own type for a damaged file
         if type(error).__name__ != "SafetensorError":
             raise
@@ -169,8 +170,21 @@ def _require_model_files(name: str) -> None:
             f"{name} has no config.json, so it is not a Hugging Face model directory. "
             "Give the directory that save_pretrained wrote."
         )
+    if directory.is_dir() and not any(directory.glob("*.safetensors")):
+        if any(directory.glob("*.bin")):
+            raise ModelError(
+                f"{name} has its weights as pickles only, which can run code when they are loaded. "
+                "Save it again as safetensors: model.save_pretrained does."
+            )
+        raise ModelError(f"{name} has no weights (*.safetensors). Copy them there.")
     if directory.is_file():
         raise ModelError(f"{name} is a file. Give a Hugging Face model directory or a hub id.")
+
+
+def _reason(name: str, error: BaseException) -> str:
+    if Path(name).exists() or "connect" not in str(error):
+        return _first_line(error)
+    return f"there is no directory {name} here, and the hub cannot be reached. Check the path."
 
 
 def _first_line(error: BaseException) -> str:
@@ -237,9 +251,14 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         raise ModelError(
-            f"{name} has no tokenizer that loads: {_first_line(error)} "
+            f"{name} has no tokenizer that loads: {_reason(name, error).rstrip('.')}. "
             "Save one there with tokenizer.save_pretrained, or name another with --data.tokenizer."
         ) from error
+    if _knows_no_text(name, tokenizer):
+        raise ModelError(
+            f"{name} has no tokenizer files. Save its tokenizer there with "
+            "tokenizer.save_pretrained, or name another with --data.tokenizer."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
@@ -251,6 +270,14 @@ def load_tokenizer(
     return tokenizer
 
 
+def _knows_no_text(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """transformers makes an empty tokenizer, of the model's kind, where there is none."""
+    if not Path(name).is_dir() or any(f for p in _VOCABULARIES for f in Path(name).glob(p)):
+        return False
+    ids = tokenizer("some text", add_special_tokens=False)["input_ids"]
+    return set(ids) <= set(tokenizer.all_special_ids)
+
+
 def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int:
     """How many token ids a model knows, read from its config alone."""
     base = adapter_base(name) if is_adapter(name) else name
@@ -258,5 +285,6 @@ def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int:
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"--model.policy {name} cannot be loaded: {_first_line(error)}") from error
+        reason = _reason(base, error)
+        raise ModelError(f"--model.policy {name} cannot be loaded: {reason}") from error
     return config.get_text_config().vocab_size
