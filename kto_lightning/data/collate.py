@@ -77,9 +77,7 @@ class StepBatches(Dataset[StepBatch]):
             lengths = np.minimum(lengths, self.max_length)
         num_desirable = int(np.count_nonzero(self.examples.desirable[chosen]))
         return StepBatch(
-            micro_batches=[
-                self._packed(plan, micro_batch) for micro_batch in plan.micro_batches
-            ],
+            micro_batches=[self._packed(plan, micro_batch) for micro_batch in plan.micro_batches],
             num_examples=len(chosen),
             num_tokens=int(lengths.sum()),
             num_desirable=num_desirable,
