@@ -67,6 +67,23 @@ def test_tiles_cover_everything_and_are_even(tokens, vocabulary) -> None:
     assert plan.rows * plan.columns <= 2 * planning.CPU_TILE_ELEMENTS
 
 
+@pytest.mark.parametrize(("memory_gib", "tile_mib"), [(8, 128), (24, 384), (140, 512)])
+@pytest.mark.parametrize("tokens", [1, 100, 8192, 100_000])
+@pytest.mark.parametrize("vocabulary", [1, 32_000, 262_144])
+def test_tiles_of_a_gpu(tokens, vocabulary, memory_gib, tile_mib) -> None:
+    rows, columns = planning.cuda_tile(
+        planning.dispatch_for(4096),
+        tokens=tokens,
+        vocabulary=vocabulary,
+        memory=memory_gib * 2**30,
+    )
+    assert rows <= min(tokens, planning.CUDA_TILE_ROWS)
+    assert columns <= vocabulary
+    assert rows * columns * 4 <= tile_mib * 2**20 * 1.05
+    fills = rows * columns * 4 >= tile_mib * 2**20 * 0.5
+    assert fills or columns == vocabulary or rows * vocabulary * 4 < 2 * tile_mib * 2**20
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cpu_without_units_for_a_type_multiplies_in_float32(dtype) -> None:
     tensor = torch.zeros(2, 2, dtype=dtype)

@@ -40,6 +40,8 @@ def test_interpreted_kernels() -> None:
         text=True,
         check=False,
     )
+    if "only 0-dimensional arrays can be converted to Python scalars" in run.stdout:
+        pytest.skip("the interpreter of this Triton (3.6) cannot work with NumPy 2.4 or newer")
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
 

@@ -95,7 +95,7 @@ def _score(
     targets = targets.long().contiguous()
     needs = Needs.of(hidden, weight, bias)
     plan = plan or make_plan(hidden, weight, needs, statistics=statistics)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
         if plan.mode is Mode.GRADIENT_FREE:
             inputs = Inputs(
                 hidden=hidden, weight=weight, bias=bias, targets=targets, head=head, plan=plan

@@ -96,6 +96,8 @@ DISPATCH = (
 )
 
 CUDA_TILE_ROWS = 4096
+CUDA_TILE_SHARE = 64
+"""A float32 tile takes at most this part of the device's memory: 128 MiB of 8 GiB."""
 CPU_TILE_ROWS = 512
 CPU_TILE_ELEMENTS = 2**21
 """8 MiB in float32: measured best or within 5% of it at N = 256, D = 896, on one core."""
@@ -147,8 +149,8 @@ def make_plan(hidden: Tensor, weight: Tensor, needs: Needs, *, statistics: bool 
     )
     if device.type == "cuda":
         chosen = dispatch_for(width)
-        rows = _even(tokens, CUDA_TILE_ROWS)
-        columns = _even(vocabulary, chosen.tile_mib * MIB // 4 // rows)
+        memory = torch.cuda.get_device_properties(device).total_memory
+        rows, columns = cuda_tile(chosen, tokens=tokens, vocabulary=vocabulary, memory=memory)
         fused = (
             chosen.fused
             and mode is Mode.GRADIENT_FREE
@@ -161,6 +163,13 @@ def make_plan(hidden: Tensor, weight: Tensor, needs: Needs, *, statistics: bool 
     low, high = CPU_TILE_COLUMNS
     columns = _even(vocabulary, min(max(CPU_TILE_ELEMENTS // rows, low), high))
     return Plan(mode=mode, compute_dtype=dtype, rows=rows, columns=columns)
+
+
+def cuda_tile(chosen: Dispatch, *, tokens: int, vocabulary: int, memory: int) -> tuple[int, int]:
+    """Rows and columns of a tile: the table's size, or a small device's share of its memory."""
+    rows = _even(tokens, CUDA_TILE_ROWS)
+    size = min(chosen.tile_mib * MIB, memory // CUDA_TILE_SHARE)
+    return rows, _even(vocabulary, size // (4 * rows))
 
 
 def _suits_fused(weight: Tensor, dtype: torch.dtype) -> bool:
