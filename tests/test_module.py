@@ -1,0 +1,607 @@
+"""One optimizer step through a real Trainer: the batch decides its result, never the cut."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from kto_lightning.data.batches import StepPlan
+from kto_lightning.data.collate import StepBatches
+from kto_lightning.data.datamodule import KTODataModule
+from kto_lightning.data.packing import example_costs, plan_micro_batches
+from kto_lightning.errors import ConfigError
+from kto_lightning.models import LoRA
+from kto_lightning.module import KTOModule
+from kto_lightning.packing_probe import make_policy
+from kto_lightning.policy import Policy
+from kto_lightning.reference import AdapterReference, FrozenReference
+from kto_lightning.types import StepBatch
+from tests.factories import make_model, make_tokenizer, plain_records, save_model, write_jsonl
+from tests.parity.cases import save_adapter
+from tests.plain_forwards import plain_logp
+from tests.test_policy import lora
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
+
+VOCABULARY = 97
+LENGTHS = [(3, 12), (14, 4), (6, 1), (1, 22), (9, 9), (5, 15)]
+DESIRABLE, UNDESIRABLE = 1.0, 2.5
+RECORD_WEIGHTS = [1.0, 0.5, 1.0, 2.0, 1.0, 1.5]
+FOUR_EPS = 4 * torch.finfo(torch.float32).eps
+
+
+@dataclass(kw_only=True)
+class Example:
+    index: int
+    prompt_ids: np.ndarray
+    completion_ids: np.ndarray
+    desirable: bool
+
+
+class Examples:
+    """A tokenized data set in memory."""
+
+    def __init__(self, lengths: Sequence[tuple[int, int]], desirable: Sequence[bool]) -> None:
+        random = np.random.default_rng(0)
+        self.prompt_lengths = np.array([prompt for prompt, _ in lengths])
+        self.completion_lengths = np.array([completion for _, completion in lengths])
+        self.desirable = np.array(desirable)
+        self.weights = np.resize(np.array(RECORD_WEIGHTS, dtype=np.float32), len(lengths))
+        self._ids = [[random.integers(3, VOCABULARY, part) for part in pair] for pair in lengths]
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __getitem__(self, index: int) -> Example:
+        prompt, completion = self._ids[index]
+        return Example(
+            index=index,
+            prompt_ids=prompt,
+            completion_ids=completion,
+            desirable=bool(self.desirable[index]),
+        )
+
+
+MIXED = Examples(LENGTHS, [True, False, False, True, True, False])
+
+
+def step_batch(
+    examples: Examples = MIXED,
+    *,
+    max_tokens: int = 10**6,
+    order: Sequence[int] | None = None,
+    num_ranks: int = 1,
+    paired: bool = True,
+    packed: bool = True,
+) -> StepBatch:
+    """All examples as one step; each one's y' is the completion of the one before.
+
+    With several ranks, the micro-batches of all of them one after the other: what they add up to.
+    """
+    chosen = np.arange(len(examples)) if order is None else np.array(order)
+    partner = np.roll(np.arange(len(examples)), 1) if paired else None
+    costs = example_costs(
+        examples.prompt_lengths, examples.completion_lengths, partner, max_length=None
+    )
+    plans = plan_micro_batches(
+        costs[chosen], max_tokens=max_tokens, world_size=num_ranks, padded=not packed
+    )
+    plan = StepPlan(
+        examples=chosen,
+        partners=None if partner is None else partner[chosen],
+        micro_batches=[micro_batch for rank in plans for micro_batch in rank],
+        step_in_epoch=0,
+    )
+    return StepBatches(
+        examples=examples,
+        desirable_weight=DESIRABLE,
+        undesirable_weight=UNDESIRABLE,
+        max_length=None,
+        can_share_prompts=packed,
+    )[plan]
+
+
+class Steps(LightningDataModule):
+    """The loader of `KTODataModule`, with its steps made by hand."""
+
+    def __init__(self, steps: list[StepBatch]) -> None:
+        super().__init__()
+        self._steps = steps
+        self.num_steps_per_epoch = len(steps)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self._steps, batch_size=None)  # pyright: ignore[reportArgumentType]
+
+
+class Rows(Logger):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, float]] = []
+
+    @property
+    def name(self) -> str:
+        return "rows"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_hyperparams(self, *arguments: Any, **more: Any) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append({"step": step, **metrics})
+
+
+@cache
+def models(kind: str) -> tuple[Policy, Policy]:
+    """A policy and a reference that differ already, so that no number of a step is trivial."""
+    architecture = "llama" if kind == "lora" else kind
+    policy, reference = (make_model(architecture, vocab_size=VOCABULARY) for _ in range(2))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return make_policy(lora(policy) if kind == "lora" else policy)[0], make_policy(reference)[0]
+
+
+def module_of(kind: str = "llama", **settings: Any) -> KTOModule:
+    """A module with its models given, as after `configure_model`."""
+    options = {"optimizer": "sgd", "learning_rate": 0.05} | settings
+    module = KTOModule("unused", **options)
+    policy, reference = copy.deepcopy(models(kind))
+    module.policy, module.reference = policy, FrozenReference(reference, "another model")
+    return module
+
+
+@dataclass(kw_only=True)
+class Result:
+    rows: list[dict[str, float]]
+    weights: dict[str, Tensor]
+    movements: dict[str, Tensor]
+
+    @property
+    def row(self) -> dict[str, float]:
+        (row,) = self.rows
+        return row
+
+
+def fit(module: KTOModule, *steps: StepBatch, **trainer: Any) -> Result:
+    """Run the module through a Trainer, one epoch of these steps."""
+    assert module.policy is not None
+    before = {n: p.detach().clone() for n, p in module.policy.named_parameters() if p.requires_grad}
+    rows = Rows()
+    options = {"max_epochs": 1, "accelerator": "cpu", "logger": rows} | trainer
+    Trainer(
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **options,
+    ).fit(module, datamodule=Steps(list(steps)))
+    after = {n: p.detach() for n, p in module.policy.named_parameters() if p.requires_grad}
+    movements = {name: after[name] - before[name] for name in before}
+    return Result(rows=rows.rows, weights=after, movements=movements)
+
+
+def assert_same_step(found: Result, expected: Result, *, beta: float = 0.1) -> None:
+    """To rounding: 1e-5 relative, or for differences of log-probs what rounding leaves of them."""
+    assert len(found.rows) == len(expected.rows)
+    for row, other in zip(found.rows, expected.rows, strict=True):
+        assert row.keys() == other.keys()
+        logp = max(abs(value) for name, value in other.items() if "/logps/" in name)
+        for name, value in other.items():
+            absolute = 0.0
+            if "/z0" in name:
+                absolute = FOUR_EPS * logp
+            elif "/reward/" in name:
+                absolute = 2 * beta * FOUR_EPS * logp
+            assert row[name] == pytest.approx(value, rel=1e-5, abs=absolute), name
+    largest = max(float(movement.abs().max()) for movement in expected.movements.values())
+    assert largest > 1e-4
+    for name, movement in expected.movements.items():
+        rounding = 2**-23 * float(expected.weights[name].abs().max())
+        difference = float((found.movements[name] - movement).abs().max())
+        assert difference <= 1e-5 * largest + rounding, name
+
+
+def oracle(module: KTOModule, examples: Examples) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """The step's numbers and gradients in plain PyTorch: one sequence a forward, the paper's form
+    of the loss. Each y' is the completion of the example before."""
+    assert module.policy is not None
+    assert isinstance(module.reference, FrozenReference)
+    policy, reference = copy.deepcopy((module.policy, module.reference.policy))
+    for scorer in (policy, reference):
+        scorer.run_padded()  # their own attention
+    count = len(examples)
+
+    def logps(model: Any, shift: int) -> Tensor:
+        pairs = [(examples[i].prompt_ids, examples[i - shift].completion_ids) for i in range(count)]
+        return torch.stack([plain_logp(model, *pair) for pair in pairs])
+
+    matched = logps(policy.model, 0)
+    with torch.no_grad():
+        old = logps(reference.model, 0)
+        raw = (logps(policy.model, 1) - logps(reference.model, 1)).mean()
+    z0 = raw.clamp(min=0) if module.loss == "kto" else torch.zeros(())
+    losses = []
+    for i in range(count):
+        gain = matched[i] - old[i] - z0 if examples.desirable[i] else z0 - (matched[i] - old[i])
+        weight = DESIRABLE if examples.desirable[i] else UNDESIRABLE
+        losses.append(weight * examples.weights[i] * (1 - torch.sigmoid(module.beta * gain)))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    gradients = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+    row = {"loss": loss, "z0": z0, "grad_norm": norm}
+    if module.loss == "kto":
+        row["z0_raw"] = raw
+    for name, chosen in (("desirable", examples.desirable), ("undesirable", ~examples.desirable)):
+        if chosen.any():
+            row[f"reward/{name}"] = module.beta * (matched - old)[torch.from_numpy(chosen)].mean()
+            row[f"logps/{name}"] = matched[torch.from_numpy(chosen)].mean()
+    return {f"train/{name}": value.item() for name, value in row.items()}, gradients
+
+
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("max_tokens", [10**6, 30])
+@pytest.mark.parametrize(
+    "desirable",
+    [MIXED.desirable.tolist(), [True] * 6, [False] * 6],
+    ids=["mixed", "desirable", "undesirable"],
+)
+def test_a_step_is_that_of_plain_pytorch(desirable: list[bool], max_tokens: int, loss: str) -> None:
+    examples = Examples(LENGTHS, desirable)
+    module = module_of(loss=loss, beta=0.2)
+    expected, gradients = oracle(module, examples)
+    batch = step_batch(examples, max_tokens=max_tokens, paired=loss == "kto")
+    assert (len(batch.micro_batches) == 1) is (max_tokens > 100)
+    result = fit(module, batch)
+    logp = max(abs(value) for name, value in expected.items() if "/logps/" in name)
+    for name, value in expected.items():
+        absolute = FOUR_EPS * logp if "z0" in name or "reward" in name else 0.0
+        assert result.row[name] == pytest.approx(value, rel=1e-5, abs=absolute), name
+    absent = [n for n in ("desirable", "undesirable") if f"train/logps/{n}" not in expected]
+    assert all(f"train/reward/{name}" not in result.row for name in absent)
+    assert ("train/reward/margin" in result.row) is (not absent)
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        found = result.movements[name] / -0.05
+        rounding = 2**-23 * float(result.weights[name].abs().max()) / 0.05
+        assert float((found - gradient).abs().max()) <= 1e-5 * largest + rounding, name
+
+
+def test_z0_is_positive_in_these_tests_and_can_be_clamped() -> None:
+    """Otherwise they would say little of it."""
+    row = fit(module_of(), step_batch()).row
+    assert row["train/z0"] == row["train/z0_raw"] > 0.5
+    module = module_of()
+    assert isinstance(module.reference, FrozenReference)
+    module.policy, module.reference.policy = module.reference.policy, module.policy
+    module.policy.requires_grad_(True)
+    row = fit(module, step_batch()).row
+    assert row["train/z0"] == 0.0 > -0.5 > row["train/z0_raw"]
+
+
+def total_tokens(examples: Examples = MIXED) -> int:
+    return int((examples.prompt_lengths + examples.completion_lengths).sum())
+
+
+@pytest.mark.parametrize("kind", ["llama", "lora", "gemma2"])
+def test_no_cut_changes_the_step(kind: str) -> None:
+    packed = models(kind)[0].packed
+    assert packed is (kind != "gemma2")
+    whole = fit(module_of(kind), step_batch(packed=packed))
+    assert whole.row["train/tokens"] == total_tokens()
+    assert whole.row["step"] == 1
+
+    @settings(max_examples=6, deadline=None)
+    @given(
+        max_tokens=st.integers(1, 2 * total_tokens()),
+        order=st.permutations(range(len(MIXED))),
+        num_ranks=st.integers(1, 4),
+    )
+    def any_cut(max_tokens: int, order: list[int], num_ranks: int) -> None:
+        batch = step_batch(max_tokens=max_tokens, order=order, num_ranks=num_ranks, packed=packed)
+        assert_same_step(fit(module_of(kind), batch), whole)
+
+    any_cut()
+
+
+def test_stand_ins_count_for_nothing() -> None:
+    few = Examples(LENGTHS[:2], [True, False])
+    batch = step_batch(few, num_ranks=5)
+    counted = [bool(micro_batch.counted.all()) for micro_batch in batch.micro_batches]
+    assert counted == [True, True, False, False, False]
+    for micro_batch in batch.micro_batches[2:]:
+        micro_batch.weight += 7.0  # their weight is zero, but that is not what keeps them out
+    assert_same_step(fit(module_of(), batch), fit(module_of(), step_batch(few)))
+
+
+@pytest.mark.parametrize("index", range(2))
+def test_a_batch_of_one(index: int) -> None:
+    one = Examples(LENGTHS[index : index + 1], [index == 0])
+    module = module_of()
+    expected, _ = oracle(module, one)
+    row = fit(module, step_batch(one)).row
+    for name, value in expected.items():
+        assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    assert "train/reward/margin" not in row
+
+
+def test_a_smaller_last_batch_is_divided_by_its_own_size() -> None:
+    few = Examples(LENGTHS[:2], [True, False])
+    module, alone = module_of(learning_rate=0.0), module_of(learning_rate=0.0)
+    both = fit(module, step_batch(max_tokens=40), step_batch(few))
+    assert both.rows[1] == {**fit(alone, step_batch(few)).row, "step": 2}
+
+
+def test_several_steps_are_the_same_under_any_cut() -> None:
+    steps = [step_batch(), step_batch(Examples(LENGTHS[::-1], [True, False] * 3))]
+    cut = [
+        step_batch(max_tokens=25),
+        step_batch(Examples(LENGTHS[::-1], [True, False] * 3), max_tokens=40),
+    ]
+    settings_ = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1}
+    whole = fit(module_of(**settings_), *steps, max_epochs=2)
+    found = fit(module_of(**settings_), *cut, max_epochs=2)
+    # Adam divides by |g|, which turns rounding where a gradient is 0 into a step: only the numbers.
+    for row, other in zip(found.rows, whole.rows, strict=True):
+        assert row == pytest.approx(other, rel=5e-4, abs=1e-4)
+    assert [row["step"] for row in whole.rows] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("max_tokens", [10**6, 25], ids=["one", "several"])
+def test_activation_checkpointing_changes_nothing(max_tokens: int) -> None:
+    module = module_of()
+    assert module.policy is not None
+    module.policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same_step(fit(module, step_batch(max_tokens=max_tokens)), fit(module_of(), step_batch()))
+
+
+@pytest.mark.parametrize(
+    ("loss", "max_tokens", "num_policy_runs", "num_reference_runs"),
+    [("kto", 10**6, 1, 1), ("kto", 40, 2, 1), ("apo_zero_unpaired", 40, 1, 1)],
+)
+def test_nothing_is_run_twice(
+    loss: str, max_tokens: int, num_policy_runs: int, num_reference_runs: int
+) -> None:
+    module = module_of(loss=loss)
+    runs: dict[str, list[Any]] = {"policy": [], "reference": []}
+    assert isinstance(module.reference, FrozenReference)
+    for name, policy in (("policy", module.policy), ("reference", module.reference.policy)):
+        assert policy is not None
+        policy.register_forward_hook(lambda _, a, logps, n=name: runs[n].append(logps))
+    batch = step_batch(max_tokens=max_tokens, paired=loss == "kto")
+    fit(module, batch)
+    cut = len(batch.micro_batches)
+    assert len(runs["policy"]) == num_policy_runs * cut
+    assert len(runs["reference"]) == num_reference_runs * cut
+    if loss != "kto":
+        assert all(logps.mismatched is None for name in runs for logps in runs[name])
+
+
+def test_batches_made_for_the_other_loss_are_refused() -> None:
+    with pytest.raises(ConfigError, match="not made for kto"):
+        fit(module_of(loss="kto"), step_batch(paired=False))
+    with pytest.raises(ConfigError, match="not made for apo_zero_unpaired"):
+        fit(module_of(loss="apo_zero_unpaired"), step_batch())
+
+
+def test_weights_of_records_and_classes_multiply() -> None:
+    weights = torch.cat([m.weight for m in step_batch().micro_batches])
+    expected = [
+        weight * (DESIRABLE if desirable else UNDESIRABLE)
+        for weight, desirable in zip(RECORD_WEIGHTS, MIXED.desirable, strict=True)
+    ]
+    assert weights.tolist() == expected
+
+
+@pytest.mark.parametrize("max_tokens", [10**6, 30], ids=["one", "several"])
+def test_the_auxiliary_loss_is_a_token_weighted_mean(max_tokens: int) -> None:
+    batch = step_batch(max_tokens=max_tokens, num_ranks=4 if max_tokens == 30 else 1)
+    module = module_of("qwen2_moe")
+    assert module.policy is not None
+    coefficient = module.policy.auxiliary_coefficient
+    assert coefficient > 0
+    plain = make_model("qwen2_moe", vocab_size=VOCABULARY)
+    expected = 0.0
+    for micro_batch in batch.micro_batches:
+        if not micro_batch.counted[0]:
+            continue
+        rows = list(micro_batch.matched.input_ids.split(micro_batch.matched.lengths))
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        output = plain(ids, attention_mask=mask, output_router_logits=True)
+        expected += output.aux_loss.item() * int(mask.sum()) / total_tokens()
+    result = fit(module, batch)
+    without = module_of("qwen2_moe")
+    assert without.policy is not None
+    without.policy.auxiliary_coefficient = 0.0
+    pure = fit(without, batch)
+    added = result.row["train/loss"] - pure.row["train/loss"]
+    assert added == pytest.approx(coefficient * expected, rel=1e-4)
+    assert result.row["train/grad_norm"] != pure.row["train/grad_norm"]
+
+
+@pytest.mark.parametrize("factor", [0.1, 10.0], ids=["clipped", "not clipped"])
+@pytest.mark.parametrize("max_tokens", [10**6, 30], ids=["one", "several"])
+def test_the_norm_reported_is_that_before_clipping(max_tokens: int, factor: float) -> None:
+    free = fit(module_of(), step_batch())
+    limit = factor * free.row["train/grad_norm"]
+    clipped = fit(module_of(gradient_clip_norm=limit), step_batch(max_tokens=max_tokens))
+    assert clipped.row["train/grad_norm"] == pytest.approx(free.row["train/grad_norm"], rel=1e-5)
+    moved = torch.stack([m.square().sum() for m in clipped.movements.values()]).sum().sqrt()
+    expected = 0.05 * min(limit, free.row["train/grad_norm"])
+    assert float(moved) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_ratio", "trainer", "factors"),
+    [
+        ("constant", 0.0, {}, [1, 1, 1, 1]),
+        ("constant", 0.5, {}, [0, 0.5, 1, 1]),
+        ("linear", 0.0, {}, [1, 0.75, 0.5, 0.25]),
+        ("linear", 0.25, {}, [0, 1, 2 / 3, 1 / 3]),
+        ("cosine", 0.0, {}, [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]),
+        ("linear", 0.0, {"max_steps": 2}, [1, 0.5]),
+        ("linear", 0.0, {"max_steps": 5, "max_epochs": -1}, [1, 0.8, 0.6, 0.4, 0.2]),
+        ("linear", 0.0, {"limit_train_batches": 2}, [1, 0.5]),
+        ("linear", 0.0, {"limit_train_batches": 0.5, "max_epochs": 2}, [1, 0.75, 0.5, 0.25]),
+    ],
+)
+def test_a_schedule_ends_with_the_run(
+    schedule: str, warmup_ratio: float, trainer: dict[str, Any], factors: list[float]
+) -> None:
+    few = step_batch(Examples(LENGTHS[:2], [True, False]))
+    module = module_of(lr_schedule=schedule, warmup_ratio=warmup_ratio)
+    result = fit(module, *[few] * 4, **trainer)
+    expected = [0.05 * factor for factor in factors]
+    assert [row["train/lr"] for row in result.rows] == pytest.approx(expected)
+    # The rate of a row is the one its step was made with.
+    if factors[0] == 0:
+        assert result.rows[1]["train/loss"] == result.rows[0]["train/loss"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "lora"])
+def test_the_reference_is_in_no_state_and_no_optimizer(kind: str) -> None:
+    module = module_of(kind)
+    assert isinstance(module.reference, FrozenReference)
+    assert all(name.startswith("policy.") for name in module.state_dict())
+    theirs = {id(p) for p in module.reference.policy.parameters()}
+    assert not theirs & {id(p) for p in module.parameters()}
+    before = [p.clone() for p in module.reference.policy.parameters()]
+    fit(module, step_batch())
+    optimizer = module.optimizers()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in module.parameters() if p.requires_grad}
+    after = module.reference.policy.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    names = {f"policy.{n}" for n, p in module.policy.named_parameters() if p.requires_grad}
+    kept = set(checkpoint["state_dict"])
+    assert names <= kept
+    if kind == "lora":
+        assert kept == names
+
+
+def test_mixed_bfloat16_is_close() -> None:
+    exact = fit(module_of(), step_batch()).row
+    mixed = fit(module_of(), step_batch(max_tokens=40), precision="bf16-mixed").row
+    for name in ("train/loss", "train/logps/desirable", "train/logps/undesirable"):
+        assert mixed[name] == pytest.approx(exact[name], rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("files")
+    model = save_model(root / "model", "qwen2", make_tokenizer())
+    padded = save_model(root / "padded", "gemma2", make_tokenizer(), seed=1)
+    records = [record | {"label": i % 2 == 0} for i, record in enumerate(plain_records(7))]
+    train = write_jsonl(root / "train.jsonl", records)
+    adapter = save_adapter(root / "adapter", model)
+    return {"model": model, "padded": padded, "adapter": adapter, "train": train}
+
+
+def fit_files(files: dict[str, Path], policy: str = "model", **settings: Any) -> tuple:
+    rows = Rows()
+    torch.manual_seed(0)
+    max_tokens = settings.pop("max_tokens", 16384)
+    module = KTOModule(str(files[policy]), learning_rate=1e-3, **settings)
+    data = KTODataModule(
+        train=str(files["train"]), batch_size=4, max_tokens=max_tokens, preprocessing_workers=1
+    )
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=rows,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, datamodule=data)
+    return module, rows.rows
+
+
+def test_from_files(files: dict[str, Path]) -> None:
+    module, rows = fit_files(files)
+    assert module.packing_obstacle is None
+    assert isinstance(module.reference, FrozenReference)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    first = rows[0]
+    # The reference is the policy as it was: every ratio is 0, so that every σ is 1/2.
+    assert abs(first["train/z0_raw"]) < 1e-4
+    assert abs(first["train/reward/desirable"]) < 1e-5
+    margins = [row["train/reward/margin"] for row in rows if "train/reward/margin" in row]
+    assert margins[-1] > abs(margins[0])
+    again, cut = fit_files(files, max_tokens=100, activation_checkpointing=True)
+    for row, other in zip(rows, cut, strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-4)
+    assert again.policy.training
+
+
+@pytest.mark.parametrize("kind", ["new", "given", "bfloat16"])
+def test_adapters_from_files(kind: str, files: dict[str, Path]) -> None:
+    settings_ = {"new": {"lora": LoRA(r=4)}, "given": {"policy": "adapter"}}.get(
+        kind, {"policy": "adapter", "dtype": "bfloat16"}
+    )
+    module, rows = fit_files(files, **settings_)
+    assert isinstance(module.reference, AdapterReference)
+    trained = [n for n, p in module.policy.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in n and ".default." in n for n in trained)
+    assert all(p.dtype == torch.float32 for p in module.policy.parameters() if p.requires_grad)
+    assert abs(rows[0]["train/reward/desirable"]) < 1e-5
+    rewards = [row.get("train/reward/desirable", 0.0) for row in rows]
+    assert max(abs(reward) for reward in rewards) > 1e-3
+    if kind == "bfloat16":
+        assert module.policy.causal_lm.dtype == torch.bfloat16
+
+
+def test_a_reference_that_cannot_share_prompts_makes_the_policy_run_padded(
+    files: dict[str, Path],
+) -> None:
+    module, rows = fit_files(files, reference=str(files["padded"]))
+    assert not module.policy.packed
+    assert module.packing_obstacle == "its reference cannot be packed"
+    assert all(math.isfinite(row["train/loss"]) for row in rows)
+    assert abs(rows[0]["train/reward/desirable"]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"beta": 0.0}, r"--model\.beta must be a number above 0, got 0"),
+        ({"beta": math.nan}, r"--model\.beta .* got nan"),
+        ({"learning_rate": -1.0}, r"--model\.learning_rate must be at least 0, got -1"),
+        ({"learning_rate": math.inf}, r"--model\.learning_rate"),
+        ({"weight_decay": -0.1}, r"--model\.weight_decay must be at least 0"),
+        ({"warmup_ratio": 1.5}, r"--model\.warmup_ratio must be at least 0 and at most 1, got 1.5"),
+        ({"gradient_clip_norm": 0.0}, r"--model\.gradient_clip_norm must be a number above 0"),
+        ({"optimizer": "adam"}, r"--model\.optimizer must be one of adamw, sgd.*, got adam"),
+        ({"lr_schedule": "step"}, r"--model\.lr_schedule must be one of .*cosine.*, got step"),
+        ({"lr_schedule": "cosine_with_min_lr"}, r"--model\.lr_schedule cosine_with_min_lr cannot"),
+        ({"lr_schedule": "reduce_lr_on_plateau"}, r"--model\.lr_schedule .* waits for a valid"),
+        ({"dtype": "bfloat16"}, r"--model\.dtype bfloat16 is for a frozen base"),
+        ({"reference_cache": "somewhere"}, r"--model\.reference_cache"),
+    ],
+)
+def test_bad_settings_are_refused_by_their_key(settings_: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        KTOModule("unused", **settings_)
