@@ -139,8 +139,8 @@ def test_nothing_is_larger_than_a_tile(mode) -> None:
     ("mode", "elements"),
     [
         (Mode.FROZEN_HEAD, 200 * 8),  # ∂ log p / ∂h and nothing else
-        (Mode.RECOMPUTED, 200 * 8 + 1000 * 8 + 4 * 200),  # inputs, four numbers a row
-        (Mode.KEPT, 200 * 8 + 1000 * 8 + 4 * 200 + 200 * 1000),
+        (Mode.RECOMPUTED, 200 * 8 + 1000 * 8 + 3 * 200),  # inputs, three numbers a row
+        (Mode.KEPT, 200 * 8 + 1000 * 8 + 3 * 200 + 200 * 1000),
     ],
 )
 def test_what_is_kept_for_the_backward(mode, elements) -> None:

@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 
 from kto_kernels.linear_logps.head import Head
 from kto_kernels.linear_logps.modes import (
-    Forward,
     frozen_head_forward,
     fused_logps,
     kept_forward,
@@ -122,7 +121,7 @@ class _LinearLogps(torch.autograd.Function):
         else:
             run = kept_forward if plan.mode is Mode.KEPT else plain_forward
             forward = run(inputs, statistics=statistics)
-            per_row = (targets, forward.logps, forward.log_total, forward.complement)
+            per_row = (targets, forward.log_total, forward.complement)
             ctx.save_for_backward(hidden, weight, bias, *per_row, *forward.tiles)
         ctx.head, ctx.plan, ctx.needs, ctx.dtype = head, plan, needs, hidden.dtype
         ctx.set_materialize_grads(False)
@@ -141,7 +140,7 @@ class _LinearLogps(torch.autograd.Function):
             hidden_gradient = torch.empty_like(unit, dtype=ctx.dtype)
             torch.mul(unit, gradient[:, None], out=hidden_gradient)
             return hidden_gradient, None, None, *for_the_rest
-        hidden, weight, bias, targets, logps, log_total, complement, *tiles = ctx.saved_tensors
+        hidden, weight, bias, targets, log_total, complement, *tiles = ctx.saved_tensors
         inputs = Inputs(
             hidden=hidden,
             weight=weight,
@@ -150,9 +149,15 @@ class _LinearLogps(torch.autograd.Function):
             head=ctx.head,
             plan=ctx.plan,
         )
-        forward = Forward(logps=logps, log_total=log_total, complement=complement, tiles=tiles)
         with torch.autocast(hidden.device.type, enabled=False):
-            gradients = trained_backward(inputs, gradient, forward, ctx.needs)
+            gradients = trained_backward(
+                inputs,
+                gradient,
+                ctx.needs,
+                log_total=log_total,
+                complement=complement,
+                tiles=tiles,
+            )
         return *gradients, *for_the_rest
 
 

@@ -13,6 +13,7 @@ Neither depends on the loss: ∂loss/∂log p is a factor per row that comes lat
 """
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -103,7 +104,13 @@ def kept_forward(inputs: Inputs, *, statistics: bool) -> Forward:
 
 
 def trained_backward(
-    inputs: Inputs, gradient: Tensor, forward: Forward, needs: Needs
+    inputs: Inputs,
+    gradient: Tensor,
+    needs: Needs,
+    *,
+    log_total: Tensor,
+    complement: Tensor,
+    tiles: Sequence[Tensor],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     r"""∂loss/∂h, ∂loss/∂W, ∂loss/∂b of a trained head, from ∂loss/∂log p, `[N]` float32.
 
@@ -111,8 +118,8 @@ def trained_backward(
     $\partial h = g \odot (U W)$ and $\partial W = U^\top (g \odot h)$.
     """
     gradients = _TrainedGradients(inputs, gradient, needs)
-    kept = iter(forward.tiles)
-    recomputed = None if forward.tiles else _Recomputed(inputs, forward)
+    kept = iter(tiles)
+    recomputed = None if tiles else _Recomputed(inputs, log_total, complement)
     for columns, weight, bias in inputs.weight_slices():
         for rows in inputs.plan.row_slices(inputs.tokens):
             unit = (
@@ -127,9 +134,10 @@ def trained_backward(
 class _Recomputed:
     """Unit gradients of a tile, from its logits computed again."""
 
-    def __init__(self, inputs: Inputs, forward: Forward) -> None:
+    def __init__(self, inputs: Inputs, log_total: Tensor, complement: Tensor) -> None:
         self._inputs = inputs
-        self._forward = forward
+        self._log_total = log_total
+        self._complement = complement
         self._operand = inputs.operand()
         self._buffers = Buffers(inputs)
         self._operations = tile_operations(inputs.hidden.device)
@@ -138,8 +146,8 @@ class _Recomputed:
         products = self._buffers.products(rows.stop - rows.start, weight.shape[0])
         return self._operations.unit_gradient_(
             product(self._operand[rows], weight.t(), out=products),
-            self._forward.log_total[rows],
-            self._forward.complement[rows],
+            self._log_total[rows],
+            self._complement[rows],
             self._inputs.targets[rows],
             start=start,
             bias=bias,
