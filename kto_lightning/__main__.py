@@ -13,6 +13,7 @@ commands:
   validate  loss, rewards and reward AUC on held-out records:  --data.validation FILE
   predict   a reward for every record:  --data.predict FILE
   inspect   report on files of records:  FILE… [--tokenizer DIR] [--json]
+  export    a checkpoint to a Hugging Face directory:  CHECKPOINT DIR [--merge]
 
 options:
   COMMAND --help      all options of a command
@@ -43,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         from kto_lightning.inspect_command import inspect_main
 
         return inspect_main(arguments[1:])
+    if arguments[0] == "export":
+        from kto_lightning.export_command import export_main
+
+        return export_main(arguments[1:])
     from kto_lightning.cli import main as run
 
     return run(arguments)

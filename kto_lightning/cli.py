@@ -20,6 +20,7 @@ from kto_lightning.callbacks import (
     MetricsStart,
     ProgressBar,
     ProgressLines,
+    StepSeed,
     Summary,
     checkpoints_of,
     list_checkpoints,
@@ -145,6 +146,7 @@ class KTOCLI(LightningCLI):
         kwargs["callbacks"] = [
             *(trainer.callbacks or []),
             MetricsStart(),
+            StepSeed(),
             DataReportFile(),
             Summary(),
         ]
@@ -169,16 +171,29 @@ class KTOCLI(LightningCLI):
         print(f"model     {output / 'model'}")
         print(f"metrics   {output / 'metrics.csv'}")
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "validate":
+            kwargs["verbose"] = False  # `after_validate` prints
+        return kwargs
+
     def after_validate(self) -> None:
-        module, _ = self._parts()
+        module, data = self._parts()
+        for warning in data.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        metrics = module.latest_metrics
+        if not any(metrics.get(f"val/reward/{side}") for side in ("desirable", "undesirable")):
+            _warn_of_identical_reference(module)
         for name, value in module.latest_metrics.items():
             print(f"{name:24} {value:.6g}")
 
     def after_predict(self) -> None:
-        _, data = self._parts()
+        module, data = self._parts()
         assert data.predict_set is not None
         parts = self.trainer.predict_loop.predictions
         predictions = [prediction for part in parts for prediction in part]
+        if not any(prediction.reward for prediction in predictions):
+            _warn_of_identical_reference(module)
         for path in write_rewards(data.predict_set, predictions, self.trainer.default_root_dir):
             print(f"rewards   {path}")
 
@@ -201,6 +216,15 @@ def _check_output(output_dir: str, model: Any) -> None:
                 f"--model.{key} {name} would be overwritten by this run's own model. "
                 "Choose another --output_dir."
             )
+
+
+def _warn_of_identical_reference(module: KTOModule) -> None:
+    print(
+        f"warning: every reward is 0: the policy {module.policy_name} and its reference are the "
+        "same model. Name the model that it was trained from with --model.reference, or trained "
+        "weights with --ckpt_path.",
+        file=sys.stderr,
+    )
 
 
 def _is_logger(logger: Any) -> bool:

@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from kto_lightning.errors import KTOError
+from kto_lightning.model_card import model_card
 from kto_lightning.policy import Policy
 
 ORIGIN_FILE = "kto_lightning.json"
@@ -33,24 +35,57 @@ def save_policy(
         KTOError: if the disk is full or the directory cannot be written.
     """
     directory = Path(directory)
-    with policy.own_attention_restored():
-        if hasattr(policy.model, "peft_config"):
-            peft_model: Any = policy.model
-            with _whole_directory(directory / "adapter") as part:
-                peft_model.save_pretrained(part, selected_adapters=["default"])
-                _save_beside(part, tokenizer, origin)
-            policy.model = peft_model.merge_and_unload(adapter_names=["default"])
-            policy.causal_lm.set_attn_implementation(policy.own_attention)
-        with _whole_directory(directory / "model") as part:
-            policy.causal_lm.save_pretrained(part)
-            _save_beside(part, tokenizer, origin)
+    if has_adapter(policy):
+        save_weights(policy, tokenizer, directory / "adapter", origin=origin)
+        merge_adapter(policy)
+    save_weights(policy, tokenizer, directory / "model", origin=origin)
 
 
-def _save_beside(
-    directory: Path, tokenizer: PreTrainedTokenizerBase, origin: dict[str, Any]
+def has_adapter(policy: Policy) -> bool:
+    """Whether what is trained is an adapter."""
+    return hasattr(policy.model, "peft_config")
+
+
+def save_weights(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    origin: dict[str, Any],
 ) -> None:
-    tokenizer.save_pretrained(directory)
-    (directory / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    """Write what was trained, the model or the adapter alone, with tokenizer and model card.
+
+    Raises:
+        KTOError: if the disk is full or the directory cannot be written.
+    """
+    model: Any = policy.model
+    with policy.own_attention_restored(), _whole_directory(directory) as part:
+        if has_adapter(policy):
+            config = model.peft_config["default"]
+            config.base_model_name_or_path = whole_name(config.base_model_name_or_path)
+            model.save_pretrained(part, selected_adapters=["default"])
+        else:
+            model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        _write(part / ORIGIN_FILE, json.dumps(origin, indent=2) + "\n")
+        _write(part / "README.md", model_card(origin, is_adapter=has_adapter(policy)))
+
+
+def merge_adapter(policy: Policy) -> None:
+    """Add the trained adapter's update to the weights, for good, in float32.
+
+    A base in bfloat16 becomes float32, on the CPU, where there is room for it: rounded to bfloat16
+    again, most of a small update would be lost.
+    """
+    model: Any = policy.model
+    if policy.causal_lm.dtype != torch.float32:
+        model = model.to("cpu").float()
+    policy.model = model.merge_and_unload(adapter_names=["default"])
+    policy.causal_lm.config.dtype = torch.float32
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def remembered_reference(name: str) -> str | None:

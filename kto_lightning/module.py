@@ -1,9 +1,10 @@
 """`KTOModule`: one optimizer step of KTO, from a packed batch to updated weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from kto_lightning.errors import ConfigError
 from kto_lightning.export import remembered_reference, whole_name
 from kto_lightning.loss import kto_loss, reference_point
 from kto_lightning.metrics import BatchSums, batch_metrics
-from kto_lightning.models import LoRA, is_adapter, load_model
+from kto_lightning.models import LoRA, is_adapter, load_model, weight_directories
 from kto_lightning.optimization import (
     check_optimization,
     gradient_norm,
@@ -28,7 +29,12 @@ from kto_lightning.optimization import (
 )
 from kto_lightning.packing_probe import make_policy
 from kto_lightning.policy import Policy
-from kto_lightning.reference import FrozenReference, Reference, make_reference
+from kto_lightning.reference import Reference, make_reference
+from kto_lightning.reference_cache import (
+    CachedReference,
+    ReferenceCache,
+    reference_fingerprint,
+)
 from kto_lightning.types import Logps, PackedBatch, Prediction, StepBatch
 from kto_lightning.validation import ValidationSums
 
@@ -66,7 +72,7 @@ class KTOModule(LightningModule):
         lora: train a new low-rank adapter on the frozen policy instead of all its weights.
         dropout: keep the model's dropout on in training.
         activation_checkpointing: compute activations again in backward instead of keeping them.
-        reference_cache: not available yet.
+        reference_cache: a directory that keeps the reference's log-probs from run to run.
         trust_remote_code: run code that comes with a model from a hub.
 
     Raises:
@@ -98,6 +104,7 @@ class KTOModule(LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint under LoRA has no frozen weights
         self.policy_name, self.reference_name = policy, reference
+        self.reference_cache = reference_cache
         self.beta, self.loss = beta, loss
         self.desirable_weight: Literal["auto"] | float = desirable_weight
         self.undesirable_weight: Literal["auto"] | float = undesirable_weight
@@ -115,9 +122,9 @@ class KTOModule(LightningModule):
         self.latest_metrics: dict[str, float] = {}
         self.validated_step = -1
         self._validation = ValidationSums(torch.device("cpu"))
-        self._check_settings(reference_cache)
+        self._check_settings()
 
-    def _check_settings(self, reference_cache: str | None) -> None:
+    def _check_settings(self) -> None:
         require_number("beta", self.beta, above=0.0)
         require_one_of("loss", self.loss, ("kto", "apo_zero_unpaired"))
         resolve_weights(1, 1, desirable=self.desirable_weight, undesirable=self.undesirable_weight)
@@ -138,8 +145,6 @@ class KTOModule(LightningModule):
                 "lost in bfloat16 weights. Add --model.lora, or leave the weights in float32 and "
                 "compute in bfloat16 with --trainer.precision bf16-mixed."
             )
-        if reference_cache is not None:
-            raise ConfigError("--model.reference_cache is not available yet. Leave it out.")
 
     def configure_model(self) -> None:
         """Load the policy and its reference. Lightning calls this once the data is set up."""
@@ -155,13 +160,34 @@ class KTOModule(LightningModule):
         reference_name = self.reference_name
         if reference_name is None and self.trainer.state.fn != "fit":
             reference_name = remembered_reference(self.policy_name)
-        self.reference = make_reference(
-            self.policy, loaded, policy_name=self.policy_name, name=reference_name, load=load
+        make = partial(
+            make_reference,
+            *(self.policy, loaded),
+            policy_name=self.policy_name,
+            name=reference_name,
+            load=load,
+        )
+        self.reference = (
+            make() if self.reference_cache is None else self._cached(reference_name, make)
         )
         if not self.policy.packed and self.packing_obstacle is None:
             self.packing_obstacle = "its reference cannot be packed"
         if self.activation_checkpointing:
             self.policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _cached(self, name: str | None, make: Callable[[], Reference]) -> Reference:
+        """The reference behind its cache, which is addressed by what decides its log-probs."""
+        assert self.reference_cache is not None
+        directories = weight_directories(name or self.policy_name)
+        settings = (self.dtype_name or "float32", str(self.trainer.precision))
+        fingerprint = reference_fingerprint(directories, settings)
+        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        cache = ReferenceCache(Path(self.reference_cache) / fingerprint)
+        return CachedReference(cache, data.reference_keys(), make)
+
+    def on_train_epoch_start(self) -> None:
+        if isinstance(self.reference, CachedReference):
+            self.reference.cache.refresh()
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
@@ -206,8 +232,8 @@ class KTOModule(LightningModule):
         self._place_reference()
 
     def _place_reference(self) -> None:
-        if isinstance(self.reference, FrozenReference):
-            self.reference.to(self.device)
+        assert self.reference is not None
+        self.reference.to(self.device)
 
     def on_validation_epoch_start(self) -> None:
         self._validation = ValidationSums(self.device)
@@ -449,6 +475,8 @@ class KTOModule(LightningModule):
 
     def origin(self) -> dict[str, Any]:
         """Where this policy came from, in plain values: what `export` needs to build it again."""
+        datamodule: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        facts = getattr(datamodule, "facts", dict)  # ours tells; any other will do in `fit`
         return {
             "policy": whole_name(self.policy_name),
             "reference": whole_name(self.reference_name or self.policy_name),
@@ -460,4 +488,10 @@ class KTOModule(LightningModule):
             "optimizer": self.optimizer_name,
             "learning_rate": self.learning_rate,
             "weight_decay": self.weight_decay,
+            "warmup_ratio": self.warmup_ratio,
+            "lr_schedule": self.lr_schedule,
+            "gradient_clip_norm": self.gradient_clip_norm,
+            "step": self.trainer.global_step,
+            "results": dict(self.latest_metrics),
+            "data": facts(),
         }

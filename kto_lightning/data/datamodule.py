@@ -268,16 +268,30 @@ class KTODataModule(LightningDataModule):
             padded=not self._module.policy.packed,
         )
 
-    def _loader(
-        self, examples: ExampleSet, plans: PlanSampler, weights: ClassWeights
-    ) -> DataLoader[StepBatch]:
-        batches = StepBatches(
+    def reference_keys(self) -> set[bytes]:
+        """The keys of all reference log-probs that this run can ask for."""
+        keys: set[bytes] = set()
+        for examples in (self.train_set, self.validation_set, self.predict_set):
+            if examples is not None:
+                pairing = self._pair(examples, shuffle=self.shuffle)
+                batches = self._batches(examples, ClassWeights(desirable=1.0, undesirable=1.0))
+                keys |= batches.all_keys(pairing.partner)
+        return keys
+
+    def _batches(self, examples: ExampleSet, weights: ClassWeights) -> StepBatches:
+        return StepBatches(
             examples=examples,
             desirable_weight=weights.desirable,
             undesirable_weight=weights.undesirable,
             max_length=self.max_length,
             can_share_prompts=self._module.policy.packed,
+            with_keys=self._module.reference_cache is not None,
         )
+
+    def _loader(
+        self, examples: ExampleSet, plans: PlanSampler, weights: ClassWeights
+    ) -> DataLoader[StepBatch]:
+        batches = self._batches(examples, weights)
         return DataLoader(
             batches,
             batch_size=None,
@@ -285,6 +299,25 @@ class KTODataModule(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
+
+    def facts(self) -> dict[str, Any]:
+        """What a model card and `export` need to know of the data, in plain values."""
+        counts = self.train_set.counts if self.train_set is not None else None
+        template = self.tokenizer.chat_template if self.tokenizer and self.chat_template else None
+        return {
+            "train": self.train,
+            "validation": self.validation,
+            "desirable": counts.desirable if counts else None,
+            "undesirable": counts.undesirable if counts else None,
+            "desirable_weight": self.class_weights.desirable if self.class_weights else None,
+            "undesirable_weight": self.class_weights.undesirable if self.class_weights else None,
+            "batch_size": self.batch_size,
+            "max_length": self.max_length,
+            "truncation": self.truncation,
+            "pairing": self.pairing_kind,
+            "tokenizer": self.tokenizer_name,
+            "chat_template": template,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Where in the data the run is, in completed optimizer steps."""

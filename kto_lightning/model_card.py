@@ -1,0 +1,82 @@
+"""The model card: what a trained model is, from what, and how to load it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_LOAD_MODEL = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
+```
+"""
+_LOAD_ADAPTER = """\
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
+```
+"""
+_PAPERS = {
+    "kto": "KTO ([arXiv:2402.01306](https://arxiv.org/abs/2402.01306))",
+    "apo_zero_unpaired": "APO-zero ([arXiv:2408.06266](https://arxiv.org/abs/2408.06266))",
+}
+_SETTINGS = (
+    *("reference", "loss", "beta", "optimizer", "learning_rate", "weight_decay", "lr_schedule"),
+    *("warmup_ratio", "gradient_clip_norm", "dtype", "lora"),
+)
+_DATA_SETTINGS = ("batch_size", "max_length", "truncation", "pairing")
+
+
+def model_card(origin: Mapping[str, Any], *, is_adapter: bool) -> str:
+    """Markdown for the `README.md` of an exported directory.
+
+    Args:
+        origin: `KTOModule.origin`: policy, settings, data and last results, in plain values.
+        is_adapter: whether the directory holds an adapter, not a whole model.
+    """
+    data = origin["data"]
+    kind = "a low-rank adapter for" if is_adapter else "a model made from"
+    settings = {name: origin.get(name) for name in _SETTINGS}
+    settings |= {name: data.get(name) for name in _DATA_SETTINGS}
+    metadata = ["---", f"library_name: {'peft' if is_adapter else 'transformers'}"]
+    metadata += ["pipeline_tag: text-generation", "tags:", "- kto", "- kto-lightning", "---"]
+    return "\n".join(
+        [
+            *metadata,
+            f"\nThis is {kind} `{origin['policy']}`, trained with {_PAPERS[origin['loss']]} on "
+            "completions that users marked desirable or undesirable, by kto_lightning.",
+            f"\n## How to load it\n\n{_LOAD_ADAPTER if is_adapter else _LOAD_MODEL}",
+            f"## Data\n\n{_data_table(data)}",
+            f"## Settings\n\n{_table(settings)}",
+            f"## Results\n\nAfter {origin['step']} optimizer steps; rewards are β times the log "
+            f"ratio to the reference.\n\n{_table(origin['results'])}",
+        ]
+    )
+
+
+def _data_table(data: Mapping[str, Any]) -> str:
+    train = data["train"]
+    return _table(
+        {
+            "records": ", ".join(train) if isinstance(train, list) else train,
+            "desirable": f"{data['desirable']}, each weighted {data['desirable_weight']}",
+            "undesirable": f"{data['undesirable']}, each weighted {data['undesirable_weight']}",
+            "held out": data["validation"],
+        }
+    )
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    """A row for all that is set."""
+    shown = {name: value for name, value in rows.items() if value is not None}
+    lines = [f"| {name} | {_cell(value)} |" for name, value in shown.items()]
+    return "\n".join(["| | |", "|---|---|", *lines, ""])
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|")
