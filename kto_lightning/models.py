@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -111,6 +112,24 @@ def load_model(
 def is_adapter(name: str) -> bool:
     """Whether a directory holds a peft adapter."""
     return (Path(name) / "adapter_config.json").is_file()
+
+
+def weight_directories(name: str) -> list[Path]:
+    """Where the weights behind a name lie: the model's directory, after its adapter's if it is one.
+
+    A hub id is fetched into the hub's cache if it is not there yet.
+
+    Raises:
+        ModelError: if it cannot be had.
+    """
+    if is_adapter(name):
+        return [Path(name), *weight_directories(adapter_base(name))]
+    if Path(name).is_dir():
+        return [Path(name)]
+    try:
+        return [Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))]
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the model {name} cannot be had: {_first_line(error)}") from error
 
 
 def adapter_base(name: str) -> str:

@@ -28,6 +28,10 @@ class Reference(Protocol):
         """Score the completions asked for, as `Policy.forward` does, without a gradient."""
         ...
 
+    def to(self, device: torch.device) -> None:
+        """Go where the policy is."""
+        ...
+
 
 class FrozenReference:
     """A second model that stays as it is.
@@ -80,6 +84,9 @@ class AdapterReference:
                 return self._policy(batch, matched=matched, mismatched=mismatched)
         finally:
             self._policy.train(training)
+
+    def to(self, device: torch.device) -> None:
+        """It is part of the policy and goes with it."""
 
     def _switched(self) -> AbstractContextManager[None]:
         model: Any = self._policy.model

@@ -65,6 +65,9 @@ class PackedBatch:
     weight."""
     indices: list[int]
     """Which examples of the data set these are."""
+    matched_keys: list[bytes] | None = None
+    """What a reference cache files each matched log-prob under; None: there is no cache."""
+    mismatched_keys: list[bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)

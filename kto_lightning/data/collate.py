@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch.utils.data import Dataset
 
 from kto_lightning.data.batches import StepPlan
+from kto_lightning.data.keys import pair_key
 from kto_lightning.data.packing import MicroBatch
 from kto_lightning.types import PackedBatch, Scored, Sequences, StepBatch
 
@@ -65,6 +66,8 @@ class StepBatches(Dataset[StepBatch]):
     """Tokens at which prompt + completion are cut at the end; None: nowhere."""
     can_share_prompts: bool
     """Whether the model's second run can attend to the prompts of its first."""
+    with_keys: bool = False
+    """Whether a reference cache asks under which keys the log-probs are filed."""
 
     def __len__(self) -> int:
         """The number of examples: there are as many batches as ways to plan them."""
@@ -101,7 +104,21 @@ class StepBatches(Dataset[StepBatch]):
             shares_prompts=self.can_share_prompts,
             weights=np.zeros_like(weights) if micro_batch.zero_weight else weights,
             counted=not micro_batch.zero_weight,
+            with_keys=self.with_keys,
         )
+
+    def all_keys(self, partner: Int64[np.ndarray, " examples"] | None) -> set[bytes]:
+        """The keys of all matched and, with partners, all mismatched log-probs of the set."""
+        keys = set()
+        for index in range(len(self.examples)):
+            example = self.examples[index]
+            prompts = [example.prompt_ids[: self.max_length]]
+            completions = [example.completion_ids]
+            if partner is not None:
+                completions.append(self.examples[int(partner[index])].completion_ids)
+            prompts *= len(completions)
+            keys.update(_keys(prompts, _cut(completions, prompts, self.max_length)))
+        return keys
 
 
 def pack(
@@ -112,6 +129,7 @@ def pack(
     shares_prompts: bool,
     weights: Float32[np.ndarray, " batch"],
     counted: bool = True,
+    with_keys: bool = False,
 ) -> PackedBatch:
     """Pack examples with their mismatched completions into one micro-batch.
 
@@ -126,12 +144,13 @@ def pack(
         shares_prompts: the layout of the mismatched completions, see `PackedBatch`.
         weights: λ of each example.
         counted: False for a stand-in.
+        with_keys: say under which keys a reference cache files the log-probs.
     """
     prompts = [example.prompt_ids[:max_length] for example in examples]
     prompt_lengths = _lengths(prompts)
     completions = _cut([example.completion_ids for example in examples], prompts, max_length)
     matched = _whole_sequences(prompts, completions)
-    mismatched = None
+    mismatched = others = None
     if mismatched_completions is not None:
         others = _cut(mismatched_completions, prompts, max_length)
         if shares_prompts:
@@ -147,6 +166,8 @@ def pack(
         weight=torch.from_numpy(weights),
         counted=torch.full((len(examples),), counted),
         indices=[example.index for example in examples],
+        matched_keys=_keys(prompts, completions) if with_keys else None,
+        mismatched_keys=_keys(prompts, others) if with_keys and others is not None else None,
     )
 
 
@@ -160,6 +181,10 @@ def _cut(
         completion[: max_length - len(prompt)]
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
+
+
+def _keys(prompts: list[np.ndarray], completions: list[np.ndarray]) -> list[bytes]:
+    return [pair_key(*pair) for pair in zip(prompts, completions, strict=True)]
 
 
 def _whole_sequences(prompts: list[np.ndarray], completions: list[np.ndarray]) -> Sequences:
