@@ -70,9 +70,9 @@ class Parser(LightningArgumentParser):
             return None
         wrong = next(group for group in match.groups() if group)
         known = self._known_keys()
-        near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
-        if near:
-            return f"there is no option '{wrong}'. Did you mean '--{near[0]}'?"
+        near = _nearest(wrong, known)
+        if near is not None and not match["part"]:
+            return f"there is no option '{wrong}'. Did you mean '--{near}'?"
         if match["part"]:
             return f"there is no option '{wrong}' here. There are: {', '.join(known)}."
         return f"there is no option '{wrong}'."
@@ -83,6 +83,14 @@ class Parser(LightningArgumentParser):
             parsers.extend(getattr(action, "_name_parser_map", {}).values())
         keys = [action.dest for parser in parsers for action in parser._actions]
         return [key for key in dict.fromkeys(keys) if key not in ("help", "subcommand")]
+
+
+def _nearest(wrong: str, known: list[str]) -> str | None:
+    """The key without its group, such as `beta`; the beginning of a key; one spelt alike."""
+    for key in known:
+        if wrong == key.rpartition(".")[2] or key.startswith(f"{wrong}_"):
+            return key
+    return next(iter(difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)), None)
 
 
 def _wrong_value(message: str, dashes: str) -> str | None:
