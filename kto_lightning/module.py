@@ -65,8 +65,11 @@ class KTOModule(LightningModule):
         learning_rate: the highest learning rate of the schedule.
         weight_decay: on matrices; never on biases and norms.
         warmup_ratio: share of all steps over which the learning rate rises from 0.
-        lr_schedule: constant, linear, cosine, or another schedule of transformers.get_scheduler.
-        optimizer: adamw (betas 0.9 and 0.999, eps 1e-8) or sgd.
+        lr_schedule: constant, linear, cosine, or another schedule of transformers.get_scheduler;
+            warmup_stable_decay decays over the last tenth of all steps, cosine_with_min_lr ends at
+            a tenth of the learning rate.
+        optimizer: adamw (betas 0.9 and 0.999, eps 1e-8), sgd, adafactor (fixed learning rate), or
+            adamw_8bit (needs bitsandbytes and a CUDA device).
         gradient_clip_norm: largest global L2 norm of the gradient; null: no clipping.
         dtype: of a frozen base's weights: float32 or bfloat16; null: float32.
         lora: train a new low-rank adapter on the frozen policy instead of all its weights.

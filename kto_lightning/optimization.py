@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules by key."""
 
+import importlib.util
 import inspect
 import math
 import re
@@ -11,6 +12,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import SchedulerType, get_scheduler
+from transformers.optimization import Adafactor
 
 from kto_lightning.errors import ConfigError
 
@@ -24,8 +26,31 @@ def _sgd(groups: list[dict], learning_rate: float) -> Optimizer:
     return SGD(groups, lr=learning_rate)
 
 
-OPTIMIZERS: dict[str, Callable[[list[dict], float], Optimizer]] = {"adamw": _adamw, "sgd": _sgd}
+def _adafactor(groups: list[dict], learning_rate: float) -> Optimizer:
+    """Set as by transformers' Trainer, so that the learning rate means what it does there.
+
+    `torch.optim.Adafactor` cannot be: it scales each rate by the weights' root mean square.
+    """
+    return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
+
+
+def _adamw_8bit(groups: list[dict], learning_rate: float) -> Optimizer:
+    from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # optional
+
+    return AdamW8bit(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8)
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict], float], Optimizer]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "adafactor": _adafactor,
+    "adamw_8bit": _adamw_8bit,
+}
 SCHEDULES = [kind.value for kind in SchedulerType]
+_DECAY_SHARE = 0.1
+"""Of all steps, the last ones, in which `warmup_stable_decay` decays: as in arXiv:2404.06395."""
+_LEAST_SHARE = 0.1
+"""Of the learning rate, where a cosine with a minimum ends: as in arXiv:2203.15556."""
 # Beside all vectors: an expert's biases and norms by head are matrices, one row an expert or head.
 _NEVER_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|[._])norm(\.|$)", re.IGNORECASE)
 
@@ -66,6 +91,8 @@ def check_optimization(
 ) -> None:
     """Raise ConfigError for what would otherwise fail only after data and model are loaded."""
     require_one_of("optimizer", optimizer, OPTIMIZERS)
+    if optimizer == "adamw_8bit":
+        _require_bitsandbytes()
     require_number("learning_rate", learning_rate)
     require_number("weight_decay", weight_decay)
     if gradient_clip_norm is not None:
@@ -73,7 +100,20 @@ def check_optimization(
     require_one_of("lr_schedule", lr_schedule, SCHEDULES)
     require_number("warmup_ratio", warmup_ratio, most=1.0)
     trial = SGD([torch.zeros(1)], lr=learning_rate)
-    make_scheduler(lr_schedule, trial, warmup_ratio=warmup_ratio, num_steps=1)
+    make_scheduler(lr_schedule, trial, warmup_ratio=warmup_ratio, num_steps=1000)
+
+
+def _require_bitsandbytes() -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "--model.optimizer adamw_8bit needs bitsandbytes, which is not installed. "
+            "`pip install bitsandbytes`, or use adamw, or adafactor for little memory."
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "--model.optimizer adamw_8bit needs a CUDA device, and there is none here. "
+            "Use adamw, or adafactor for little memory."
+        )
 
 
 def make_optimizer(
@@ -102,14 +142,24 @@ def make_scheduler(
 ) -> LRScheduler:
     """A schedule of `transformers.get_scheduler`, over `num_steps` optimizer steps.
 
+    Those that ask for more get the usual: `warmup_stable_decay` decays over the last tenth of all
+    steps, a cosine with a minimum ends at a tenth of the learning rate.
+
     Raises:
-        ConfigError: if the schedule (one of `SCHEDULES`) needs more than these settings.
+        ConfigError: if the schedule (one of `SCHEDULES`) cannot be used with these settings.
     """
     warmup_steps = math.ceil(warmup_ratio * num_steps)
-    if name == "constant" and warmup_steps:
+    all_warm_up = warmup_steps >= num_steps  # polynomial divides by the steps that are left
+    if warmup_steps and (name == "constant" or (name == "polynomial" and all_warm_up)):
         name = "constant_with_warmup"
+    details: dict[str, Any] = {}
+    if name == "warmup_stable_decay":
+        decay_steps = min(math.ceil(_DECAY_SHARE * num_steps), num_steps - warmup_steps)
+        details["num_decay_steps"] = decay_steps
+    elif name.endswith("with_min_lr"):
+        details["min_lr_rate"] = _LEAST_SHARE
     try:
-        scheduler: Any = get_scheduler(name, optimizer, warmup_steps, num_steps)
+        scheduler: Any = get_scheduler(name, optimizer, warmup_steps, num_steps, details)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"--model.lr_schedule {name} cannot be used here: {error}") from error
     if "metrics" in inspect.signature(scheduler.step).parameters:
