@@ -77,6 +77,9 @@ def run_demo(output_dir: Path, seed: int) -> int:
     folder = Folder(root=output_dir)
     folder.claim()
     transformers_logging.disable_progress_bar()
+    # So small a model gains little from a second thread, and loses much where cores are shared or
+    # where a container may use fewer than it sees.
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     rng = random.Random(seed)
     story = Story(
