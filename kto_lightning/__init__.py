@@ -1,1 +1,31 @@
-"""KTO fine-tuning of language models in PyTorch Lightning."""
+"""KTO fine-tuning of language models in PyTorch Lightning.
+
+    from kto_lightning import KTODataModule, KTOModule, kto_loss, reference_point
+
+Names are imported when they are first used, so that the command line answers `--help` at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kto_lightning.data.datamodule import KTODataModule
+    from kto_lightning.loss import kto_loss, reference_point
+    from kto_lightning.models import LoRA
+    from kto_lightning.module import KTOModule
+
+_HOMES = {
+    "KTODataModule": "kto_lightning.data.datamodule",
+    "KTOModule": "kto_lightning.module",
+    "LoRA": "kto_lightning.models",
+    "kto_loss": "kto_lightning.loss",
+    "reference_point": "kto_lightning.loss",
+}
+
+__all__ = ["KTODataModule", "KTOModule", "LoRA", "kto_loss", "reference_point"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -128,6 +128,9 @@ class KTODataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self._load(stage)
+        if self.validation_set is None and self.trainer is not None:
+            # Lightning would warn of an empty validation loader, at length and every time.
+            self.trainer.limit_val_batches = 0
 
     def _load(self, stage: str) -> None:
         """Records of a stage (`fit`, `validate` or `predict`), read once."""
