@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kto_lightning.errors import KTOError
 from kto_lightning.model_card import model_card
@@ -63,7 +64,8 @@ def save_weights(
         if has_adapter(policy):
             config = model.peft_config["default"]
             config.base_model_name_or_path = whole_name(config.base_model_name_or_path)
-            model.save_pretrained(part, selected_adapters=["default"])
+            # The update alone: the base's embeddings stay where they came from.
+            model.save_pretrained(part, selected_adapters=["default"], save_embedding_layers=False)
         else:
             model.save_pretrained(part)
         tokenizer.save_pretrained(part)
@@ -80,8 +82,27 @@ def merge_adapter(policy: Policy) -> None:
     model: Any = policy.model
     if policy.causal_lm.dtype != torch.float32:
         model = model.to("cpu").float()
+    _untie_adapted(policy.causal_lm)
     policy.model = model.merge_and_unload(adapter_names=["default"])
     policy.causal_lm.config.dtype = torch.float32
+
+
+def _untie_adapted(model: PreTrainedModel) -> None:
+    """Give an adapted head, or adapted input embeddings, a weight of its own: tied, both would take
+    up the update that was trained for one of them."""
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    if not (hasattr(head, "get_base_layer") or hasattr(embeddings, "get_base_layer")):
+        return
+    head, embeddings = _base_layer(head), _base_layer(embeddings)
+    if head.weight is embeddings.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
+
+
+def _base_layer(layer: Any) -> Any:
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
 def _write(path: Path, text: str) -> None:

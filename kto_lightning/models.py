@@ -2,6 +2,9 @@
 
 import math
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -221,6 +224,14 @@ def disable_dropout(model: nn.Module) -> None:
                 vars(module)[name] = 0.0
 
 
+@contextmanager
+def _tied_head_allowed() -> Iterator[None]:
+    """Without peft's warning of adapters on tied weights: `export` unties before it merges."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True")
+        yield
+
+
 def _add_adapter(model: PreTrainedModel, lora: LoRA) -> nn.Module:
     config = LoraConfig(
         r=lora.r,
@@ -230,7 +241,8 @@ def _add_adapter(model: PreTrainedModel, lora: LoRA) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = get_peft_model(model, config)
+        with _tied_head_allowed():
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(
             f"--model.lora.target_modules {lora.target_modules}: {_first_line(error)}"
@@ -241,8 +253,9 @@ def _add_adapter(model: PreTrainedModel, lora: LoRA) -> nn.Module:
 def _load_adapter(model: PreTrainedModel, name: str) -> nn.Module:
     """The adapter to train on, and the same once more, frozen, as the reference."""
     try:
-        adapted = PeftModel.from_pretrained(model, name, is_trainable=True)
-        adapted.load_adapter(name, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+        with _tied_head_allowed():
+            adapted = PeftModel.from_pretrained(model, name, is_trainable=True)
+            adapted.load_adapter(name, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         message = f"{name}: the adapter does not fit its base: {_first_line(error)}"
         raise ModelError(message) from error
