@@ -32,6 +32,26 @@ def kto_loss(
     return weight * torch.sigmoid(-beta * sign * (log_ratio - z0))
 
 
+def gradient_left(
+    log_ratio: Float[Tensor, " batch"], z0: Float[Tensor, ""], *, beta: float
+) -> Float[Tensor, " batch"]:
+    r"""The share of the largest gradient that the loss still gives each example, from 1 to 0.
+
+    $$4 \, \sigma(u) \, \sigma(-u), \quad
+    u = \beta \bigl(\log \tfrac{\pi_\theta(y|x)}{\pi_{ref}(y|x)} - z_0\bigr)$$
+
+    The derivative of `kto_loss` by the log-ratio is −λ_y s β σ(u) σ(−u), largest at u = 0. The same
+    for both classes, as u and −u give the same.
+
+    Args:
+        log_ratio: log π_θ(y|x) − log π_ref(y|x), in nats, summed over the completion.
+        z0: the reference point in nats.
+        beta: how strongly the policy is held to the reference (per nat).
+    """
+    logits = beta * (log_ratio - z0)
+    return 4 * torch.sigmoid(logits) * torch.sigmoid(-logits)
+
+
 def reference_point(total: Float[Tensor, ""], count: int) -> Float[Tensor, ""]:
     r"""The KL reference estimate z0.
 

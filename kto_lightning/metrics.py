@@ -1,19 +1,25 @@
 """What a step says of itself: sums over its micro-batches and ranks, then one row of numbers."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
-NUM_SUMS = 7
+_NUM_CLASS_SUMS = 5
+_NUM_MATCHED_SUMS = 2 * _NUM_CLASS_SUMS + 1
+NUM_SUMS = _NUM_MATCHED_SUMS + 3
 
 
 @dataclass(kw_only=True, slots=True)
 class BatchSums:
     """Sums over the examples of a batch, in float64, so that the order of adding shows nowhere.
 
-    A vector, so that all ranks' are added in one reduction. Stand-ins (not `counted`) are in none.
+    A vector, so that all ranks' are added in one reduction: of each class `_ClassSums`, the losses'
+    sum, and count, sum and sum of squares of the mismatched log-ratios. Stand-ins (not `counted`)
+    are in none. Squares are of float32 values as they are, not of differences to a mean that no
+    rank knows yet: in float64 a spread of a millionth of the mean is still exact to 1e-4.
     """
 
     values: Float[Tensor, " sums"]
@@ -33,38 +39,70 @@ class BatchSums:
         loss: Float[Tensor, " batch"],
         reward: Float[Tensor, " batch"],
         logps: Float32[Tensor, " batch"],
+        gradient_left: Float[Tensor, " batch"],
         desirable: Bool[Tensor, " batch"],
         counted: Bool[Tensor, " batch"],
     ) -> None:
         good = (desirable & counted).to(self.values.dtype)
         bad = (~desirable & counted).to(self.values.dtype)
         per_class = torch.stack([good, bad])  # [2, batch]
-        terms = torch.stack([torch.ones_like(loss), reward, logps]).detach()  # [3, batch]
-        class_sums = per_class @ terms.to(self.values.dtype).T  # [2, 3]
+        ones = torch.ones_like(loss)
+        terms = torch.stack([ones, reward, logps, gradient_left]).detach().to(self.values.dtype)
+        terms = torch.cat([terms, terms[1:2].square()])  # [5, batch]
+        class_sums = per_class @ terms.T  # [2, 5]
         total_loss = (loss.detach() * counted).to(self.values.dtype).sum()
-        self.values += torch.cat([class_sums.flatten(), total_loss[None]])
+        self.values[:_NUM_MATCHED_SUMS] += torch.cat([class_sums.flatten(), total_loss[None]])
+
+    def add_mismatched(
+        self, log_ratio: Float[Tensor, " batch"], counted: Bool[Tensor, " batch"]
+    ) -> None:
+        """Mismatched log-ratios in nats, of which z0 is the mean."""
+        terms = (log_ratio.detach() * counted).to(self.values.dtype)
+        sums = torch.stack([counted.sum().to(terms), terms.sum(), terms.square().sum()])
+        self.values[_NUM_MATCHED_SUMS:] += sums
+
+
+@dataclass(slots=True)
+class _ClassSums:
+    count: float
+    reward: float
+    logps: float
+    gradient_left: float
+    squared_reward: float
 
 
 def batch_metrics(sums: list[float]) -> dict[str, float | None]:
-    """`loss`, class means of rewards and log-probs, and the margin; None where a class is absent.
+    """`loss`, `z0_se`, the margin, and of each class the means of rewards, log-probs and gradient
+    left and the rewards' standard deviation. None for what there are too few examples for.
 
     Args:
         sums: `BatchSums.values` over all micro-batches and ranks.
     """
-    good, good_reward, good_logps, bad, bad_reward, bad_logps, loss = sums
-
-    def mean(total: float, count: float) -> float | None:
-        return total / count if count else None
-
-    desirable, undesirable = mean(good_reward, good), mean(bad_reward, bad)
-    margin = None
+    good = _ClassSums(*sums[:_NUM_CLASS_SUMS])
+    bad = _ClassSums(*sums[_NUM_CLASS_SUMS : 2 * _NUM_CLASS_SUMS])
+    loss, num_mismatched, *mismatched = sums[2 * _NUM_CLASS_SUMS :]
+    metrics = {"loss": _mean(loss, good.count + bad.count)}
+    for name, one in (("desirable", good), ("undesirable", bad)):
+        metrics[f"reward/{name}"] = _mean(one.reward, one.count)
+        metrics[f"logps/{name}"] = _mean(one.logps, one.count)
+        metrics[f"gradient_left/{name}"] = _mean(one.gradient_left, one.count)
+        metrics[f"reward/{name}_std"] = sample_std(one.count, one.reward, one.squared_reward)
+    desirable, undesirable = metrics["reward/desirable"], metrics["reward/undesirable"]
+    metrics["reward/margin"] = None
     if desirable is not None and undesirable is not None:
-        margin = desirable - undesirable
-    return {
-        "loss": mean(loss, good + bad),
-        "reward/desirable": desirable,
-        "reward/undesirable": undesirable,
-        "reward/margin": margin,
-        "logps/desirable": mean(good_logps, good),
-        "logps/undesirable": mean(bad_logps, bad),
-    }
+        metrics["reward/margin"] = desirable - undesirable
+    std = sample_std(num_mismatched, *mismatched)
+    metrics["z0_se"] = None if std is None else std / math.sqrt(num_mismatched)
+    return metrics
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+def sample_std(count: float, total: float, squares: float) -> float | None:
+    r"""$\sqrt{(\sum_i x_i^2 - (\sum_i x_i)^2 / n) / (n - 1)}$; None of fewer than two."""
+    if count < 2:
+        return None
+    variance = (squares - total * total / count) / (count - 1)
+    return math.sqrt(max(variance, 0.0))  # rounding may leave less; a NaN stays one in this order

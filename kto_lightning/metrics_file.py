@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from kto_lightning.measures import MEASURED
+
 TRAIN_METRICS = (
     "loss",
     "z0",
@@ -34,10 +36,19 @@ VALIDATION_METRICS = (
     "reward/auc",
     "tokens",
 )
+DIAGNOSTICS = (
+    "z0_se",
+    "gradient_left/desirable",
+    "gradient_left/undesirable",
+    "reward/desirable_std",
+    "reward/undesirable_std",
+)
 COLUMNS = (
     "step",
     *(f"train/{name}" for name in TRAIN_METRICS),
     *(f"val/{name}" for name in VALIDATION_METRICS),
+    *(f"train/{name}" for name in (*DIAGNOSTICS, *MEASURED)),
+    *(f"val/{name}" for name in DIAGNOSTICS),
 )
 
 

@@ -16,7 +16,8 @@ from kto_lightning.checkpoint_io import check_weights_fit
 from kto_lightning.data.weights import resolve_weights
 from kto_lightning.errors import ConfigError
 from kto_lightning.export import remembered_reference, whole_name
-from kto_lightning.loss import kto_loss, reference_point
+from kto_lightning.loss import gradient_left, kto_loss, reference_point
+from kto_lightning.measures import MEASURED, StepClock
 from kto_lightning.metrics import BatchSums, batch_metrics
 from kto_lightning.models import LoRA, is_adapter, load_model, weight_directories
 from kto_lightning.optimization import (
@@ -123,8 +124,12 @@ class KTOModule(LightningModule):
         self.packing_obstacle: str | None = None
         """Why the model runs padded; None: it runs packed."""
         self.latest_metrics: dict[str, float] = {}
+        """The latest of each metric that the batch decides."""
+        self.last_row: dict[str, float] = {}
+        """What was published last, without what its batch could not give."""
         self.validated_step = -1
         self._validation = ValidationSums(torch.device("cpu"))
+        self._clock = StepClock()
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -231,8 +236,17 @@ class KTOModule(LightningModule):
         # `from_pretrained` gives eval mode, in which activation checkpointing is silently off.
         self.train()
 
+    def on_train_start(self) -> None:
+        self._clock.start()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self._clock.start()
+
     def on_validation_start(self) -> None:
         self._place_reference()
+
+    def on_validation_end(self) -> None:
+        self._clock.start()
 
     def _place_reference(self) -> None:
         assert self.reference is not None
@@ -244,7 +258,7 @@ class KTOModule(LightningModule):
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Held-out batch: the same numbers as a training step's, without a gradient."""
         known = [self._all_logps(micro_batch) for micro_batch in batch.micro_batches]
-        z0_raw, z0 = self._reference_point(batch, known)
+        z0_raw, z0 = self._reference_point(batch, known, self._validation.batches)
         auxiliary = torch.zeros((), device=self.device)
         for micro_batch, logps in zip(batch.micro_batches, known, strict=True):
             self._add_losses(micro_batch, logps, z0, self._validation.batches)
@@ -299,8 +313,8 @@ class KTOModule(LightningModule):
         """One optimizer step: z0 over the whole batch, then micro-batch by micro-batch."""
         micro_batches = batch.micro_batches
         known = self._logps_before_backward(micro_batches)
-        z0_raw, z0 = self._reference_point(batch, known)
         sums = BatchSums.zero(self.device)
+        z0_raw, z0 = self._reference_point(batch, known, sums)
         auxiliary = torch.zeros((), device=self.device)
         for index, (micro_batch, logps) in enumerate(zip(micro_batches, known, strict=True)):
             with self._synchronised(last=index == len(micro_batches) - 1):
@@ -349,9 +363,10 @@ class KTOModule(LightningModule):
         return known
 
     def _reference_point(
-        self, batch: StepBatch, known: Sequence[MicroLogps | None]
+        self, batch: StepBatch, known: Sequence[MicroLogps | None], sums: BatchSums
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """z0 before and after its clamp: one number over the whole batch and all ranks."""
+        """z0 before and after its clamp: one number over the whole batch and all ranks. How far it
+        scatters goes into `sums`."""
         total = torch.zeros((), dtype=BatchSums.dtype(self.device), device=self.device)
         for micro_batch, logps in zip(batch.micro_batches, known, strict=True):
             if logps is None or logps.policy.mismatched is None:
@@ -359,6 +374,7 @@ class KTOModule(LightningModule):
             assert logps.reference.mismatched is not None
             log_ratio = logps.policy.mismatched.detach() - logps.reference.mismatched
             total += (log_ratio * micro_batch.counted).sum()
+            sums.add_mismatched(log_ratio, micro_batch.counted)
         total = self._sum_over_ranks(total)
         return total / batch.num_examples, reference_point(total, batch.num_examples)
 
@@ -374,17 +390,15 @@ class KTOModule(LightningModule):
         assert policy is not None
         assert reference is not None
         log_ratio = policy - reference
+        z0 = z0.to(log_ratio.dtype)
         losses = kto_loss(
-            log_ratio,
-            micro_batch.desirable,
-            z0.to(log_ratio.dtype),
-            beta=self.beta,
-            weight=micro_batch.weight,
+            log_ratio, micro_batch.desirable, z0, beta=self.beta, weight=micro_batch.weight
         )
         sums.add(
             loss=losses,
             reward=self.beta * log_ratio,
             logps=policy,
+            gradient_left=gradient_left(log_ratio.detach(), z0, beta=self.beta),
             desirable=micro_batch.desirable,
             counted=micro_batch.counted,
         )
@@ -443,12 +457,14 @@ class KTOModule(LightningModule):
             metrics["loss"] += auxiliary_total
         metrics |= {"z0": z0, "z0_raw": z0_raw, "grad_norm": norm, "lr": learning_rate}
         metrics["tokens"] = batch.num_tokens
-        self.publish("train", metrics)
+        self.publish("train", metrics | self._clock.measures(batch.num_tokens, self.device))
 
     def publish(self, stage: str, metrics: dict[str, float | None]) -> None:
         """Send metrics to every logger; what a batch cannot give is left out."""
         known = {f"{stage}/{name}": value for name, value in metrics.items() if value is not None}
-        self.latest_metrics = {**self.latest_metrics, **known}
+        measured = {f"{stage}/{name}" for name in MEASURED}
+        self.latest_metrics |= {k: v for k, v in known.items() if k not in measured}
+        self.last_row = known
         for logger in self.loggers:
             logger.log_metrics(known, step=self.trainer.global_step)
 

@@ -23,6 +23,7 @@ from kto_lightning.data.collate import StepBatches
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.data.packing import example_costs, plan_micro_batches
 from kto_lightning.errors import ConfigError
+from kto_lightning.measures import MEASURED
 from kto_lightning.models import LoRA
 from kto_lightning.module import KTOModule
 from kto_lightning.packing_probe import make_policy
@@ -127,7 +128,7 @@ class Steps(LightningDataModule):
 
 
 class Rows(Logger):
-    """Keeps what it is told."""
+    """Keeps what it is told, but for what no batch decides."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +145,9 @@ class Rows(Logger):
     def log_hyperparams(self, *arguments: Any, **more: Any) -> None: ...
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.rows.append({"step": step, **metrics})
+        measured = {f"train/{name}" for name in MEASURED}
+        decided = {name: value for name, value in metrics.items() if name not in measured}
+        self.rows.append({"step": step, **decided})
 
 
 @cache
