@@ -18,7 +18,7 @@ from rich.table import Table
 from kto_lightning.data.weights import effective_ratio
 from kto_lightning.errors import ConfigError
 from kto_lightning.metrics_file import MetricsFile
-from kto_lightning.report import report_of_training_set, write_report
+from kto_lightning.report import length_finding, report_of_training_set, write_report
 
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 _SHOWN = {"loss": "train/loss", "z0": "train/z0", "margin": "train/reward/margin"}
@@ -156,6 +156,9 @@ class DataReportFile(Callback):
         path = Path(trainer.default_root_dir) / "data_report.json"
         write_report(path, report)
         data.report_line = f"{path}, {len(report.findings)} findings (`inspect` shows them)"
+        sentence = length_finding(report)
+        if sentence is not None:
+            data.warnings.append(sentence[0].lower() + sentence[1:])
 
 
 class Summary(Callback):

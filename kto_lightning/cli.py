@@ -27,6 +27,7 @@ from kto_lightning.callbacks import (
 )
 from kto_lightning.checkpoint_io import AtomicCheckpointIO, is_whole
 from kto_lightning.data.datamodule import KTODataModule
+from kto_lightning.diagnostics import Diagnostics
 from kto_lightning.errors import ConfigError, KTOError
 from kto_lightning.export import save_policy
 from kto_lightning.metrics_file import MetricsFile
@@ -149,6 +150,7 @@ class KTOCLI(LightningCLI):
             StepSeed(),
             DataReportFile(),
             Summary(),
+            Diagnostics(),
         ]
         if trainer.enable_progress_bar is not False:
             kwargs["callbacks"].append(progress)

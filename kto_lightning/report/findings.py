@@ -103,15 +103,9 @@ def _about_lengths(report: DataReport) -> Iterator[str]:
     lengths = report.lengths
     if report.tokenizer_problem:
         yield "Lengths are in characters, because the records could not be tokenized: see below."
-    good, bad = lengths.completion.desirable, lengths.completion.undesirable
-    if _length_tells(report) and lengths.auc is not None and good and bad:
-        longer = "longer" if lengths.auc > 0.5 else "shorter"
-        yield (
-            f"Length alone predicts the label (AUC {lengths.auc:.2f}): desirable completions are "
-            f"the {longer} ones (median {good.median:,.0f} against {bad.median:,.0f} "
-            f"{lengths.unit}). A model may learn just that: add desirable and undesirable "
-            "completions of like lengths, and watch how long its answers become."
-        )
+    sentence = length_finding(report)
+    if sentence is not None:
+        yield sentence
     yield from _about_truncation(report)
     if lengths.prompts_not_prefix:
         yield (
@@ -120,6 +114,21 @@ def _about_lengths(report: DataReport) -> Iterator[str]:
             "trained on. If it should be, mend the chat template's generation prompt, or let "
             "plain prompts not end in a space."
         )
+
+
+def length_finding(report: DataReport) -> str | None:
+    """What to know when completions' lengths predict their labels; None when they do not."""
+    lengths = report.lengths
+    good, bad = lengths.completion.desirable, lengths.completion.undesirable
+    if not _length_tells(report) or lengths.auc is None or not good or not bad:
+        return None
+    longer = "longer" if lengths.auc > 0.5 else "shorter"
+    return (
+        f"Length alone predicts the label (AUC {lengths.auc:.2f}): desirable completions are "
+        f"the {longer} ones (median {good.median:,.0f} against {bad.median:,.0f} "
+        f"{lengths.unit}). A model may learn just that: add desirable and undesirable "
+        "completions of like lengths, and watch how long its answers become."
+    )
 
 
 def _length_tells(report: DataReport) -> bool:
