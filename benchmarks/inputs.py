@@ -1,0 +1,115 @@
+"""What the benchmarks train: records of a file or made ones, and a tokenizer and model for them."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+PAD_TOKEN, EOS_TOKEN = "<|endoftext|>", "<|im_end|>"
+SPECIAL_TOKENS = [PAD_TOKEN, EOS_TOKEN, "<|im_start|>"]
+CHAT_TEMPLATE = "qwen2_5"
+WORDS = 3000
+"""Different words in made records; the frequent ones become tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """A Qwen2 to be made."""
+
+    hidden_size: int = 256
+    intermediate_size: int = 768
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    vocabulary: int = 8192
+
+
+def read_jsonl(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """The first `limit` records of a file, or all."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for _, line in zip(range(limit or 2**62), file, strict=False)]
+
+
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
+    """One record a line."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def made_records(
+    num_records: int, *, words: int, prompt_share: float, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Plain records of some `words` words on average, most shorter, a few several times longer."""
+    random = Random(seed)
+    vocabulary = ["".join(random.choices("abcdefghij", k=6)) for _ in range(WORDS)]
+
+    def text(mean: float) -> str:
+        count = 2 + int(random.expovariate(1 / mean))
+        # Squared: a word's frequency falls with its rank, as in text.
+        return " ".join(vocabulary[int(random.random() ** 2 * WORDS)] for _ in range(count))
+
+    return [
+        {
+            "prompt": text(words * prompt_share) + "\n",
+            "completion": text(words * (1 - prompt_share)),
+            "label": random.random() < 0.6,
+        }
+        for _ in range(num_records)
+    ]
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every string in a record, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts(item)
+
+
+def save_model(directory: Path, records: list[dict[str, Any]], shape: Shape) -> Path:
+    """A Hugging Face directory: a model of random weights, and a tokenizer made from `records`."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=shape.vocabulary,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts(records), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=PAD_TOKEN, eos_token=EOS_TOKEN
+    )
+    template = files("trl") / "chat_templates" / f"{CHAT_TEMPLATE}.jinja"
+    tokenizer.chat_template = template.read_text(encoding="utf-8")
+    config = AutoConfig.for_model(
+        "qwen2",
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

@@ -1,0 +1,78 @@
+"""The least that a KTO step can cost, from the lengths of its sequences.
+
+With P prompt tokens, C matched and C' mismatched completion tokens, in forwards of one token
+through the decoder, a step costs
+
+    3 (P + C)       forward and backward of [x y]
+    + C'            forward of y' on top of x
+    + P + C + C'    the same two for the reference, unless cached
+    + P             the prompts once more, in a step of several micro-batches: z0 comes first
+
+and likewise in attention (forward and backward: 3.5 forwards) and in the head, which scores
+completions alone. Where C' = C and the head and attention are left out, that is (4P+6C)/(3P+3C)
+of a plain fine-tuning step.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from kto_lightning.types import PackedBatch, StepBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitCosts:
+    """Operations of a model's forward."""
+
+    token: int
+    """Of one token, in all matrices of the decoder."""
+    pair: int
+    """Of one query with one key, in all layers."""
+    scored: int
+    """Of one row in the head."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "UnitCosts":
+        config = model.config
+        matrices = [m.weight for m in model.base_model.modules() if isinstance(m, nn.Linear)]
+        return cls(
+            token=2 * sum(matrix.numel() for matrix in matrices),
+            pair=4 * config.num_hidden_layers * config.hidden_size,
+            scored=2 * config.vocab_size * config.hidden_size,
+        )
+
+    def forward(self, *, tokens: int, pairs: int, scored: int) -> int:
+        return self.token * tokens + self.pair * pairs + self.scored * scored
+
+
+def floor(step: StepBatch, unit: UnitCosts, *, cached: bool) -> float:
+    """The least a step of these micro-batches can cost; see the module's docstring."""
+    return sum(
+        _floor(micro_batch, unit, cached=cached, alone=len(step.micro_batches) == 1)
+        for micro_batch in step.micro_batches
+    )
+
+
+def _floor(batch: PackedBatch, unit: UnitCosts, *, cached: bool, alone: bool) -> float:
+    prompts, wholes, others = mismatched_lengths(batch)
+    num_scored = len(batch.matched.scored.rows)
+    matched = unit.forward(
+        tokens=sum(wholes), pairs=sum(length**2 for length in wholes), scored=num_scored
+    )
+    backward = 2 * matched + 0.5 * unit.pair * sum(length**2 for length in wholes)
+    mismatched = unit.forward(
+        tokens=sum(others),
+        pairs=sum(n * (p + n) for p, n in zip(prompts, others, strict=True)),
+        scored=len(batch.mismatched.scored.rows) if batch.mismatched else 0,
+    )
+    prompts_again = unit.forward(tokens=sum(prompts), pairs=sum(p**2 for p in prompts), scored=0)
+    reference = 0 if cached else matched + mismatched
+    return matched + backward + mismatched + reference + (0 if alone else prompts_again)
+
+
+def mismatched_lengths(batch: PackedBatch) -> tuple[list[int], list[int], list[int]]:
+    """Lengths of prompts, of prompts with their completions, of mismatched completions."""
+    if batch.mismatched is None or not batch.shares_prompts:
+        raise SystemExit("step_cost: the steps share no prompts, so there is no such floor")
+    return batch.prompt_lengths, batch.matched.lengths, batch.mismatched.lengths
