@@ -20,6 +20,9 @@ _EXPECTED = re.compile(
     r"Expected an? (?:<class '(?P<type>\w+)'>|typing\.Literal\[(?P<words>.*?)\])"
 )
 _GOT = re.compile(r"(?:Got value|Given value): (?P<got>.*)")
+_MISSING_PACKAGE = re.compile(
+    r"class_path '(?:\w+\.)*(?P<name>\w+)'.*`pip install -U '(?P<package>[\w-]+)", re.DOTALL
+)
 _TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 _ONLY = {
     # Trainer option: (values that change nothing, why another one is refused and what to do)
@@ -56,6 +59,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = message.replace("required: fit.", "required: --")
+        if message.endswith("required: save_dir"):
+            message = "this logger needs a directory. Add --trainer.logger.save_dir DIR."
         prog = self.prog.replace(" [options]", "")
         dashes = "--"
         if not prog.startswith(PROG):  # a parser within a parser: of what `--model.lora` takes
@@ -119,6 +124,13 @@ def _wrong_value(message: str, dashes: str) -> str | None:
 
 def reason_of(error: BaseException) -> str:
     """The reason within jsonargparse's list of all types that a value did not fit, as one line."""
+    missing = _MISSING_PACKAGE.search(str(error))
+    if missing is not None:
+        name, package = missing["name"], missing["package"]
+        return (
+            f"{name} needs the package {package}, which is not installed. `pip install {package}`, "
+            f"or leave {name} out: OUTPUT/metrics.csv is always written."
+        )
     reasons = [_joined_lines(part) for part in str(error).split("\n  - ")[1:]]
     reasons = [reason for reason in reasons if not reason.startswith("Expected a")]
     return reasons[0] if reasons else _joined_lines(str(error))
