@@ -7,7 +7,8 @@ Records are `{prompt, completion, label}` as TRL takes them, text or chat. The u
 and backward of cross entropy, one record at a time, so that nothing is padded. As the model
 computes it, its head is on every position; with `completions` on those of the completions alone.
 
-Contestants train for one epoch in the order of the file and are counted in their training step:
+Contestants train for one epoch on the same records, with the pairing and the order that are their
+defaults (C' depends on which completions meet which prompts), and are counted in their step:
 
 - ours: `KTOModule` under a Trainer; with `cached`, its reference cache is full;
 - TRL: `KTOTrainer` as it runs on a CPU, where its head scores every position;

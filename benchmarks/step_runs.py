@@ -111,7 +111,6 @@ def run_ours(
         batch_size=settings.batch_size,
         max_tokens=max_tokens,
         max_length=settings.max_length,
-        shuffle=False,  # as TRL, so that both have the same records in a step
         preprocessing_workers=1,
     )
     Trainer(
