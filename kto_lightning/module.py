@@ -1,8 +1,8 @@
 """`KTOModule`: one optimizer step of KTO, from a packed batch to updated weights."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,6 @@ from kto_lightning.checkpoint_io import check_weights_fit
 from kto_lightning.data.weights import resolve_weights
 from kto_lightning.errors import ConfigError
 from kto_lightning.export import remembered_reference, whole_name
-from kto_lightning.loss import gradient_left, kto_loss, reference_point
 from kto_lightning.measures import MEASURED, StepClock
 from kto_lightning.metrics import BatchSums, batch_metrics
 from kto_lightning.models import LoRA, is_adapter, load_model, weight_directories
@@ -36,18 +35,11 @@ from kto_lightning.reference_cache import (
     ReferenceCache,
     reference_fingerprint,
 )
-from kto_lightning.types import Logps, PackedBatch, Prediction, StepBatch
+from kto_lightning.scoring import BatchScorer
+from kto_lightning.types import Prediction, StepBatch
 from kto_lightning.validation import ValidationSums
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(slots=True)
-class MicroLogps:
-    """What is known of a micro-batch so far."""
-
-    policy: Logps
-    reference: Logps
 
 
 class KTOModule(LightningModule):
@@ -193,6 +185,17 @@ class KTOModule(LightningModule):
         cache = ReferenceCache(Path(self.reference_cache) / fingerprint)
         return CachedReference(cache, data.reference_keys(), make)
 
+    def _scorer(self) -> BatchScorer:
+        assert self.policy is not None
+        assert self.reference is not None
+        return BatchScorer(
+            self.policy,
+            self.reference,
+            beta=self.beta,
+            loss_name=self.loss,
+            sum_over_ranks=self._sum_over_ranks,
+        )
+
     def on_train_epoch_start(self) -> None:
         if isinstance(self.reference, CachedReference):
             self.reference.cache.refresh()
@@ -257,13 +260,14 @@ class KTOModule(LightningModule):
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Held-out batch: the same numbers as a training step's, without a gradient."""
-        known = [self._all_logps(micro_batch) for micro_batch in batch.micro_batches]
-        z0_raw, z0 = self._reference_point(batch, known, self._validation.batches)
+        scorer = self._scorer()
+        known = [scorer.all_logps(micro_batch) for micro_batch in batch.micro_batches]
+        z0_raw, z0 = scorer.reference_point(batch, known, self._validation.batches)
         auxiliary = torch.zeros((), device=self.device)
         for micro_batch, logps in zip(batch.micro_batches, known, strict=True):
-            self._add_losses(micro_batch, logps, z0, self._validation.batches)
-            auxiliary += self._auxiliary_loss(micro_batch, logps.policy, batch.num_tokens)
-            reward, counted = self._rewards(logps), micro_batch.counted
+            scorer.add_losses(micro_batch, logps, z0, self._validation.batches)
+            auxiliary += scorer.auxiliary_loss(micro_batch, logps.policy, batch.num_tokens)
+            reward, counted = scorer.rewards(logps), micro_batch.counted
             self._validation.auc.update(reward[counted], micro_batch.desirable[counted])
         self._validation.add_batch(
             z0_raw=z0_raw,
@@ -284,14 +288,14 @@ class KTOModule(LightningModule):
 
     def predict_step(self, batch: StepBatch, batch_idx: int) -> list[Prediction]:
         """Reward and log-probs of every example that this rank counts."""
-        predictions = []
+        scorer, predictions = self._scorer(), []
         for micro_batch in batch.micro_batches:
-            logps = self._all_logps(micro_batch)
+            logps = scorer.all_logps(micro_batch)
             assert logps.policy.matched is not None
             assert logps.reference.matched is not None
             numbers = zip(
                 micro_batch.indices,
-                self._rewards(logps).tolist(),
+                scorer.rewards(logps).tolist(),
                 logps.policy.matched.tolist(),
                 logps.reference.matched.tolist(),
                 micro_batch.counted.tolist(),
@@ -304,117 +308,23 @@ class KTOModule(LightningModule):
             ]
         return predictions
 
-    def _rewards(self, logps: MicroLogps) -> Float[Tensor, " batch"]:
-        assert logps.policy.matched is not None
-        assert logps.reference.matched is not None
-        return self.beta * (logps.policy.matched - logps.reference.matched)
-
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step: z0 over the whole batch, then micro-batch by micro-batch."""
-        micro_batches = batch.micro_batches
-        known = self._logps_before_backward(micro_batches)
+        scorer, micro_batches = self._scorer(), batch.micro_batches
+        known = scorer.logps_before_backward(micro_batches)
         sums = BatchSums.zero(self.device)
-        z0_raw, z0 = self._reference_point(batch, known, sums)
+        z0_raw, z0 = scorer.reference_point(batch, known, sums)
         auxiliary = torch.zeros((), device=self.device)
         for index, (micro_batch, logps) in enumerate(zip(micro_batches, known, strict=True)):
             with self._synchronised(last=index == len(micro_batches) - 1):
-                logps = self._with_matched(micro_batch, logps)
-                loss = self._add_losses(micro_batch, logps, z0, sums).sum() / batch.num_examples
-                balance = self._auxiliary_loss(micro_batch, logps.policy, batch.num_tokens)
+                logps = scorer.with_matched(micro_batch, logps)
+                loss = scorer.add_losses(micro_batch, logps, z0, sums).sum() / batch.num_examples
+                balance = scorer.auxiliary_loss(micro_batch, logps.policy, batch.num_tokens)
                 self.manual_backward((loss + balance) * self.trainer.world_size)
                 auxiliary += balance.detach()
         learning_rate, norm = self._update()
         scalars = torch.stack([z0_raw, z0, norm.to(z0.dtype)])
         self._publish_step(batch, sums, auxiliary, scalars, learning_rate)
-
-    def _logps_before_backward(self, micro_batches: list[PackedBatch]) -> list[MicroLogps | None]:
-        """What z0 needs. One micro-batch runs once, with gradient, for everything; several run
-        their mismatched completions first, without one, and keep the reference's answers."""
-        if (micro_batches[0].mismatched is None) != (self.loss == "apo_zero_unpaired"):
-            raise ConfigError(
-                "The loss kto needs mismatched completions in its batches and apo_zero_unpaired "
-                f"has none, but these were not made for {self.loss}. Give loader and module the "
-                "same loss."
-            )
-        if len(micro_batches) == 1:
-            return [self._all_logps(micro_batches[0])]
-        if micro_batches[0].mismatched is None:
-            return [None] * len(micro_batches)
-        return [self._logps_without_gradient(micro_batch) for micro_batch in micro_batches]
-
-    def _all_logps(self, micro_batch: PackedBatch) -> MicroLogps:
-        assert self.policy is not None
-        assert self.reference is not None
-        return MicroLogps(self.policy(micro_batch), self.reference.logps(micro_batch))
-
-    @torch.no_grad()
-    def _logps_without_gradient(self, micro_batch: PackedBatch) -> MicroLogps:
-        assert self.policy is not None
-        assert self.reference is not None
-        policy = self.policy(micro_batch, matched=False)
-        return MicroLogps(policy, self.reference.logps(micro_batch))
-
-    def _with_matched(self, micro_batch: PackedBatch, known: MicroLogps | None) -> MicroLogps:
-        if known is None:
-            return self._all_logps(micro_batch)
-        if known.policy.matched is None:
-            assert self.policy is not None
-            known.policy = self.policy(micro_batch, mismatched=False)
-        return known
-
-    def _reference_point(
-        self, batch: StepBatch, known: Sequence[MicroLogps | None], sums: BatchSums
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """z0 before and after its clamp: one number over the whole batch and all ranks. How far it
-        scatters goes into `sums`."""
-        total = torch.zeros((), dtype=BatchSums.dtype(self.device), device=self.device)
-        for micro_batch, logps in zip(batch.micro_batches, known, strict=True):
-            if logps is None or logps.policy.mismatched is None:
-                continue
-            assert logps.reference.mismatched is not None
-            log_ratio = logps.policy.mismatched.detach() - logps.reference.mismatched
-            total += (log_ratio * micro_batch.counted).sum()
-            sums.add_mismatched(log_ratio, micro_batch.counted)
-        total = self._sum_over_ranks(total)
-        return total / batch.num_examples, reference_point(total, batch.num_examples)
-
-    def _add_losses(
-        self,
-        micro_batch: PackedBatch,
-        logps: MicroLogps,
-        z0: Float[Tensor, ""],
-        sums: BatchSums,
-    ) -> Float[Tensor, " batch"]:
-        """Per-example losses, 0 for stand-ins; their sums and the rewards' go into `sums`."""
-        policy, reference = logps.policy.matched, logps.reference.matched
-        assert policy is not None
-        assert reference is not None
-        log_ratio = policy - reference
-        z0 = z0.to(log_ratio.dtype)
-        losses = kto_loss(
-            log_ratio, micro_batch.desirable, z0, beta=self.beta, weight=micro_batch.weight
-        )
-        sums.add(
-            loss=losses,
-            reward=self.beta * log_ratio,
-            logps=policy,
-            gradient_left=gradient_left(log_ratio.detach(), z0, beta=self.beta),
-            desirable=micro_batch.desirable,
-            counted=micro_batch.counted,
-        )
-        return losses * micro_batch.counted
-
-    def _auxiliary_loss(
-        self, micro_batch: PackedBatch, logps: Logps, num_tokens: int
-    ) -> Float[Tensor, ""]:
-        """A Mixture of Experts' share of the auxiliary loss: a token-weighted mean over the step's
-        micro-batches, times the model's own coefficient. 0 for other models."""
-        if logps.auxiliary_loss is None:
-            return torch.zeros((), device=self.device)
-        assert self.policy is not None
-        share = sum(micro_batch.matched.lengths) / num_tokens
-        counted = micro_batch.counted[0]  # a micro-batch of a stand-in is nothing else
-        return self.policy.auxiliary_coefficient * logps.auxiliary_loss * share * counted
 
     def _update(self) -> tuple[float, Float[Tensor, ""]]:
         """Clip, step, schedule; the learning rate used and the gradient's norm before clipping."""
