@@ -25,9 +25,12 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 demo: $(BIN)/.installed
 	$(BIN)/python -m kto_lightning.demo
 
+# Two processes of one thread each: with more, tiny models wait for their threads.
+test: export OMP_NUM_THREADS ?= 1
 test: $(BIN)/.installed
 	$(BIN)/pytest -n 2 --dist worksteal
 
+test-slow: export OMP_NUM_THREADS ?= 1
 test-slow: $(BIN)/.installed
 	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu"
 

@@ -1,7 +1,13 @@
-"""What every test shares. No test reaches a network: hubs are switched off before any import."""
+"""What every test shares. No test reaches a hub or an old cache: settled before any import."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
+# A cache of an earlier run would hide what reading and tokenizing do now.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="kto_lightning_datasets_")
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
