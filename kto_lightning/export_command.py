@@ -5,6 +5,7 @@ What is heavy is imported inside functions, so that help and usage errors are an
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def _load_policy(checkpoint: dict[str, Any]) -> Any:
     from kto_lightning.policy import Policy
 
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     origin = checkpoint["kto"]
     loaded = load_model(
         origin["policy"],
