@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from kto_lightning.checkpoint_io import settle_progress
 from kto_lightning.data.weights import effective_ratio
 from kto_lightning.errors import ConfigError
 from kto_lightning.metrics_file import MetricsFile
@@ -51,8 +52,21 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+        if self._is_due(trainer) and not _validates_now(trainer):
             self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A step that is validated is saved afterwards: a resumed run would leave that out."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_due(trainer):
+            self._save(trainer)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        return bool(self.every_n_steps) and trainer.global_step % self.every_n_steps == 0
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        settle_progress(checkpoint["loops"]["fit_loop"], trainer.num_training_batches)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
@@ -67,6 +81,12 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             for _, old in list_checkpoints(trainer.default_root_dir)[:-2]:
                 trainer.strategy.remove_checkpoint(old)
+
+
+def _validates_now(trainer: Trainer) -> bool:
+    """Whether Lightning runs a validation between this optimizer step and the next."""
+    loop = trainer.fit_loop.epoch_loop
+    return loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # pyright: ignore[reportArgumentType]
 
 
 def checkpoints_of(output_dir: str | Path) -> Path:

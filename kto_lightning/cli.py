@@ -240,6 +240,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", module="lightning")
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft mends it itself
     transformers_logging.disable_progress_bar()
     if not sys.stderr.isatty():
         disable_progress_bars()

@@ -328,7 +328,10 @@ class KTODataModule(LightningDataModule):
         if self._sampler is None:
             return {}
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return {"sampler": self._sampler.state_dict(num_steps_done=progress.processed)}
+        state = self._sampler.state_dict(num_steps_done=progress.processed)
+        if state["start"] >= self.trainer.num_training_batches:  # `limit_train_batches` steps
+            state |= {"epoch": state["epoch"] + 1, "start": 0}
+        return {"sampler": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict.get("sampler")
