@@ -68,7 +68,7 @@ def test_an_adapter_opens_from_elsewhere(
     AutoPeftModelForCausalLM.from_pretrained(output / "adapter")
     config = json.loads((output / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(policy)
-    assert not any(predict(output / "model", train)[0]["reward"] is None for _ in range(1))
+    assert len(predict(output / "model", train)) == 24
 
 
 def test_a_bfloat16_base_is_merged_without_rounding_the_update(
@@ -78,10 +78,8 @@ def test_a_bfloat16_base_is_merged_without_rounding_the_update(
     AutoModelForCausalLM.from_pretrained(policy, dtype=torch.bfloat16).save_pretrained(base)
     AutoTokenizer.from_pretrained(policy).save_pretrained(base)
     output = fit(base, train, tmp_path / "run", *LORA, "--model.dtype", "bfloat16")
-    assert {
-        value.dtype
-        for value in load_file(next((output / "adapter").glob("*.safetensors"))).values()
-    } == {torch.float32}
+    trained = load_file(output / "adapter" / "adapter_model.safetensors")
+    assert {value.dtype for value in trained.values()} == {torch.float32}
     adapter = AutoPeftModelForCausalLM.from_pretrained(output / "adapter", dtype=torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(output / "model")
     assert merged.dtype == torch.float32
