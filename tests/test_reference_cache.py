@@ -166,3 +166,16 @@ def test_validation_records_are_filed_as_well(inputs, tmp_path, capsys):
     assert "no model is loaded" in capsys.readouterr().out.replace("\n", " ")
     assert float(first[-1]["val/loss"]) == pytest.approx(float(second[-1]["val/loss"]), rel=1e-5)
     assert torch.isfinite(torch.tensor(float(second[-1]["val/loss"])))
+
+
+def test_predict_asks_for_no_mismatched_log_prob(inputs, tmp_path):
+    one_prompt = [
+        {"prompt": "What?", "completion": answer, "label": True} for answer in ("This.", "That.")
+    ]
+    records = write_jsonl(tmp_path / "records.jsonl", one_prompt)
+    cache = tmp_path / "cache"
+    command = ["predict", "--model.policy", str(inputs / "model"), "--trainer.accelerator", "cpu"]
+    command += ["--data.predict", str(records), "--model.reference_cache", str(cache)]
+    assert main([*command, "--output_dir", str(tmp_path / "output")]) == 0
+    (file,) = cache.glob("*/*.logps")
+    assert file.stat().st_size == len(one_prompt) * RECORD.itemsize

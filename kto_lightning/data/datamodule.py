@@ -90,6 +90,7 @@ class KTODataModule(LightningDataModule):
         self.warnings: list[str] = []
         """In plain words, for the summary."""
         self._train_pairing: Pairing | None = None
+        self._validation_pairing: Pairing | None = None
         self.report_line: str | None = None
         """Where the data report is, for the summary."""
         self._sampler: PlanSampler | None = None
@@ -227,6 +228,13 @@ class KTODataModule(LightningDataModule):
             )
         return pairing
 
+    def _pair_validation(self) -> Pairing:
+        """Drawn once: the loader and the reference cache ask for it."""
+        assert self.validation_set is not None
+        if self._validation_pairing is None:
+            self._validation_pairing = self._pair(self.validation_set, shuffle=self.shuffle)
+        return self._validation_pairing
+
     def train_dataloader(self) -> DataLoader[StepBatch]:
         assert self.train_set is not None
         assert self.class_weights is not None
@@ -242,7 +250,7 @@ class KTODataModule(LightningDataModule):
         examples = self.validation_set
         # Held-out loss is weighted as in training; on its own, as its classes ask for.
         weights = self.class_weights or self._resolve_weights(examples)
-        pairing = self._pair(examples, shuffle=self.shuffle)
+        pairing = self._pair_validation()
         return self._loader(examples, self._plans(examples, pairing, shuffle=False), weights)
 
     def predict_dataloader(self) -> DataLoader[StepBatch]:
@@ -274,9 +282,14 @@ class KTODataModule(LightningDataModule):
     def reference_keys(self) -> set[bytes]:
         """The keys of all reference log-probs that this run can ask for."""
         keys: set[bytes] = set()
-        for examples in (self.train_set, self.validation_set, self.predict_set):
-            if examples is not None:
-                pairing = self._pair(examples, shuffle=self.shuffle)
+        validation_pairing = self._pair_validation() if self.validation_set is not None else None
+        for examples, pairing in (
+            (self.train_set, self._train_pairing),
+            (self.validation_set, validation_pairing),
+            # Rewards alone: no mismatched log-prob is ever asked for.
+            (self.predict_set, unpaired(len(self.predict_set or ()))),
+        ):
+            if examples is not None and pairing is not None:
                 batches = self._batches(examples, ClassWeights(desirable=1.0, undesirable=1.0))
                 keys |= batches.all_keys(pairing.partner)
         return keys
