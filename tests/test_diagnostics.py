@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from kto_lightning.diagnostics import (
+from kto_lightning.diagnosis import (
     STUCK_STEPS,
     WINDOW,
-    Diagnostics,
     RunningDiagnosis,
     is_saturated,
     margin_has_fallen,
     z0_is_stuck,
 )
+from kto_lightning.diagnostics import Diagnostics
 from tests import cli
 from tests.factories import plain_records, write_jsonl
 from tests.test_module import MIXED, Examples, fit, module_of, step_batch
