@@ -1,10 +1,8 @@
 """`KTOModule`: one optimizer step of KTO, from a packed batch to updated weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,34 +10,30 @@ from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor
 
+from kto_lightning.assembly import Recipe, assemble, check_dtype
 from kto_lightning.checkpoint_io import check_weights_fit
 from kto_lightning.data.weights import resolve_weights
-from kto_lightning.errors import ConfigError
 from kto_lightning.export import remembered_reference, whole_name
+from kto_lightning.held_out import predict_batch, validate_batch
 from kto_lightning.measures import MEASURED, StepClock
 from kto_lightning.metrics import BatchSums, batch_metrics
-from kto_lightning.models import LoRA, is_adapter, load_model, weight_directories
+from kto_lightning.models import LoRA
 from kto_lightning.optimization import (
     check_optimization,
+    check_same_optimizer,
+    count_steps,
     gradient_norm,
     make_optimizer,
     make_scheduler,
     require_number,
     require_one_of,
 )
-from kto_lightning.packing_probe import make_policy
 from kto_lightning.policy import Policy
-from kto_lightning.reference import Reference, make_reference
-from kto_lightning.reference_cache import (
-    CachedReference,
-    ReferenceCache,
-    reference_fingerprint,
-)
+from kto_lightning.reference import Reference
+from kto_lightning.reference_cache import CachedReference
 from kto_lightning.scoring import BatchScorer
 from kto_lightning.types import Prediction, StepBatch
 from kto_lightning.validation import ValidationSums
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class KTOModule(LightningModule):
@@ -128,8 +122,7 @@ class KTOModule(LightningModule):
         require_number("beta", self.beta, above=0.0)
         require_one_of("loss", self.loss, ("kto", "apo_zero_unpaired"))
         resolve_weights(1, 1, desirable=self.desirable_weight, undesirable=self.undesirable_weight)
-        if self.dtype_name is not None:
-            require_one_of("dtype", self.dtype_name, DTYPES)
+        check_dtype(self.dtype_name, policy=self.policy_name, lora=self.lora)
         check_optimization(
             optimizer=self.optimizer_name,
             learning_rate=self.learning_rate,
@@ -138,52 +131,29 @@ class KTOModule(LightningModule):
             lr_schedule=self.lr_schedule,
             warmup_ratio=self.warmup_ratio,
         )
-        frozen_base = self.lora is not None or is_adapter(self.policy_name)
-        if self.dtype_name == "bfloat16" and not frozen_base:
-            raise ConfigError(
-                "--model.dtype bfloat16 is for a frozen base: steps of a small learning rate are "
-                "lost in bfloat16 weights. Add --model.lora, or leave the weights in float32 and "
-                "compute in bfloat16 with --trainer.precision bf16-mixed."
-            )
 
     def configure_model(self) -> None:
         """Load the policy and its reference. Lightning calls this once the data is set up."""
         if self.policy is not None:
             return
-        load = partial(
-            load_model,
-            dtype=DTYPES[self.dtype_name or "float32"],
+        reference = self.reference_name
+        if reference is None and self.trainer.state.fn != "fit":
+            reference = remembered_reference(self.policy_name)
+        recipe = Recipe(
+            policy=self.policy_name,
+            reference=reference,
+            dtype=self.dtype_name,
+            lora=self.lora,
+            dropout=self.dropout,
+            activation_checkpointing=self.activation_checkpointing,
+            reference_cache=self.reference_cache,
+            precision=str(self.trainer.precision),
             trust_remote_code=self.trust_remote_code,
         )
-        loaded = load(self.policy_name, lora=self.lora, dropout=self.dropout)
-        self.policy, self.packing_obstacle = make_policy(loaded.model)
-        reference_name = self.reference_name
-        if reference_name is None and self.trainer.state.fn != "fit":
-            reference_name = remembered_reference(self.policy_name)
-        make = partial(
-            make_reference,
-            *(self.policy, loaded),
-            policy_name=self.policy_name,
-            name=reference_name,
-            load=load,
-        )
-        self.reference = (
-            make() if self.reference_cache is None else self._cached(reference_name, make)
-        )
-        if not self.policy.packed and self.packing_obstacle is None:
-            self.packing_obstacle = "its reference cannot be packed"
-        if self.activation_checkpointing:
-            self.policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-
-    def _cached(self, name: str | None, make: Callable[[], Reference]) -> Reference:
-        """The reference behind its cache, which is addressed by what decides its log-probs."""
-        assert self.reference_cache is not None
-        directories = weight_directories(name or self.policy_name)
-        settings = (self.dtype_name or "float32", str(self.trainer.precision))
-        fingerprint = reference_fingerprint(directories, settings)
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        cache = ReferenceCache(Path(self.reference_cache) / fingerprint)
-        return CachedReference(cache, data.reference_keys(), make)
+        models = assemble(recipe, lambda: data.reference_keys())
+        self.policy, self.reference = models.policy, models.reference
+        self.packing_obstacle = models.packing_obstacle
 
     def _scorer(self) -> BatchScorer:
         assert self.policy is not None
@@ -222,17 +192,13 @@ class KTOModule(LightningModule):
         Counted here because `trainer.estimated_stepping_batches` builds the loaders too early for a
         resumed run.
         """
-        trainer = self.trainer
-        per_epoch = trainer.datamodule.num_steps_per_epoch  # pyright: ignore[reportAttributeAccessIssue]
-        share = trainer.limit_train_batches
-        per_epoch = int(per_epoch * share) if isinstance(share, float) else min(per_epoch, share)
-        limit = trainer.max_steps if trainer.max_steps > 0 else None
-        epochs = trainer.max_epochs
-        if epochs is None or epochs < 0:
-            if limit is None:
-                raise ConfigError("Give --trainer.max_steps or --trainer.max_epochs.")
-            return limit
-        return epochs * per_epoch if limit is None else min(limit, epochs * per_epoch)
+        trainer: Any = self.trainer
+        return count_steps(
+            steps_per_epoch=trainer.datamodule.num_steps_per_epoch,
+            limit_train_batches=trainer.limit_train_batches,
+            max_steps=trainer.max_steps,
+            max_epochs=trainer.max_epochs,
+        )
 
     def on_fit_start(self) -> None:
         self._place_reference()
@@ -259,23 +225,7 @@ class KTOModule(LightningModule):
         self._validation = ValidationSums(self.device)
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
-        """Held-out batch: the same numbers as a training step's, without a gradient."""
-        scorer = self._scorer()
-        known = [scorer.all_logps(micro_batch) for micro_batch in batch.micro_batches]
-        z0_raw, z0 = scorer.reference_point(batch, known, self._validation.batches)
-        auxiliary = torch.zeros((), device=self.device)
-        for micro_batch, logps in zip(batch.micro_batches, known, strict=True):
-            scorer.add_losses(micro_batch, logps, z0, self._validation.batches)
-            auxiliary += scorer.auxiliary_loss(micro_batch, logps.policy, batch.num_tokens)
-            reward, counted = scorer.rewards(logps), micro_batch.counted
-            self._validation.auc.update(reward[counted], micro_batch.desirable[counted])
-        self._validation.add_batch(
-            z0_raw=z0_raw,
-            z0=z0,
-            auxiliary=auxiliary,
-            num_examples=batch.num_examples,
-            num_tokens=batch.num_tokens,
-        )
+        validate_batch(self._scorer(), batch, self._validation)
 
     def on_validation_epoch_end(self) -> None:
         self.validated_step = self.trainer.global_step
@@ -287,26 +237,7 @@ class KTOModule(LightningModule):
         self._place_reference()
 
     def predict_step(self, batch: StepBatch, batch_idx: int) -> list[Prediction]:
-        """Reward and log-probs of every example that this rank counts."""
-        scorer, predictions = self._scorer(), []
-        for micro_batch in batch.micro_batches:
-            logps = scorer.all_logps(micro_batch)
-            assert logps.policy.matched is not None
-            assert logps.reference.matched is not None
-            numbers = zip(
-                micro_batch.indices,
-                scorer.rewards(logps).tolist(),
-                logps.policy.matched.tolist(),
-                logps.reference.matched.tolist(),
-                micro_batch.counted.tolist(),
-                strict=True,
-            )
-            predictions += [
-                Prediction(index, reward, policy, reference)
-                for index, reward, policy, reference, counted in numbers
-                if counted
-            ]
-        return predictions
+        return predict_batch(self._scorer(), batch)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step: z0 over the whole batch, then micro-batch by micro-batch."""
@@ -393,14 +324,7 @@ class KTOModule(LightningModule):
         check_weights_fit(checkpoint, self)
         if self.trainer.state.fn != "fit":
             return
-        then, now = checkpoint.get("kto", {}), self.origin()
-        for name in ("optimizer", "learning_rate", "weight_decay"):
-            if then.get(name, now[name]) != now[name]:
-                raise ConfigError(
-                    f"--model.{name} is {now[name]}, and was {then[name]} in the run that "
-                    "--ckpt_path goes on with, which keeps its optimizer. Give the same, or start "
-                    "a new run from the exported model."
-                )
+        check_same_optimizer(checkpoint.get("kto", {}), self.origin())
 
     def origin(self) -> dict[str, Any]:
         """Where this policy came from, in plain values: what `export` needs to build it again."""

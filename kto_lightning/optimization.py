@@ -116,6 +116,55 @@ def _require_bitsandbytes() -> None:
         )
 
 
+def check_same_optimizer(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse settings that the optimizer of a run that is gone on with would override.
+
+    Args:
+        then: `KTOModule.origin` of the run so far.
+        now: that of the run that goes on.
+
+    Raises:
+        ConfigError: if the two differ.
+    """
+    for name in ("optimizer", "learning_rate", "weight_decay"):
+        if then.get(name, now[name]) != now[name]:
+            raise ConfigError(
+                f"--model.{name} is {now[name]}, and was {then[name]} in the run that "
+                "--ckpt_path goes on with, which keeps its optimizer. Give the same, or start "
+                "a new run from the exported model."
+            )
+
+
+def count_steps(
+    *,
+    steps_per_epoch: int,
+    limit_train_batches: int | float,
+    max_steps: int,
+    max_epochs: int | None,
+) -> int:
+    """Optimizer steps of a whole run, from its data and the trainer's limits.
+
+    Args:
+        steps_per_epoch: that the data give.
+        limit_train_batches: of them those that are made: a share as a float, a number as an int.
+        max_steps: not positive: unbounded.
+        max_epochs: None or negative: unbounded.
+
+    Raises:
+        ConfigError: if nothing ends the run.
+    """
+    share = limit_train_batches
+    per_epoch = (
+        int(steps_per_epoch * share) if isinstance(share, float) else min(steps_per_epoch, share)
+    )
+    limit = max_steps if max_steps > 0 else None
+    if max_epochs is None or max_epochs < 0:
+        if limit is None:
+            raise ConfigError("Give --trainer.max_steps or --trainer.max_epochs.")
+        return limit
+    return max_epochs * per_epoch if limit is None else min(limit, max_epochs * per_epoch)
+
+
 def make_optimizer(
     name: str,
     named_parameters: Iterable[tuple[str, nn.Parameter]],

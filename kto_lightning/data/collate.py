@@ -107,18 +107,24 @@ class StepBatches(Dataset[StepBatch]):
             with_keys=self.with_keys,
         )
 
-    def all_keys(self, partner: Int64[np.ndarray, " examples"] | None) -> set[bytes]:
-        """The keys of all matched and, with partners, all mismatched log-probs of the set."""
-        keys = set()
-        for index in range(len(self.examples)):
-            example = self.examples[index]
-            prompts = [example.prompt_ids[: self.max_length]]
-            completions = [example.completion_ids]
-            if partner is not None:
-                completions.append(self.examples[int(partner[index])].completion_ids)
-            prompts *= len(completions)
-            keys.update(_keys(prompts, _cut(completions, prompts, self.max_length)))
-        return keys
+
+def all_keys(
+    examples: TokenizedExamples,
+    partner: Int64[np.ndarray, " examples"] | None,
+    *,
+    max_length: int | None,
+) -> set[bytes]:
+    """The keys of all matched and, with partners, all mismatched log-probs of a set."""
+    keys = set()
+    for index in range(len(examples)):
+        example = examples[index]
+        prompts = [example.prompt_ids[:max_length]]
+        completions = [example.completion_ids]
+        if partner is not None:
+            completions.append(examples[int(partner[index])].completion_ids)
+        prompts *= len(completions)
+        keys.update(_keys(prompts, _cut(completions, prompts, max_length)))
+    return keys
 
 
 def pack(

@@ -14,7 +14,7 @@ from kto_lightning.data.batches import (
     pair_rotate,
     unpaired,
 )
-from kto_lightning.data.collate import StepBatches
+from kto_lightning.data.collate import StepBatches, all_keys
 from kto_lightning.data.packing import example_costs
 from kto_lightning.data.records import load_records
 from kto_lightning.data.split import split_by_prompt
@@ -290,8 +290,7 @@ class KTODataModule(LightningDataModule):
             (self.predict_set, unpaired(len(self.predict_set or ()))),
         ):
             if examples is not None and pairing is not None:
-                batches = self._batches(examples, ClassWeights(desirable=1.0, undesirable=1.0))
-                keys |= batches.all_keys(pairing.partner)
+                keys |= all_keys(examples, pairing.partner, max_length=self.max_length)
         return keys
 
     def _batches(self, examples: ExampleSet, weights: ClassWeights) -> StepBatches:
