@@ -78,6 +78,18 @@ def test_bad_data_is_reported_before_the_model_is_loaded(
     assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
+def test_held_out_records_that_cannot_be_paired_are_refused_before_the_model_is_loaded(
+    policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    held_out = write_jsonl(
+        tmp_path / "held_out.jsonl", [r | {"prompt": "same"} for r in plain_records(4)]
+    )
+    broken = copy_of(policy, tmp_path / "policy")
+    _garbage(broken)
+    fit(broken, train, tmp_path / "run", "--data.validation", held_out, status=1)
+    assert "at least two different prompts; got 4 records" in message(capsys)
+
+
 @pytest.mark.parametrize("name", ["missing.jsonl", "missing*.jsonl", "missing"])
 def test_data_that_is_not_there(
     name: str, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,30 +1,21 @@
 """`KTODataModule`: from files of records to the loader whose item is one optimizer step."""
 
 import os
-from typing import Any, Literal
+from typing import Any
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from kto_lightning.data.batches import (
-    Pairing,
-    PlanSampler,
-    pair_distinct_prompts,
-    pair_rotate,
-    unpaired,
-)
-from kto_lightning.data.collate import StepBatches, all_keys
-from kto_lightning.data.packing import example_costs
-from kto_lightning.data.records import load_records
+from kto_lightning.data.batches import Pairing, PlanSampler, unpaired
+from kto_lightning.data.collate import all_keys
+from kto_lightning.data.loaders import Batching, PairingKind, Placement
+from kto_lightning.data.reading import Reading
 from kto_lightning.data.split import split_by_prompt
-from kto_lightning.data.tokenize import ExampleSet, Truncation, tokenize_records
+from kto_lightning.data.tokenize import ExampleSet, Truncation
 from kto_lightning.data.weights import ClassWeights, check_weights, resolve_weights
-from kto_lightning.errors import ConfigError, ModelError
-from kto_lightning.models import load_tokenizer, vocabulary_size
+from kto_lightning.errors import ConfigError
 from kto_lightning.types import StepBatch
-
-PairingKind = Literal["distinct_prompts", "rotate"]
 
 
 class KTODataModule(LightningDataModule):
@@ -75,13 +66,23 @@ class KTODataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.train, self.validation, self.predict = train, validation, predict
-        self.batch_size, self.max_tokens, self.max_length = batch_size, max_tokens, max_length
-        self.truncation: Truncation = truncation
-        self.shuffle = shuffle
-        self.pairing_kind: PairingKind = pairing
-        self.pairing_seed = pairing_seed
-        self.tokenizer_name, self.chat_template = tokenizer, chat_template
-        self.num_workers, self.preprocessing_workers = num_workers, preprocessing_workers
+        self.batch_size, self.max_length = batch_size, max_length
+        self.reading = Reading(
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            max_length=max_length,
+            truncation=truncation,
+            preprocessing_workers=preprocessing_workers,
+        )
+        self.batching = Batching(
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            max_length=max_length,
+            shuffle=shuffle,
+            pairing=pairing,
+            pairing_seed=pairing_seed,
+            num_workers=num_workers,
+        )
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.train_set: ExampleSet | None = None
         self.validation_set: ExampleSet | None = None
@@ -95,22 +96,6 @@ class KTODataModule(LightningDataModule):
         """Where the data report is, for the summary."""
         self._sampler: PlanSampler | None = None
         self._state: dict[str, int] | None = None
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        for name in ("batch_size", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--data.{name} must be at least 1, got {getattr(self, name)}.")
-        if self.max_length is not None and self.max_length < 2:
-            raise ConfigError(f"--data.max_length must be at least 2, got {self.max_length}.")
-        for name in ("num_workers", "pairing_seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"--data.{name} must be at least 0, got {getattr(self, name)}.")
-        if self.preprocessing_workers is not None and self.preprocessing_workers < 1:
-            raise ConfigError(
-                "--data.preprocessing_workers must be at least 1, or null to choose, got "
-                f"{self.preprocessing_workers}."
-            )
 
     @property
     def _module(self) -> Any:
@@ -145,6 +130,9 @@ class KTODataModule(LightningDataModule):
             self._load_training_set()
         if stage == "validate" and self.validation_set is None:
             raise ConfigError("--data.validation is needed: a file of records, or a fraction.")
+        if self.validation_set is not None and self._validation_pairing is None:
+            # Here, so that a held-out set that cannot be paired is refused before the model loads.
+            self._validation_pairing = self._pair(self.validation_set)
 
     def _load_training_set(self) -> None:
         examples = self._examples(self.train, "train")
@@ -153,12 +141,12 @@ class KTODataModule(LightningDataModule):
                 examples.prompt_keys,
                 examples.desirable,
                 fraction=self.validation,
-                seed=self.pairing_seed,
+                seed=self.batching.pairing_seed,
             )
             self.validation_set = examples.select(held_out)
             examples = examples.select(kept)
         self.class_weights = self._resolve_weights(examples)
-        self._train_pairing = self._pair(examples, shuffle=self.shuffle)
+        self._train_pairing = self._pair(examples)
         self.train_set = examples
         self._check_interval()
 
@@ -177,30 +165,12 @@ class KTODataModule(LightningDataModule):
         if source is None:
             raise ConfigError(f"--data.{key} is needed: a file of records.")
         assert not isinstance(source, (int, float))
-        records = load_records(source)
-        self.tokenizer = self.tokenizer or self._load_tokenizer()
-        return tokenize_records(
-            records,
-            self.tokenizer,
-            max_length=self.max_length,
-            truncation=self.truncation,
-            num_workers=self.preprocessing_workers,
-        )
-
-    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        module = self._module
-        name = self.tokenizer_name or module.policy_name
-        known = vocabulary_size(module.policy_name, trust_remote_code=module.trust_remote_code)
-        tokenizer = load_tokenizer(
-            name, chat_template=self.chat_template, trust_remote_code=module.trust_remote_code
-        )
-        if len(tokenizer) > known:
-            raise ModelError(
-                f"the tokenizer of {name} has {len(tokenizer)} tokens, but the model "
-                f"{module.policy_name} embeds only {known}. Use the tokenizer that belongs to the "
-                "model, or resize the model's embeddings and save it again."
+        if self.tokenizer is None:
+            module = self._module
+            self.tokenizer = self.reading.load_tokenizer(
+                module.policy_name, trust_remote_code=module.trust_remote_code
             )
-        return tokenizer
+        return self.reading.examples(source, self.tokenizer)
 
     def _resolve_weights(self, examples: ExampleSet) -> ClassWeights:
         counts = examples.counts.desirable, examples.counts.undesirable
@@ -213,13 +183,9 @@ class KTODataModule(LightningDataModule):
             self.warnings.append(warning)
         return weights
 
-    def _pair(self, examples: ExampleSet, *, shuffle: bool) -> Pairing:
-        if self._module.loss == "apo_zero_unpaired":
-            return unpaired(len(examples))
-        if self.pairing_kind == "distinct_prompts":
-            seed = self.pairing_seed if shuffle else None
-            return pair_distinct_prompts(examples.prompt_keys, seed=seed)
-        pairing = pair_rotate(len(examples), self.batch_size)
+    def _pair(self, examples: ExampleSet) -> Pairing:
+        needs_partners = self._module.loss != "apo_zero_unpaired"
+        pairing = self.batching.pair(examples.prompt_keys, needs_partners=needs_partners)
         if len(pairing.self_paired):
             self.warnings.append(
                 "the last block of --data.pairing rotate has a single example, which is paired "
@@ -228,18 +194,12 @@ class KTODataModule(LightningDataModule):
             )
         return pairing
 
-    def _pair_validation(self) -> Pairing:
-        """Drawn once: the loader and the reference cache ask for it."""
-        assert self.validation_set is not None
-        if self._validation_pairing is None:
-            self._validation_pairing = self._pair(self.validation_set, shuffle=self.shuffle)
-        return self._validation_pairing
-
     def train_dataloader(self) -> DataLoader[StepBatch]:
         assert self.train_set is not None
         assert self.class_weights is not None
         assert self._train_pairing is not None
-        self._sampler = self._plans(self.train_set, self._train_pairing, shuffle=self.shuffle)
+        shuffle = self.batching.shuffle
+        self._sampler = self._plans(self.train_set, self._train_pairing, shuffle=shuffle)
         if self._state is not None:
             self._sampler.load_state(self._state)
         return self._loader(self.train_set, self._sampler, self.class_weights)
@@ -247,11 +207,12 @@ class KTODataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader[StepBatch] | list[Any]:
         if self.validation_set is None:
             return []
+        assert self._validation_pairing is not None
         examples = self.validation_set
         # Held-out loss is weighted as in training; on its own, as its classes ask for.
         weights = self.class_weights or self._resolve_weights(examples)
-        pairing = self._pair_validation()
-        return self._loader(examples, self._plans(examples, pairing, shuffle=False), weights)
+        plans = self._plans(examples, self._validation_pairing, shuffle=False)
+        return self._loader(examples, plans, weights)
 
     def predict_dataloader(self) -> DataLoader[StepBatch]:
         assert self.predict_set is not None
@@ -259,33 +220,31 @@ class KTODataModule(LightningDataModule):
         plans = self._plans(examples, unpaired(len(examples)), shuffle=False)
         return self._loader(examples, plans, ClassWeights(desirable=1.0, undesirable=1.0))
 
-    def _plans(self, examples: ExampleSet, pairing: Pairing, *, shuffle: bool) -> PlanSampler:
+    def _placement(self) -> Placement:
         assert self.trainer is not None
-        costs = example_costs(
-            examples.prompt_lengths,
-            examples.completion_lengths,
-            pairing.partner,
-            max_length=self.max_length,
-        )
-        return PlanSampler(
-            pairing=pairing,
-            costs=costs,
-            batch_size=self.batch_size,
-            max_tokens=self.max_tokens,
-            shuffle=shuffle,
-            seed=int(os.environ.get("PL_GLOBAL_SEED", "0")),
+        return Placement(
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
-            padded=not self._module.policy.packed,
+            packed=self._module.policy.packed,
+            with_keys=self._module.reference_cache is not None,
         )
+
+    def _plans(self, examples: ExampleSet, pairing: Pairing, *, shuffle: bool) -> PlanSampler:
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        return self.batching.plans(examples, pairing, self._placement(), shuffle=shuffle, seed=seed)
+
+    def _loader(
+        self, examples: ExampleSet, plans: PlanSampler, weights: ClassWeights
+    ) -> DataLoader[StepBatch]:
+        batches = self.batching.batches(examples, weights, self._placement())
+        return self.batching.loader(batches, plans)
 
     def reference_keys(self) -> set[bytes]:
         """The keys of all reference log-probs that this run can ask for."""
         keys: set[bytes] = set()
-        validation_pairing = self._pair_validation() if self.validation_set is not None else None
         for examples, pairing in (
             (self.train_set, self._train_pairing),
-            (self.validation_set, validation_pairing),
+            (self.validation_set, self._validation_pairing),
             # Rewards alone: no mismatched log-prob is ever asked for.
             (self.predict_set, unpaired(len(self.predict_set or ()))),
         ):
@@ -293,32 +252,12 @@ class KTODataModule(LightningDataModule):
                 keys |= all_keys(examples, pairing.partner, max_length=self.max_length)
         return keys
 
-    def _batches(self, examples: ExampleSet, weights: ClassWeights) -> StepBatches:
-        return StepBatches(
-            examples=examples,
-            desirable_weight=weights.desirable,
-            undesirable_weight=weights.undesirable,
-            max_length=self.max_length,
-            can_share_prompts=self._module.policy.packed,
-            with_keys=self._module.reference_cache is not None,
-        )
-
-    def _loader(
-        self, examples: ExampleSet, plans: PlanSampler, weights: ClassWeights
-    ) -> DataLoader[StepBatch]:
-        batches = self._batches(examples, weights)
-        return DataLoader(
-            batches,
-            batch_size=None,
-            sampler=plans,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
-
     def facts(self) -> dict[str, Any]:
         """What a model card and `export` need to know of the data, in plain values."""
         counts = self.train_set.counts if self.train_set is not None else None
-        template = self.tokenizer.chat_template if self.tokenizer and self.chat_template else None
+        template = (
+            self.tokenizer.chat_template if self.tokenizer and self.reading.chat_template else None
+        )
         return {
             "train": self.train,
             "validation": self.validation,
@@ -328,9 +267,9 @@ class KTODataModule(LightningDataModule):
             "undesirable_weight": self.class_weights.undesirable if self.class_weights else None,
             "batch_size": self.batch_size,
             "max_length": self.max_length,
-            "truncation": self.truncation,
-            "pairing": self.pairing_kind,
-            "tokenizer": self.tokenizer_name,
+            "truncation": self.reading.truncation,
+            "pairing": self.batching.pairing,
+            "tokenizer": self.reading.tokenizer,
             "chat_template": template,
         }
 

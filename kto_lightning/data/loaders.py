@@ -1,0 +1,119 @@
+"""From tokenized examples to the loader whose item is one optimizer step."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int64
+from torch.utils.data import DataLoader
+
+from kto_lightning.data.batches import (
+    Pairing,
+    PlanSampler,
+    pair_distinct_prompts,
+    pair_rotate,
+    unpaired,
+)
+from kto_lightning.data.collate import StepBatches, TokenizedExamples
+from kto_lightning.data.packing import example_costs
+from kto_lightning.data.weights import ClassWeights
+from kto_lightning.errors import ConfigError
+from kto_lightning.types import StepBatch
+
+PairingKind = Literal["distinct_prompts", "rotate"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Where and by what batches are run, which decides their cut but never their result."""
+
+    rank: int
+    world_size: int
+    packed: bool
+    """Whether the model runs packed and shares prompts; else it pads."""
+    with_keys: bool
+    """Whether a reference cache asks under which keys log-probs are filed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batching:
+    """How examples become steps; the fields are `KTODataModule`'s keys."""
+
+    batch_size: int
+    max_tokens: int
+    max_length: int | None
+    shuffle: bool
+    pairing: PairingKind
+    pairing_seed: int
+    num_workers: int
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            *(("batch_size", 1), ("max_tokens", 1)),
+            *(("num_workers", 0), ("pairing_seed", 0)),
+        ):
+            if getattr(self, name) < least:
+                got = getattr(self, name)
+                raise ConfigError(f"--data.{name} must be at least {least}, got {got}.")
+
+    def pair(self, prompt_keys: Int64[np.ndarray, " examples"], *, needs_partners: bool) -> Pairing:
+        """Whose completion each example of a set gets as its mismatched one.
+
+        Raises:
+            ConfigError, DataError: as `pair_rotate` and `pair_distinct_prompts`.
+        """
+        if not needs_partners:
+            return unpaired(len(prompt_keys))
+        if self.pairing == "rotate":
+            return pair_rotate(len(prompt_keys), self.batch_size)
+        return pair_distinct_prompts(prompt_keys, seed=self.pairing_seed if self.shuffle else None)
+
+    def plans(
+        self,
+        examples: TokenizedExamples,
+        pairing: Pairing,
+        placement: Placement,
+        *,
+        shuffle: bool,
+        seed: int,
+    ) -> PlanSampler:
+        """One rank's plan for every step of an epoch; `seed` draws the orders of the epochs."""
+        costs = example_costs(
+            examples.prompt_lengths,
+            examples.completion_lengths,
+            pairing.partner,
+            max_length=self.max_length,
+        )
+        return PlanSampler(
+            pairing=pairing,
+            costs=costs,
+            batch_size=self.batch_size,
+            max_tokens=self.max_tokens,
+            shuffle=shuffle,
+            seed=seed,
+            rank=placement.rank,
+            world_size=placement.world_size,
+            padded=not placement.packed,
+        )
+
+    def batches(
+        self, examples: TokenizedExamples, weights: ClassWeights, placement: Placement
+    ) -> StepBatches:
+        """What turns a plan into its batch."""
+        return StepBatches(
+            examples=examples,
+            desirable_weight=weights.desirable,
+            undesirable_weight=weights.undesirable,
+            max_length=self.max_length,
+            can_share_prompts=placement.packed,
+            with_keys=placement.with_keys,
+        )
+
+    def loader(self, batches: StepBatches, plans: PlanSampler) -> DataLoader[StepBatch]:
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=plans,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
