@@ -94,6 +94,14 @@ def check_weights_fit(checkpoint: dict[str, Any], module: nn.Module) -> None:
     )
 
 
+def without_frozen(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """The part of a module's state that training changes: frozen weights are left out."""
+    # Tied weights stand in the state under each of their names.
+    parameters = module.named_parameters(remove_duplicate=False)
+    frozen = {name for name, p in parameters if not p.requires_grad}
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
 def settle_progress(fit_loop: dict[str, Any], steps_per_epoch: int | float) -> None:
     """Write where a run is in the one form from which Lightning 2.6 goes on rightly: within an
     epoch, its steps so far complete; after an epoch's last step, within the next, before its first.

@@ -11,7 +11,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from kto_lightning.assembly import Recipe, assemble, check_dtype
-from kto_lightning.checkpoint_io import check_weights_fit
+from kto_lightning.checkpoint_io import check_weights_fit, without_frozen
 from kto_lightning.data.weights import resolve_weights
 from kto_lightning.export import remembered_reference, whole_name
 from kto_lightning.held_out import predict_batch, validate_batch
@@ -19,12 +19,10 @@ from kto_lightning.measures import MEASURED, StepClock
 from kto_lightning.metrics import BatchSums, batch_metrics
 from kto_lightning.models import LoRA
 from kto_lightning.optimization import (
-    check_optimization,
+    Optimization,
     check_same_optimizer,
     count_steps,
     gradient_norm,
-    make_optimizer,
-    make_scheduler,
     require_number,
     require_one_of,
 )
@@ -98,9 +96,14 @@ class KTOModule(LightningModule):
         self.beta, self.loss = beta, loss
         self.desirable_weight: Literal["auto"] | float = desirable_weight
         self.undesirable_weight: Literal["auto"] | float = undesirable_weight
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.warmup_ratio, self.lr_schedule = warmup_ratio, lr_schedule
-        self.optimizer_name, self.gradient_clip_norm = optimizer, gradient_clip_norm
+        self.optimization = Optimization(
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            warmup_ratio=warmup_ratio,
+            lr_schedule=lr_schedule,
+            gradient_clip_norm=gradient_clip_norm,
+        )
         self.dtype_name, self.lora, self.dropout = dtype, lora, dropout
         self.activation_checkpointing = activation_checkpointing
         self.trust_remote_code = trust_remote_code
@@ -123,14 +126,6 @@ class KTOModule(LightningModule):
         require_one_of("loss", self.loss, ("kto", "apo_zero_unpaired"))
         resolve_weights(1, 1, desirable=self.desirable_weight, undesirable=self.undesirable_weight)
         check_dtype(self.dtype_name, policy=self.policy_name, lora=self.lora)
-        check_optimization(
-            optimizer=self.optimizer_name,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            gradient_clip_norm=self.gradient_clip_norm,
-            lr_schedule=self.lr_schedule,
-            warmup_ratio=self.warmup_ratio,
-        )
 
     def configure_model(self) -> None:
         """Load the policy and its reference. Lightning calls this once the data is set up."""
@@ -172,19 +167,9 @@ class KTOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
-        optimizer = make_optimizer(
-            self.optimizer_name,
-            self.policy.named_parameters(),
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
+        return self.optimization.configure(
+            self.policy.named_parameters(), num_steps=self.num_training_steps()
         )
-        scheduler = make_scheduler(
-            self.lr_schedule,
-            optimizer,
-            warmup_ratio=self.warmup_ratio,
-            num_steps=self.num_training_steps(),
-        )
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def num_training_steps(self) -> int:
         """Optimizer steps of the whole run, over which a schedule stretches.
@@ -262,7 +247,7 @@ class KTOModule(LightningModule):
         assert self.policy is not None
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
-        norm = gradient_norm(self.policy.parameters(), self.gradient_clip_norm)
+        norm = gradient_norm(self.policy.parameters(), self.optimization.gradient_clip_norm)
         learning_rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
@@ -311,12 +296,7 @@ class KTOModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained: under LoRA the frozen base stays where it came from."""
-        assert self.policy is not None
-        # Tied weights stand in the state under each of their names.
-        parameters = self.policy.named_parameters(remove_duplicate=False)
-        frozen = {f"policy.{name}" for name, p in parameters if not p.requires_grad}
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in frozen}
+        checkpoint["state_dict"] = without_frozen(checkpoint["state_dict"], self)
         checkpoint["kto"] = self.origin()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -338,12 +318,7 @@ class KTOModule(LightningModule):
             "dtype": self.dtype_name,
             "lora": asdict(self.lora) if self.lora is not None else None,
             "trust_remote_code": self.trust_remote_code,
-            "optimizer": self.optimizer_name,
-            "learning_rate": self.learning_rate,
-            "weight_decay": self.weight_decay,
-            "warmup_ratio": self.warmup_ratio,
-            "lr_schedule": self.lr_schedule,
-            "gradient_clip_norm": self.gradient_clip_norm,
+            **asdict(self.optimization),
             "step": self.trainer.global_step,
             "results": dict(self.latest_metrics),
             "data": facts(),

@@ -5,6 +5,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,27 +81,51 @@ def require_one_of(name: str, value: str, known: Iterable[str]) -> None:
         raise ConfigError(f"--model.{name} must be one of {', '.join(known)}, got {value}.")
 
 
-def check_optimization(
-    *,
-    optimizer: str,
-    learning_rate: float,
-    weight_decay: float,
-    gradient_clip_norm: float | None,
-    lr_schedule: str,
-    warmup_ratio: float,
-) -> None:
-    """Raise ConfigError for what would otherwise fail only after data and model are loaded."""
-    require_one_of("optimizer", optimizer, OPTIMIZERS)
-    if optimizer == "adamw_8bit":
-        _require_bitsandbytes()
-    require_number("learning_rate", learning_rate)
-    require_number("weight_decay", weight_decay)
-    if gradient_clip_norm is not None:
-        require_number("gradient_clip_norm", gradient_clip_norm, above=0.0)
-    require_one_of("lr_schedule", lr_schedule, SCHEDULES)
-    require_number("warmup_ratio", warmup_ratio, most=1.0)
-    trial = SGD([torch.zeros(1)], lr=learning_rate)
-    make_scheduler(lr_schedule, trial, warmup_ratio=warmup_ratio, num_steps=1000)
+@dataclass(kw_only=True, slots=True)
+class Optimization:
+    """How the weights are moved, under the names of `KTOModule`'s arguments.
+
+    Raises:
+        ConfigError: for what would otherwise fail only after data and model are loaded.
+    """
+
+    optimizer: str
+    """One of `OPTIMIZERS`."""
+    learning_rate: float
+    weight_decay: float
+    warmup_ratio: float
+    lr_schedule: str
+    """One of `SCHEDULES`."""
+    gradient_clip_norm: float | None
+
+    def __post_init__(self) -> None:
+        require_one_of("optimizer", self.optimizer, OPTIMIZERS)
+        if self.optimizer == "adamw_8bit":
+            _require_bitsandbytes()
+        require_number("learning_rate", self.learning_rate)
+        require_number("weight_decay", self.weight_decay)
+        if self.gradient_clip_norm is not None:
+            require_number("gradient_clip_norm", self.gradient_clip_norm, above=0.0)
+        require_one_of("lr_schedule", self.lr_schedule, SCHEDULES)
+        require_number("warmup_ratio", self.warmup_ratio, most=1.0)
+        self._scheduler(SGD([torch.zeros(1)], lr=self.learning_rate), num_steps=1000)
+
+    def configure(
+        self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, num_steps: int
+    ) -> dict[str, Any]:
+        """Optimizer and schedule, as Lightning's `configure_optimizers` returns them."""
+        optimizer = make_optimizer(
+            self.optimizer,
+            named_parameters,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer, num_steps)}
+
+    def _scheduler(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:
+        return make_scheduler(
+            self.lr_schedule, optimizer, warmup_ratio=self.warmup_ratio, num_steps=num_steps
+        )
 
 
 def _require_bitsandbytes() -> None:

@@ -11,7 +11,7 @@ from kto_lightning.cli import main
 from kto_lightning.errors import ConfigError
 from kto_lightning.optimization import (
     SCHEDULES,
-    check_optimization,
+    Optimization,
     gradient_norm,
     make_optimizer,
     make_scheduler,
@@ -200,7 +200,7 @@ def test_a_schedule_that_needs_more_is_refused(name: str) -> None:
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.5])
 def test_a_rate_below_where_a_schedule_ends_is_refused(warmup_ratio: float) -> None:
     with pytest.raises(ConfigError, match=r"--model\.lr_schedule polynomial cannot be used here"):
-        check_optimization(
+        Optimization(
             optimizer="adamw",
             learning_rate=1e-8,
             weight_decay=0.0,
