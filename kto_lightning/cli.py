@@ -12,6 +12,7 @@ from datasets import disable_progress_bars
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
 from kto_lightning.callbacks import (
@@ -32,6 +33,7 @@ from kto_lightning.errors import ConfigError, KTOError
 from kto_lightning.export import save_policy
 from kto_lightning.metrics_file import MetricsFile
 from kto_lightning.module import KTOModule
+from kto_lightning.ranks import gathered, wait_for_each_other
 from kto_lightning.rewards_file import write_rewards
 from kto_lightning.usage import PROG, Parser, check_trainer_options, reason_of
 
@@ -163,13 +165,15 @@ class KTOCLI(LightningCLI):
         module, data = self._parts()
         if data.validation_set is not None and module.validated_step != self.trainer.global_step:
             self.trainer.validate(module, datamodule=data, verbose=False)
-        if not self.trainer.is_global_zero:
-            return
+        with wait_for_each_other():
+            if self.trainer.is_global_zero:
+                self._export(module, data)
+
+    def _export(self, module: KTOModule, data: KTODataModule) -> None:
         assert module.policy is not None
         assert data.tokenizer is not None
         output = Path(self.trainer.default_root_dir)
-        origin = module.origin()
-        save_policy(module.policy, data.tokenizer, output, origin=origin)
+        save_policy(module.policy, data.tokenizer, output, origin=module.origin())
         print(f"model     {output / 'model'}")
         print(f"metrics   {output / 'metrics.csv'}")
 
@@ -179,6 +183,7 @@ class KTOCLI(LightningCLI):
             kwargs["verbose"] = False  # `after_validate` prints
         return kwargs
 
+    @rank_zero_only
     def after_validate(self) -> None:
         module, data = self._parts()
         for warning in data.warnings:
@@ -193,7 +198,9 @@ class KTOCLI(LightningCLI):
         module, data = self._parts()
         assert data.predict_set is not None
         parts = self.trainer.predict_loop.predictions
-        predictions = [prediction for part in parts for prediction in part]
+        predictions = gathered([prediction for part in parts for prediction in part])
+        if not self.trainer.is_global_zero:
+            return
         if not any(prediction.reward for prediction in predictions):
             _warn_of_identical_reference(module)
         for path in write_rewards(data.predict_set, predictions, self.trainer.default_root_dir):
@@ -247,6 +254,12 @@ def _quieten() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def _print_error(message: str) -> None:
+    """On several ranks every one says what it met, and which it is, but for the first."""
+    rank = getattr(rank_zero_only, "rank", 0)
+    print(f"[rank {rank}] error: {message}" if rank else f"error: {message}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Errors that a person can mend are one message on stderr, not a traceback.
 
@@ -257,14 +270,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         KTOCLI(argv)
     except (ConfigError, MisconfigurationException) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
         return 2
     except KTOError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
         return 1
     except OSError as error:  # a full disk, a directory closed to us
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}. Check path and disk.", file=sys.stderr)
+        _print_error(f"{where}{error.strerror or error}. Check path and disk.")
         return 1
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)

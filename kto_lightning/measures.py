@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -25,17 +26,17 @@ class StepClock:
         """From now on the next step is timed."""
         self._started = time.perf_counter()
 
-    def measures(self, num_tokens: int, device: torch.device) -> dict[str, float | None]:
-        """`MEASURED` of a step that just ended.
+    def measures(self, num_tokens: int, peaks_mib: Sequence[float]) -> dict[str, float | None]:
+        """`MEASURED` of a step that just ended, its device already waited for.
 
         Args:
             num_tokens: real matched tokens of the step, over all ranks.
-            device: where it ran, already waited for.
+            peaks_mib: `peak_memory_mib` of every rank, 0 where it is not known.
         """
         seconds = time.perf_counter() - self._started
         return {
             "tokens_per_second": num_tokens / seconds if seconds > 0 else None,
-            "peak_memory_mib": peak_memory_mib(device),
+            "peak_memory_mib": max(peaks_mib) or None,
         }
 
 

@@ -15,7 +15,7 @@ from kto_lightning.checkpoint_io import check_weights_fit, without_frozen
 from kto_lightning.data.weights import resolve_weights
 from kto_lightning.export import remembered_reference, whole_name
 from kto_lightning.held_out import predict_batch, validate_batch
-from kto_lightning.measures import MEASURED, StepClock
+from kto_lightning.measures import MEASURED, StepClock, peak_memory_mib
 from kto_lightning.metrics import BatchSums, batch_metrics
 from kto_lightning.models import LoRA
 from kto_lightning.optimization import (
@@ -27,6 +27,7 @@ from kto_lightning.optimization import (
     require_one_of,
 )
 from kto_lightning.policy import Policy
+from kto_lightning.ranks import by_rank
 from kto_lightning.reference import Reference
 from kto_lightning.reference_cache import CachedReference
 from kto_lightning.scoring import BatchScorer
@@ -274,16 +275,19 @@ class KTOModule(LightningModule):
         learning_rate: float,
     ) -> None:
         """One read from the device a step, then one dictionary to every logger."""
-        over_ranks = self._sum_over_ranks(torch.cat([sums.values, auxiliary[None].to(sums.values)]))
-        *totals, auxiliary_total, z0_raw, z0, norm = torch.cat(
-            [over_ranks, scalars.to(over_ranks)]
-        ).tolist()
+        num_ranks = self.trainer.world_size
+        peak = by_rank(peak_memory_mib(self.device) or 0.0, self.global_rank, num_ranks)
+        parts = [peak.to(sums.values), sums.values, auxiliary[None].to(sums.values)]
+        over_ranks = self._sum_over_ranks(torch.cat(parts))
+        together = torch.cat([over_ranks, scalars.to(over_ranks)]).tolist()
+        peaks, numbers = together[:num_ranks], together[num_ranks:]
+        *totals, auxiliary_total, z0_raw, z0, norm = numbers
         metrics = batch_metrics(totals)
         if metrics["loss"] is not None:
             metrics["loss"] += auxiliary_total
         metrics |= {"z0": z0, "z0_raw": z0_raw, "grad_norm": norm, "lr": learning_rate}
         metrics["tokens"] = batch.num_tokens
-        self.publish("train", metrics | self._clock.measures(batch.num_tokens, self.device))
+        self.publish("train", metrics | self._clock.measures(batch.num_tokens, peaks))
 
     def publish(self, stage: str, metrics: dict[str, float | None]) -> None:
         """Send metrics to every logger; what a batch cannot give is left out."""

@@ -25,11 +25,15 @@ def run_cli(*arguments: Any) -> int:
 
 def fit(policy: Path, train: Any, output: Path, *options: Any, status: int = 0) -> Path:
     """Train with batches of four and a learning rate that shows; returns OUTPUT."""
+    assert run_cli("fit", *fit_arguments(policy, train, output, *options)) == status
+    return output
+
+
+def fit_arguments(policy: Path, train: Any, output: Path, *options: Any) -> list[Any]:
+    """What `fit` gives to the command line after its name."""
     settings = ["--model.policy", policy, "--data.train", train, "--output_dir", output]
     settings += ["--data.batch_size", 4, "--model.learning_rate", 1e-3]
-    settings += ["--trainer.accelerator", "cpu"]
-    assert run_cli("fit", *settings, *options) == status
-    return output
+    return [*settings, "--trainer.accelerator", "cpu", *options]
 
 
 def run_process(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:

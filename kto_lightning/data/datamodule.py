@@ -14,7 +14,7 @@ from kto_lightning.data.reading import Reading
 from kto_lightning.data.split import split_by_prompt
 from kto_lightning.data.tokenize import ExampleSet, Truncation
 from kto_lightning.data.weights import ClassWeights, check_weights, resolve_weights
-from kto_lightning.errors import ConfigError
+from kto_lightning.errors import ConfigError, KTOError
 from kto_lightning.types import StepBatch
 
 
@@ -96,6 +96,7 @@ class KTODataModule(LightningDataModule):
         """Where the data report is, for the summary."""
         self._sampler: PlanSampler | None = None
         self._state: dict[str, int] | None = None
+        self._error: KTOError | None = None
 
     @property
     def _module(self) -> Any:
@@ -108,11 +109,20 @@ class KTODataModule(LightningDataModule):
         return -(-len(self.train_set) // self.batch_size)
 
     def prepare_data(self) -> None:
-        """Read and tokenize once per machine; the other processes find it in the cache."""
+        """Read and tokenize once per machine; the other processes find it in the cache.
+
+        An error waits for `setup`, where every process meets it: one that ended here would leave
+        the others waiting.
+        """
         assert self.trainer is not None
-        self._load(str(self.trainer.state.fn))
+        try:
+            self._load(str(self.trainer.state.fn))
+        except KTOError as error:
+            self._error = error
 
     def setup(self, stage: str) -> None:
+        if self._error is not None:
+            raise self._error
         self._load(stage)
         if self.validation_set is None and self.trainer is not None:
             # Lightning would warn of an empty validation loader, at length and every time.
