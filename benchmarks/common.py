@@ -7,12 +7,14 @@ machine that is busy or warms up hits all of them; speedups are medians of the r
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel")
+PACKAGES = ("torch", "triton", "lightning", "transformers", "trl", "peft", "liger-kernel")
 CLEAR_REFERENCES = Path("/proc/self/clear_refs")
 
 
@@ -129,27 +131,42 @@ def _time_once(run: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_memory_mib(contestant: Contestant, device: torch.device) -> float | None:
-    """Memory that one run takes beyond what is there before it; None where nothing tells.
-
-    On CUDA the allocator's peak. On a CPU the process's: Linux resets that on request.
-    """
+    """Memory that one run takes beyond what is there before it; None where nothing tells."""
     contestant.prepare()
     gc.collect()
+    before = reset_peak_memory(device)
+    contestant.run()
+    taken = used_memory_mib(device, peak=True) - before
+    return None if math.isnan(taken) else taken
+
+
+def reset_peak_memory(device: torch.device) -> float:
+    """Forget the peak so far; the memory in use now, in MiB."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        contestant.run()
+    else:
+        with suppress(OSError, AttributeError):
+            # What earlier runs freed would hide what the next one takes.
+            ctypes.CDLL(None).malloc_trim(0)
+            CLEAR_REFERENCES.write_text("5")
+    return used_memory_mib(device)
+
+
+def used_memory_mib(device: torch.device, *, peak: bool = False) -> float:
+    """Memory in use, or the most since `reset_peak_memory`; NaN where nothing tells.
+
+    On CUDA what the allocator has given out. On a CPU the process's resident memory, of which only
+    Linux tells.
+    """
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        used = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+        return used(device) / 2**20
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed would hide what this one takes
-        CLEAR_REFERENCES.write_text("5")
-    except (OSError, AttributeError):
-        return None
-    before = _resident_kib("VmRSS")
-    contestant.run()
-    return (_resident_kib("VmHWM") - before) / 2**10
+        return _resident_kib("VmHWM" if peak else "VmRSS") / 2**10
+    except OSError:
+        return math.nan
 
 
 def _resident_kib(field: str) -> int:

@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -17,6 +18,10 @@ SPECIAL_TOKENS = [PAD_TOKEN, EOS_TOKEN, "<|im_start|>"]
 CHAT_TEMPLATE = "qwen2_5"
 WORDS = 3000
 """Different words in made records; the frequent ones become tokens."""
+
+
+TOKENIZER_VOCABULARY = 8192
+"""At most: what a few hundred records can fill without making every word of theirs a token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +34,39 @@ class Shape:
     num_heads: int = 4
     num_kv_heads: int = 2
     vocabulary: int = 8192
+    tied: bool = True
+    """Whether the head is the embedding once more."""
+
+
+SHAPES = {
+    "small": Shape(),
+    "qwen2.5-0.5b": Shape(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_layers=24,
+        num_heads=14,
+        num_kv_heads=2,
+        vocabulary=151936,
+    ),
+    "qwen2.5-1.5b": Shape(
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_layers=28,
+        num_heads=12,
+        num_kv_heads=2,
+        vocabulary=151936,
+    ),
+    "qwen2.5-7b": Shape(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        vocabulary=152064,
+        tied=False,
+    ),
+}
+"""Published shapes, from their configs, and a small one that a CPU trains in seconds."""
 
 
 def read_jsonl(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
@@ -78,13 +116,27 @@ def texts(value: Any) -> Iterator[str]:
             yield from texts(item)
 
 
-def save_model(directory: Path, records: list[dict[str, Any]], shape: Shape) -> Path:
-    """A Hugging Face directory: a model of random weights, and a tokenizer made from `records`."""
+def save_model(
+    directory: Path,
+    records: list[dict[str, Any]],
+    shape: Shape,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    adapter: Path | None = None,
+) -> Path:
+    """A Hugging Face directory: a model of random weights, and a tokenizer made from `records`.
+
+    Args:
+        dtype: of the weights as they are saved.
+        device: where they are drawn; billions take minutes on a CPU.
+        adapter: where to save a LoRA adapter for it, of rank 16 on every linear layer.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=shape.vocabulary,
+        vocab_size=min(shape.vocabulary, TOKENIZER_VOCABULARY),
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -103,13 +155,20 @@ def save_model(directory: Path, records: list[dict[str, Any]], shape: Shape) -> 
         num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_kv_heads,
         vocab_size=shape.vocabulary,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    if adapter is not None:
+        settings = LoraConfig(
+            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model.name_or_path = str(directory)  # peft writes it into the adapter's config
+        get_peft_model(model, settings).save_pretrained(str(adapter))
     return directory

@@ -21,23 +21,18 @@ The floor is derived from the lengths that the counted steps had (`step_floor.py
 """
 
 import argparse
-import logging
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import describe, print_header, print_table, write_result
-from datasets import disable_progress_bars
 from inputs import made_records, read_jsonl, save_model, write_jsonl
 from step_floor import UnitCosts, floor, mismatched_lengths
-from step_runs import Inputs, Settings, run_ours, run_trl, sft_cost
+from step_runs import Inputs, Settings, quiet, run_ours, run_trl, sft_cost
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from kto_lightning.types import StepBatch
 
@@ -187,18 +182,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--json", type=Path, help="result file")
     return parser.parse_args(arguments)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """The tables alone: no progress bars, none of the libraries' advice."""
-    for library in ("lightning.pytorch", "trl"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def main(arguments: list[str] | None = None) -> int:

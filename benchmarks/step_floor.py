@@ -46,21 +46,30 @@ class UnitCosts:
         return self.token * tokens + self.pair * pairs + self.scored * scored
 
 
-def floor(step: StepBatch, unit: UnitCosts, *, cached: bool) -> float:
-    """The least a step of these micro-batches can cost; see the module's docstring."""
+def floor(step: StepBatch, unit: UnitCosts, *, cached: bool, frozen: bool = False) -> float:
+    """The least a step of these micro-batches can cost; see the module's docstring.
+
+    Args:
+        cached: the reference is paid for.
+        frozen: only an adapter is trained: the backward needs no gradient of the matrices.
+    """
+    alone = len(step.micro_batches) == 1
     return sum(
-        _floor(micro_batch, unit, cached=cached, alone=len(step.micro_batches) == 1)
+        _floor(micro_batch, unit, cached=cached, frozen=frozen, alone=alone)
         for micro_batch in step.micro_batches
     )
 
 
-def _floor(batch: PackedBatch, unit: UnitCosts, *, cached: bool, alone: bool) -> float:
+def _floor(
+    batch: PackedBatch, unit: UnitCosts, *, cached: bool, frozen: bool, alone: bool
+) -> float:
     prompts, wholes, others = mismatched_lengths(batch)
     num_scored = len(batch.matched.scored.rows)
     matched = unit.forward(
         tokens=sum(wholes), pairs=sum(length**2 for length in wholes), scored=num_scored
     )
-    backward = 2 * matched + 0.5 * unit.pair * sum(length**2 for length in wholes)
+    attended = unit.pair * sum(length**2 for length in wholes)
+    backward = (matched + 1.5 * attended) if frozen else (2 * matched + 0.5 * attended)
     mismatched = unit.forward(
         tokens=sum(others),
         pairs=sum(n * (p + n) for p, n in zip(prompts, others, strict=True)),

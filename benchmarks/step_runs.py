@@ -1,7 +1,10 @@
 """Whole training runs whose steps are counted: ours, TRL's, and plain fine-tuning."""
 
+import logging
 import os
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from inputs import Shape, read_jsonl
 from lightning import Trainer
 from linear_logps import addmm
@@ -23,6 +26,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers.utils import logging as transformers_logging
 from trl.trainer import utils as trl_utils
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
@@ -32,6 +36,18 @@ from kto_lightning.module import KTOModule
 from kto_lightning.types import StepBatch
 
 ATEN = torch.ops.aten
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars, none of the libraries' advice."""
+    for library in ("lightning.pytorch", "trl"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +144,25 @@ def run_ours(
     return module
 
 
+def trl_config(directory: Path, *, device: str = "cpu", **settings: Any) -> KTOConfig:
+    """TRL's settings, without what is no training: nothing saved, logged or shown."""
+    return KTOConfig(
+        **{
+            "output_dir": str(directory),
+            "dataset_num_proc": None,
+            "dataloader_pin_memory": False,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "use_cpu": device == "cpu",
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "report_to": "none",
+            **settings,
+        }
+    )
+
+
 def run_trl(
     inputs: Inputs,
     settings: Settings,
@@ -138,22 +173,13 @@ def run_trl(
     completions_only: bool,
 ) -> CountedTrainer:
     """One epoch of TRL's KTO, counted."""
-    config = KTOConfig(
-        output_dir=str(directory),
+    config = trl_config(
+        directory,
         per_device_train_batch_size=max(2, settings.batch_size // micro_batches),
         gradient_accumulation_steps=micro_batches,
         num_train_epochs=1,
         max_length=settings.max_length,
         precompute_ref_log_probs=precomputed,
-        dataset_num_proc=None,
-        dataloader_pin_memory=False,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        report_to="none",
     )
     compact = patch.object(trl_utils, "_use_triton", lambda _: True)
     with compact if completions_only else nullcontext():

@@ -1,0 +1,244 @@
+"""Training runs that wait for their turn: ours and TRL's, each in a process of its own.
+
+A contestant's process stays alive for the whole comparison. It loads everything, says how much
+memory it holds, and from then on takes one optimizer step whenever it is told to, so that a machine
+that is busy with other things is so for both. What it says of a step is a `Step`.
+"""
+
+import gc
+import os
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from common import reset_peak_memory, used_memory_mib
+from step_floor import UnitCosts, floor
+from step_runs import Inputs, quiet, trl_config
+
+Reference = Literal["computed", "cached"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What one process trains."""
+
+    contestant: Literal["ours", "TRL"]
+    reference: Reference
+    """`cached`: TRL's are precomputed before its first step, ours are looked for in `cache`."""
+    inputs: Inputs
+    adapter: Path | None
+    """To be trained on a frozen base; None: all weights are."""
+    cache: Path
+    output: Path
+    num_steps: int
+    batch_size: int
+    max_length: int
+    max_tokens: int
+    learning_rate: float
+    device: Literal["cpu", "cuda"]
+    threads: int
+    checkpointing: bool
+
+    @property
+    def policy(self) -> Path:
+        return self.adapter or self.inputs.model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One optimizer step, from the end of the one before: data, forward, backward, update."""
+
+    seconds: float
+    cpu_seconds: float
+    """Of all threads: what a busy machine leaves as it is."""
+    peak_mib: float
+    """Above `idle_mib`, over all steps so far."""
+    loss: float
+    logps: dict[str, float]
+    """Class means, nats; a class that the batch lacks is not there."""
+    num_tokens: int
+    """Real ones of the matched sequences."""
+    floor_operations: float | None
+    """The least that such a step can cost; only ours can tell."""
+
+
+class Turns:
+    """A contestant's end of the line."""
+
+    def __init__(self, connection: Connection, device: torch.device) -> None:
+        self._connection, self._device = connection, device
+        self._idle_mib = self._started = self._started_cpu = 0.0
+
+    def ready(self) -> None:
+        """Everything is loaded and nothing trained yet."""
+        gc.collect()
+        self._idle_mib = reset_peak_memory(self._device)
+        self._wait({"idle_mib": self._idle_mib})
+
+    def end_step(self, tell: Callable[[], dict[str, Any]]) -> None:
+        """A step has ended; `tell` gives what else a `Step` holds, off the clock."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        seconds = time.perf_counter() - self._started
+        cpu_seconds = time.process_time() - self._started_cpu
+        peak_mib = used_memory_mib(self._device, peak=True) - self._idle_mib
+        self._wait(Step(seconds=seconds, cpu_seconds=cpu_seconds, peak_mib=peak_mib, **tell()))
+
+    def _wait(self, message: Any) -> None:
+        self._connection.send(message)
+        self._connection.recv()
+        self._started, self._started_cpu = time.perf_counter(), time.process_time()
+
+
+def work(connection: Connection, task: Task) -> None:
+    """A contestant's life. What goes wrong is sent instead of a step."""
+    torch.set_num_threads(task.threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    turns = Turns(connection, torch.device(task.device))
+    try:
+        with quiet():
+            {"ours": train_ours, "TRL": train_trl}[task.contestant](task, turns)
+    except Exception:
+        connection.send(traceback.format_exc())
+
+
+def train_ours(task: Task, turns: Turns) -> None:
+    """As `fit` does, with `metrics.csv` and the diagnostics, but nothing saved at the end."""
+    from lightning import Callback, Trainer
+
+    from kto_lightning.callbacks import MetricsStart, StepSeed
+    from kto_lightning.data.datamodule import KTODataModule
+    from kto_lightning.diagnostics import Diagnostics
+    from kto_lightning.metrics_file import MetricsFile
+    from kto_lightning.module import KTOModule
+
+    class TakeTurns(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            if pl_module.packing_obstacle is not None:
+                raise SystemExit(f"the model runs padded: {pl_module.packing_obstacle}")
+            self.unit = UnitCosts.of(pl_module.policy.causal_lm)
+            turns.ready()
+
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            turns.end_step(lambda: self._tell(pl_module.last_row, batch))
+
+        def _tell(self, row: dict[str, float], batch: Any) -> dict[str, Any]:
+            cached, frozen = task.reference == "cached", task.adapter is not None
+            names = ("desirable", "undesirable")
+            logps = {name: row.get(f"train/logps/{name}") for name in names}
+            return {
+                "loss": row["train/loss"],
+                "logps": {name: value for name, value in logps.items() if value is not None},
+                "num_tokens": batch.num_tokens,
+                "floor_operations": floor(batch, self.unit, cached=cached, frozen=frozen),
+            }
+
+    on_gpu = task.device == "cuda"
+    module = KTOModule(
+        str(task.policy),
+        desirable_weight=1.0,
+        undesirable_weight=1.0,
+        learning_rate=task.learning_rate,
+        dtype="bfloat16" if on_gpu and task.adapter else None,
+        activation_checkpointing=task.checkpointing,
+        reference_cache=str(task.cache) if task.reference == "cached" else None,
+    )
+    data = KTODataModule(
+        str(task.inputs.train),
+        batch_size=task.batch_size,
+        max_tokens=task.max_tokens,
+        max_length=task.max_length,
+        shuffle=False,
+        pairing="rotate",
+        preprocessing_workers=1,
+    )
+    Trainer(
+        accelerator="gpu" if on_gpu else "cpu",
+        devices=1,
+        precision="bf16-mixed" if on_gpu else "32-true",
+        max_steps=task.num_steps,
+        max_epochs=-1,
+        default_root_dir=task.output,
+        logger=MetricsFile(task.output),
+        callbacks=[MetricsStart(), StepSeed(), Diagnostics(), TakeTurns()],
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    ).fit(module, datamodule=data)
+
+
+def train_trl(task: Task, turns: Turns) -> None:
+    """As `KTOTrainer` comes, on the same numbers: what it logs, saves and shows is left out."""
+    from datasets import Dataset
+    from inputs import read_jsonl
+    from peft import PeftModel
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        PrinterCallback,
+        TrainerCallback,
+    )
+    from trl.trainer.kto_trainer import KTOTrainer
+
+    class TakeTurns(TrainerCallback):
+        def on_train_begin(self, *arguments: Any, **others: Any) -> None:
+            turns.ready()
+
+        def on_step_end(self, *arguments: Any, **others: Any) -> None:
+            turns.end_step(lambda: trainer.told)
+
+    class Telling(KTOTrainer):
+        def training_step(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
+            metrics = self._metrics["train"]
+            metrics.clear()
+            loss = super().training_step(model, inputs, *arguments, **options)
+            names = {"desirable": "logps/chosen", "undesirable": "logps/rejected"}
+            self.last = (loss, {k: metrics[v][-1] for k, v in names.items() if metrics.get(v)})
+            self.num_tokens = inputs["attention_mask"].sum()
+            return loss
+
+        @property
+        def told(self) -> dict[str, Any]:
+            loss, logps = self.last
+            return {
+                "loss": loss.item(),
+                "logps": logps,
+                "num_tokens": int(self.num_tokens),
+                "floor_operations": None,
+            }
+
+    on_gpu = task.device == "cuda"
+    dtype = torch.bfloat16 if on_gpu and task.adapter else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(task.inputs.model, dtype=dtype)
+    if task.adapter is not None:
+        model = PeftModel.from_pretrained(model, task.adapter, is_trainable=True)
+    trainer = Telling(
+        model=model,
+        args=trl_config(
+            task.output,
+            device=task.device,
+            per_device_train_batch_size=task.batch_size,
+            max_steps=task.num_steps,
+            max_length=task.max_length,
+            max_grad_norm=0.0,
+            learning_rate=task.learning_rate,
+            lr_scheduler_type="constant",
+            bf16=on_gpu,
+            gradient_checkpointing=task.checkpointing,
+            precompute_ref_log_probs=task.reference == "cached",
+        ),
+        train_dataset=Dataset.from_list(read_jsonl(task.inputs.train)),
+        processing_class=AutoTokenizer.from_pretrained(task.inputs.model),
+        callbacks=[TakeTurns()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
