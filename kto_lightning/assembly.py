@@ -4,16 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from kto_lightning.errors import ConfigError
-from kto_lightning.models import LoRA, is_adapter, load_model, weight_directories
+from kto_lightning.following import Follow, FollowingReference
+from kto_lightning.models import LoadedModel, LoRA, is_adapter, load_model, weight_directories
 from kto_lightning.optimization import require_one_of
 from kto_lightning.packing_probe import make_policy
 from kto_lightning.policy import Policy
-from kto_lightning.reference import Reference, make_reference
+from kto_lightning.reference import FrozenReference, Reference, make_reference
 from kto_lightning.reference_cache import (
     CachedReference,
     ReferenceCache,
@@ -25,7 +25,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(kw_only=True, slots=True)
 class Recipe:
-    """Which models are asked for, and how they are to be loaded."""
+    """Which models are asked for, and how they are to be loaded and run.
+
+    Raises:
+        ConfigError: if two of these contradict each other.
+    """
 
     policy: str
     """A directory, a hub id or an adapter directory."""
@@ -38,9 +42,38 @@ class Recipe:
     activation_checkpointing: bool
     reference_cache: str | None
     """A directory; None: no log-prob is kept."""
-    precision: str
-    """The trainer's, which decides the reference's log-probs too."""
+    follow: Follow | None
+    """How the reference follows the policy; None: it stays what it is."""
+    offload_reference: bool
+    """Keep a second model in the host's memory while it is not asked."""
     trust_remote_code: bool
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            require_one_of("dtype", self.dtype, DTYPES)
+        frozen_base = self.lora is not None or is_adapter(self.policy)
+        if self.dtype == "bfloat16" and not frozen_base:
+            raise ConfigError(
+                "--model.dtype bfloat16 is for a frozen base: steps of a small learning rate are "
+                "lost in bfloat16 weights. Add --model.lora, or leave the weights in float32 and "
+                "compute in bfloat16 with --trainer.precision bf16-mixed."
+            )
+        if self.follow is not None and frozen_base:
+            raise ConfigError(
+                "--model.follow is for full fine-tuning: with an adapter the reference is its "
+                "frozen base, which all that is trained stands on. Leave --model.follow out, or "
+                "train all weights."
+            )
+        if self.follow is not None and self.reference_cache is not None:
+            raise ConfigError(
+                "--model.reference_cache keeps the log-probs of a reference that stays as it is, "
+                "and with --model.follow it changes. Leave one of the two out."
+            )
+        if self.offload_reference and frozen_base and self.reference is None:
+            raise ConfigError(
+                "--model.offload_reference has nothing to move: with an adapter the reference is "
+                "the policy's own base, and there is no second model. Leave it out."
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,27 +86,14 @@ class Assembly:
     """Why the policy runs padded; None: it runs packed."""
 
 
-def check_dtype(name: str | None, *, policy: str, lora: LoRA | None) -> None:
-    """Refuse weights in which training would be lost, before anything is loaded.
-
-    Raises:
-        ConfigError: if there is no such dtype, or it is bfloat16 and all weights are trained.
-    """
-    if name is not None:
-        require_one_of("dtype", name, DTYPES)
-    if name == "bfloat16" and lora is None and not is_adapter(policy):
-        raise ConfigError(
-            "--model.dtype bfloat16 is for a frozen base: steps of a small learning rate are "
-            "lost in bfloat16 weights. Add --model.lora, or leave the weights in float32 and "
-            "compute in bfloat16 with --trainer.precision bf16-mixed."
-        )
-
-
-def assemble(recipe: Recipe, reference_keys: Callable[[], set[bytes]]) -> Assembly:
+def assemble(
+    recipe: Recipe, *, precision: str, reference_keys: Callable[[], set[bytes]]
+) -> Assembly:
     """Load the policy, and the reference where one is needed beside it.
 
     Args:
         recipe: what is asked for.
+        precision: the trainer's, which decides the reference's log-probs too.
         reference_keys: tells the keys of all reference log-probs that the run can ask for; called
             only where there is a reference cache.
     """
@@ -84,16 +104,11 @@ def assemble(recipe: Recipe, reference_keys: Callable[[], set[bytes]]) -> Assemb
     )
     loaded = load(recipe.policy, lora=recipe.lora, dropout=recipe.dropout)
     policy, obstacle = make_policy(loaded.model)
-    make = partial(
-        make_reference,
-        *(policy, loaded),
-        policy_name=recipe.policy,
-        name=recipe.reference,
-        load=load,
-    )
-    reference: Any = make() if recipe.reference_cache is None else None
-    if reference is None:
-        reference = CachedReference(_cache(recipe), reference_keys(), make)
+    make = partial(_make_reference, recipe, policy, loaded, load)
+    if recipe.reference_cache is None:
+        reference = make()
+    else:
+        reference = CachedReference(_cache(recipe, precision), reference_keys(), make)
     if not policy.packed and obstacle is None:
         obstacle = "its reference cannot be packed"
     if recipe.activation_checkpointing:
@@ -101,10 +116,27 @@ def assemble(recipe: Recipe, reference_keys: Callable[[], set[bytes]]) -> Assemb
     return Assembly(policy=policy, reference=reference, packing_obstacle=obstacle)
 
 
-def _cache(recipe: Recipe) -> ReferenceCache:
+def _make_reference(
+    recipe: Recipe, policy: Policy, loaded: LoadedModel, load: Callable[[str], LoadedModel]
+) -> Reference:
+    reference = make_reference(
+        policy,
+        loaded,
+        policy_name=recipe.policy,
+        name=recipe.reference,
+        load=load,
+        offloaded=recipe.offload_reference,
+    )
+    if recipe.follow is None:
+        return reference
+    assert isinstance(reference, FrozenReference)
+    return FollowingReference(reference, recipe.follow, policy)
+
+
+def _cache(recipe: Recipe, precision: str) -> ReferenceCache:
     """The cache of this reference, addressed by what decides its log-probs."""
     assert recipe.reference_cache is not None
     directories = weight_directories(recipe.reference or recipe.policy)
-    settings = (recipe.dtype or "float32", recipe.precision)
+    settings = (recipe.dtype or "float32", precision)
     fingerprint = reference_fingerprint(directories, settings)
     return ReferenceCache(Path(recipe.reference_cache) / fingerprint)

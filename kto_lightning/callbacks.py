@@ -18,6 +18,7 @@ from rich.table import Table
 from kto_lightning.checkpoint_io import settle_progress
 from kto_lightning.data.weights import effective_ratio
 from kto_lightning.errors import ConfigError
+from kto_lightning.following import FollowingReference
 from kto_lightning.metrics_file import MetricsFile
 from kto_lightning.report import length_finding, report_of_training_set, write_report
 
@@ -195,7 +196,10 @@ class Summary(Callback):
         for name, value in (*_data_rows(data), *_model_rows(module, data)):
             table.add_row(name, value)
         console.print(table)
-        for warning in data.warnings:
+        warnings = list(data.warnings)
+        if isinstance(module.reference, FollowingReference):
+            warnings += module.reference.warnings(module.num_training_steps())
+        for warning in warnings:
             console.print(f"warning: {warning}", style="yellow")
 
 

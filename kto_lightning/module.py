@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -10,10 +10,11 @@ from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor
 
-from kto_lightning.assembly import Recipe, assemble, check_dtype
+from kto_lightning.assembly import Recipe, assemble
 from kto_lightning.checkpoint_io import check_weights_fit, without_frozen
 from kto_lightning.data.weights import resolve_weights
 from kto_lightning.export import remembered_reference, whole_name
+from kto_lightning.following import Follow, FollowingReference, reference_state, restore_reference
 from kto_lightning.held_out import predict_batch, validate_batch
 from kto_lightning.measures import MEASURED, StepClock, peak_memory_mib
 from kto_lightning.metrics import BatchSums, batch_metrics
@@ -62,6 +63,9 @@ class KTOModule(LightningModule):
         dropout: keep the model's dropout on in training.
         activation_checkpointing: compute activations again in backward instead of keeping them.
         reference_cache: a directory that keeps the reference's log-probs from run to run.
+        follow: let the reference follow the policy (TR-DPO, arXiv:2404.09656); full fine-tuning
+            only; null: it stays what it is.
+        offload_reference: keep a second model in the host's memory while it is not asked.
         trust_remote_code: run code that comes with a model from a hub.
 
     Raises:
@@ -87,13 +91,15 @@ class KTOModule(LightningModule):
         dropout: bool = False,
         activation_checkpointing: bool = False,
         reference_cache: str | None = None,
+        follow: Follow | None = None,
+        offload_reference: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint under LoRA has no frozen weights
         self.policy_name, self.reference_name = policy, reference
-        self.reference_cache = reference_cache
+        self.reference_cache, self.trust_remote_code = reference_cache, trust_remote_code
         self.beta, self.loss = beta, loss
         self.desirable_weight: Literal["auto"] | float = desirable_weight
         self.undesirable_weight: Literal["auto"] | float = undesirable_weight
@@ -105,9 +111,18 @@ class KTOModule(LightningModule):
             lr_schedule=lr_schedule,
             gradient_clip_norm=gradient_clip_norm,
         )
-        self.dtype_name, self.lora, self.dropout = dtype, lora, dropout
-        self.activation_checkpointing = activation_checkpointing
-        self.trust_remote_code = trust_remote_code
+        self.recipe = Recipe(
+            policy=policy,
+            reference=reference,
+            dtype=dtype,
+            lora=lora,
+            dropout=dropout,
+            activation_checkpointing=activation_checkpointing,
+            reference_cache=reference_cache,
+            follow=follow,
+            offload_reference=offload_reference,
+            trust_remote_code=trust_remote_code,
+        )
         self.policy: Policy | None = None
         """Loaded by `configure_model`, after the records have been read."""
         self.reference: Reference | None = None
@@ -126,30 +141,25 @@ class KTOModule(LightningModule):
         require_number("beta", self.beta, above=0.0)
         require_one_of("loss", self.loss, ("kto", "apo_zero_unpaired"))
         resolve_weights(1, 1, desirable=self.desirable_weight, undesirable=self.undesirable_weight)
-        check_dtype(self.dtype_name, policy=self.policy_name, lora=self.lora)
 
     def configure_model(self) -> None:
         """Load the policy and its reference. Lightning calls this once the data is set up."""
         if self.policy is not None:
             return
-        reference = self.reference_name
-        if reference is None and self.trainer.state.fn != "fit":
-            reference = remembered_reference(self.policy_name)
-        recipe = Recipe(
-            policy=self.policy_name,
-            reference=reference,
-            dtype=self.dtype_name,
-            lora=self.lora,
-            dropout=self.dropout,
-            activation_checkpointing=self.activation_checkpointing,
-            reference_cache=self.reference_cache,
+        recipe, data = self.recipe, self._data
+        if recipe.reference is None and self.trainer.state.fn != "fit":
+            recipe = replace(recipe, reference=remembered_reference(self.policy_name))
+        models = assemble(
+            recipe,
             precision=str(self.trainer.precision),
-            trust_remote_code=self.trust_remote_code,
+            reference_keys=lambda: data.reference_keys(),
         )
-        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        models = assemble(recipe, lambda: data.reference_keys())
         self.policy, self.reference = models.policy, models.reference
         self.packing_obstacle = models.packing_obstacle
+
+    @property
+    def _data(self) -> Any:
+        return self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
 
     def _scorer(self) -> BatchScorer:
         assert self.policy is not None
@@ -178,9 +188,9 @@ class KTOModule(LightningModule):
         Counted here because `trainer.estimated_stepping_batches` builds the loaders too early for a
         resumed run.
         """
-        trainer: Any = self.trainer
+        trainer = self.trainer
         return count_steps(
-            steps_per_epoch=trainer.datamodule.num_steps_per_epoch,
+            steps_per_epoch=self._data.num_steps_per_epoch,
             limit_train_batches=trainer.limit_train_batches,
             max_steps=trainer.max_steps,
             max_epochs=trainer.max_epochs,
@@ -244,7 +254,7 @@ class KTOModule(LightningModule):
         self._publish_step(batch, sums, auxiliary, scalars, learning_rate)
 
     def _update(self) -> tuple[float, Float[Tensor, ""]]:
-        """Clip, step, schedule; the learning rate used and the gradient's norm before clipping."""
+        """Clip, step, schedule, follow; the learning rate used and the norm before clipping."""
         assert self.policy is not None
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
@@ -254,6 +264,8 @@ class KTOModule(LightningModule):
         optimizer.zero_grad()
         scheduler: Any = self.lr_schedulers()
         scheduler.step()
+        if isinstance(self.reference, FollowingReference):
+            self.reference.after_step(self.trainer.global_step, self.policy)
         return learning_rate, norm
 
     @contextmanager
@@ -301,26 +313,29 @@ class KTOModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained: under LoRA the frozen base stays where it came from."""
         checkpoint["state_dict"] = without_frozen(checkpoint["state_dict"], self)
+        checkpoint |= reference_state(self.reference)
         checkpoint["kto"] = self.origin()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's weights, and settings that a restored optimizer would override."""
         check_weights_fit(checkpoint, self)
-        if self.trainer.state.fn != "fit":
-            return
-        check_same_optimizer(checkpoint.get("kto", {}), self.origin())
+        trains = self.trainer.state.fn == "fit"
+        if trains:
+            check_same_optimizer(checkpoint.get("kto", {}), self.origin())
+        named = whole_name(self.reference_name) if self.reference_name is not None else None
+        restore_reference(checkpoint, self.reference, named=named, trains=trains)
 
     def origin(self) -> dict[str, Any]:
         """Where this policy came from, in plain values: what `export` needs to build it again."""
-        datamodule: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        facts = getattr(datamodule, "facts", dict)  # ours tells; any other will do in `fit`
+        facts = getattr(self._data, "facts", dict)  # ours tells; any other will do in `fit`
         return {
             "policy": whole_name(self.policy_name),
             "reference": whole_name(self.reference_name or self.policy_name),
             "beta": self.beta,
             "loss": self.loss,
-            "dtype": self.dtype_name,
-            "lora": asdict(self.lora) if self.lora is not None else None,
+            "dtype": self.recipe.dtype,
+            "lora": asdict(self.recipe.lora) if self.recipe.lora is not None else None,
+            "follow": asdict(self.recipe.follow) if self.recipe.follow is not None else None,
             "trust_remote_code": self.trust_remote_code,
             **asdict(self.optimization),
             "step": self.trainer.global_step,

@@ -5,11 +5,12 @@ a frozen copy. Cached and following references wrap these.
 """
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from kto_lightning.models import REFERENCE_ADAPTER, LoadedModel, adapter_base
 from kto_lightning.packing_probe import make_policy
@@ -38,23 +39,67 @@ class FrozenReference:
 
     Not a submodule of whatever holds it: it belongs to no optimizer and no checkpoint, so moving it
     to a device is this class's own business.
+
+    Args:
+        policy: the second model.
+        description: for the summary.
+        name: what it was loaded by; None: it is a copy of the policy.
+        offloaded: keep it in the host's memory, and on the device only while it scores.
     """
 
-    def __init__(self, policy: Policy, description: str) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        description: str,
+        *,
+        name: str | None = None,
+        offloaded: bool = False,
+    ) -> None:
         self.policy = policy.requires_grad_(False).eval()
         self.description = description
+        self.name, self.offloaded = name, offloaded
+        self._device: torch.device | None = None
+        """Where it scores, if it is not there all the time."""
 
     @classmethod
-    def copy_of(cls, policy: Policy) -> "FrozenReference":
+    def copy_of(cls, policy: Policy, *, offloaded: bool = False) -> "FrozenReference":
         """The policy as it is now."""
-        return cls(copy.deepcopy(policy), "a frozen copy of the policy as it was")
+        description = "a frozen copy of the policy as it was"
+        return cls(copy.deepcopy(policy), description, offloaded=offloaded)
 
     def to(self, device: torch.device) -> None:
-        self.policy.to(device)
+        if not self.offloaded or device.type == "cpu":
+            self.policy.to(device)
+            return
+        self._device = device
+        for tensor in _tensors(self.policy):
+            # From page-locked memory a device reads at the bus's speed, and nobody waits for it.
+            tensor.data = tensor.data.cpu().pin_memory()
 
     @torch.no_grad()
     def logps(self, batch: PackedBatch, *, matched: bool = True, mismatched: bool = True) -> Logps:
-        return self.policy(batch, matched=matched, mismatched=mismatched)
+        with _on_device(self.policy, self._device):
+            return self.policy(batch, matched=matched, mismatched=mismatched)
+
+
+def _tensors(policy: Policy) -> list[Tensor]:
+    return [*policy.parameters(), *policy.buffers()]
+
+
+@contextmanager
+def _on_device(policy: Policy, device: torch.device | None) -> Iterator[None]:
+    """Weights on a device for a while; the host's stay, so that none is copied back."""
+    if device is None:
+        yield
+        return
+    kept = [(tensor, tensor.data) for tensor in _tensors(policy)]
+    for tensor, host in kept:
+        tensor.data = host.to(device, non_blocking=True)
+    try:
+        yield
+    finally:
+        for tensor, host in kept:
+            tensor.data = host
 
 
 class AdapterReference:
@@ -115,6 +160,7 @@ def make_reference(
     policy_name: str,
     name: str | None,
     load: Callable[[str], LoadedModel],
+    offloaded: bool = False,
 ) -> Reference:
     """The reference of a policy that has just been loaded.
 
@@ -124,14 +170,15 @@ def make_reference(
         policy_name: the name it was loaded by.
         name: the reference's; None: the policy as it was.
         load: loads a model by its name.
+        offloaded: keep a second model in the host's memory, see `FrozenReference`.
     """
     if name is None:
         if loaded.adapter is not None:
             return AdapterReference(policy, twin=loaded.adapter == "given")
-        return FrozenReference.copy_of(policy)
+        return FrozenReference.copy_of(policy, offloaded=offloaded)
     if loaded.adapter == "given" and name == adapter_base(policy_name):
         return AdapterReference(policy, twin=False)
     reference, obstacle = make_policy(load(name).model)
     if obstacle is not None and policy.packed:
         policy.run_padded()
-    return FrozenReference(reference, f"{name}, frozen")
+    return FrozenReference(reference, f"{name}, frozen", name=name, offloaded=offloaded)

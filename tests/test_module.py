@@ -601,6 +601,7 @@ def test_a_reference_that_cannot_share_prompts_makes_the_policy_run_padded(
         ({"lr_schedule": "step"}, r"--model\.lr_schedule must be one of .*cosine.*, got step"),
         ({"lr_schedule": "reduce_lr_on_plateau"}, r"--model\.lr_schedule .* waits for a valid"),
         ({"dtype": "bfloat16"}, r"--model\.dtype bfloat16 is for a frozen base"),
+        ({"lora": LoRA(), "offload_reference": True}, r"--model\.offload_reference has nothing to"),
     ],
 )
 def test_bad_settings_are_refused_by_their_key(settings_: dict[str, Any], message: str) -> None:

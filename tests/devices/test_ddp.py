@@ -28,6 +28,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "validation": (*SGD, "--data.validation", 0.4, "--trainer.val_check_interval", 2),
     "lora": (*SGD, "--model.lora.r", 4, "--data.max_tokens", 60),
     "checkpointing": (*SGD, "--model.activation_checkpointing", "true", "--data.max_tokens", 60),
+    "a reference that follows": (*SGD, "--model.follow.every_n_steps", 2),
 }
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[Any, ...]]] = {
     "padded": ("gemma2", {}, SGD),
