@@ -14,6 +14,7 @@ commands:
   predict   a reward for every record:  --data.predict FILE
   inspect   report on files of records:  FILE… [--tokenizer DIR] [--json]
   export    a checkpoint to a Hugging Face directory:  CHECKPOINT DIR [--merge]
+  parity    TRL's KTOTrainer and `fit` side by side:  --model DIR --data FILE
 
 options:
   COMMAND --help      all options of a command
@@ -48,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         from kto_lightning.export_command import export_main
 
         return export_main(arguments[1:])
+    if arguments[0] == "parity":
+        from kto_lightning.parity_command import parity_main
+
+        return parity_main(arguments[1:])
     from kto_lightning.cli import main as run
 
     return run(arguments)

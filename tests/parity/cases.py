@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from kto_lightning.parity.trace import Inputs, Settings
 from tests.factories import chat_records, make_tokenizer, plain_records, save_model, write_jsonl
-from tests.parity.trl_trace import trained_weights
 
 AXES: dict[str, tuple[Any, ...]] = {
     "architecture": ("llama", "qwen2", "gpt2", "gemma2", "granite", "qwen2_moe"),
@@ -69,51 +68,36 @@ class Case:
     def max_length(self) -> int:
         return _SHORT_MAX_LENGTH[self.data] if self.truncated else 1024
 
-    def settings(self) -> dict[str, Any]:
-        """The keyword arguments of `trl_trace` that this case decides."""
+    def settings(self) -> Settings:
         schedule, warmup_ratio = self.schedule
-        return {
-            "batch_size": self.batch_size,
-            "steps": self.steps,
-            "loss": self.loss,
-            "beta": self.beta,
-            "desirable_weight": self.weights[0],
-            "undesirable_weight": self.weights[1],
-            "learning_rate": self.learning_rate,
-            "optimizer": self.optimizer,
-            "lr_schedule": schedule,
-            "warmup_ratio": warmup_ratio,
-            "weight_decay": self.weight_decay,
-            "gradient_clip_norm": self.gradient_clip_norm,
-            "max_length": self.max_length,
-        }
+        return Settings(
+            batch_size=self.batch_size,
+            steps=self.steps,
+            loss=self.loss,
+            beta=self.beta,
+            desirable_weight=self.weights[0],
+            undesirable_weight=self.weights[1],
+            learning_rate=self.learning_rate,
+            optimizer=self.optimizer,
+            lr_schedule=schedule,
+            warmup_ratio=warmup_ratio,
+            weight_decay=self.weight_decay,
+            gradient_clip_norm=self.gradient_clip_norm,
+            max_length=self.max_length,
+        )
 
 
 @dataclass(kw_only=True, slots=True)
-class Inputs:
-    """The files of a case."""
+class CaseInputs(Inputs):
+    """The files of a case, and the records in them."""
 
-    model_dir: Path
-    adapter_dir: Path | None
-    train: Path
     records: list[dict[str, Any]]
 
-    def load(self) -> Any:
-        """The model as it is before training, float32; a `PeftModel` where there is an adapter."""
-        model = AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=torch.float32)
-        if self.adapter_dir is None:
-            return model
-        return PeftModel.from_pretrained(model, self.adapter_dir, is_trainable=True)
-
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.model_dir)
-
-    def initial_weights(self) -> dict[str, Tensor]:
-        """What `Trace.weights` is before the first step."""
-        return trained_weights(self.load())
+        return AutoTokenizer.from_pretrained(self.model)
 
 
-def write_inputs(case: Case, directory: Path) -> Inputs:
+def write_inputs(case: Case, directory: Path) -> CaseInputs:
     """Make the model, the tokenizer, the records and, for LoRA, the saved adapter of a case."""
     chat = case.data != "plain"
     tokenizer = make_tokenizer(
@@ -121,11 +105,11 @@ def write_inputs(case: Case, directory: Path) -> Inputs:
     )
     records = chat_records(_NUM_RECORDS) if chat else plain_records(_NUM_RECORDS)
     model_dir = save_model(directory / "policy", case.architecture, tokenizer)
-    adapter_dir = None
+    adapter = None
     if case.tuning == "lora":
-        adapter_dir = save_adapter(directory / "adapter", model_dir)
+        adapter = str(save_adapter(directory / "adapter", model_dir))
     train = write_jsonl(directory / "train.jsonl", records)
-    return Inputs(model_dir=model_dir, adapter_dir=adapter_dir, train=train, records=records)
+    return CaseInputs(model=str(model_dir), adapter=adapter, train=str(train), records=records)
 
 
 def save_adapter(directory: Path, model_dir: Path) -> Path:

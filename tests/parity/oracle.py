@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.parity.trl_trace import Trace, trained_weights
+from kto_lightning.parity.trace import Settings, Trace, trained_weights
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,15 +27,7 @@ def oracle_trace(
     reference: Any,
     tokenizer: Any,
     records: list[dict[str, Any]],
-    *,
-    batch_size: int,
-    steps: int,
-    loss: str,
-    beta: float,
-    desirable_weight: float,
-    undesirable_weight: float,
-    learning_rate: float,
-    max_length: int,
+    settings: Settings,
 ) -> Trace:
     """Train `policy` in place by plain gradient descent and return every step's numbers.
 
@@ -43,25 +35,31 @@ def oracle_trace(
         policy: a causal language model or `PeftModel`, float64, in evaluation mode.
         reference: another of the same kind.
         records: `prompt`, `completion` (texts or messages) and `label`.
+        settings: of plain gradient descent with a constant learning rate.
     """
+    max_length, batch_size = settings.max_length, settings.batch_size
+    assert max_length is not None
     examples = [_tokenize(record, tokenizer) for record in records]
     examples = [example for example in examples if len(example.prompt) < max_length]
     blocks = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-    weights = {True: desirable_weight, False: undesirable_weight}
+    weights = {True: settings.desirable_weight, False: settings.undesirable_weight}
     parameters = [p for p in policy.parameters() if p.requires_grad]
     columns = defaultdict(list)
-    for step in range(steps):
+    for step in range(settings.steps):
         block = blocks[step % len(blocks)]
-        value, row = _batch_loss(policy, reference, block, loss, beta, weights, max_length)
+        value, row = _batch_loss(policy, reference, block, settings, weights)
         gradients = torch.autograd.grad(value, parameters, allow_unused=True)
         squares = [gradient.square().sum() for gradient in gradients if gradient is not None]
-        row |= {"train/grad_norm": torch.stack(squares).sum().sqrt(), "train/lr": learning_rate}
+        row |= {
+            "train/grad_norm": torch.stack(squares).sum().sqrt(),
+            "train/lr": settings.learning_rate,
+        }
         for name, number in row.items():
             columns[name].append(float(number))
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    parameter -= learning_rate * gradient
+                    parameter -= settings.learning_rate * gradient
     return Trace(columns=dict(columns), weights=trained_weights(policy))
 
 
@@ -69,11 +67,11 @@ def _batch_loss(
     policy: Any,
     reference: Any,
     block: list[_Example],
-    loss: str,
-    beta: float,
+    settings: Settings,
     weights: dict[bool, float],
-    max_length: int,
 ) -> tuple[Tensor, dict[str, Any]]:
+    loss, beta, max_length = settings.loss, settings.beta, settings.max_length
+    assert max_length is not None
     matched, routers = [], []
     for example in block:
         logp, router = _logp(policy, example.prompt, example.completion, max_length)
@@ -108,6 +106,7 @@ def _batch_loss(
         "train/reward/margin": good - bad,
         "train/logps/desirable": _class_mean(matched, labels, True),
         "train/logps/undesirable": _class_mean(matched, labels, False),
+        "train/tokens": sum(min(len(e.prompt + e.completion), max_length) for e in block),
         "mismatched_logps": mismatched.abs().mean() if loss == "kto" else 0.0,
     }
 

@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from tests.parity.agreement import assert_traces_agree, largest_difference
-from tests.parity.cases import AXES, Case, Inputs, pairwise_cover, write_inputs
-from tests.parity.our_trace import our_trace
-from tests.parity.trl_trace import Trace, trl_trace
+from kto_lightning.parity.agreement import movement
+from kto_lightning.parity.our_trace import our_trace
+from kto_lightning.parity.trace import Inputs, Trace
+from kto_lightning.parity.trl_trace import trl_trace
+from tests.parity.assertions import assert_traces_agree
+from tests.parity.cases import AXES, Case, pairwise_cover, write_inputs
 
 _RELATIVE = {
     "loss": ("train/loss",),
@@ -49,19 +51,13 @@ def _numbers(case: Case) -> list[float]:
         numbers = [_largest(ours, theirs, columns, True) for columns in _RELATIVE.values()]
         numbers += [_largest(ours, theirs, columns, False) for columns in _ABSOLUTE.values()]
         ours, theirs = _both(replace(case, optimizer="sgd"), inputs, Path(directory, "sgd"))
-        moved = largest_difference(theirs.weights, inputs.initial_weights())
-        return [*numbers, largest_difference(ours.weights, theirs.weights) / moved]
+        moved = movement(ours.weights, theirs.weights, inputs.initial_weights())
+        return [*numbers, moved.share]
 
 
 def _both(case: Case, inputs: Inputs, directory: Path) -> tuple[Trace, Trace]:
-    theirs = trl_trace(
-        inputs.model_dir,
-        inputs.train,
-        adapter_dir=inputs.adapter_dir,
-        output_dir=directory / "trl",
-        **case.settings(),
-    )
-    ours = our_trace(case, inputs, directory / "ours")
+    theirs = trl_trace(inputs, case.settings(), directory / "trl")
+    ours = our_trace(inputs, case.settings(), directory / "ours")
     assert_traces_agree(ours, theirs, beta=case.beta)
     return ours, theirs
 

@@ -7,31 +7,22 @@ architecture, data, loss and tuning is slow (`make test-slow`).
 from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from kto_lightning.parity.our_trace import our_trace
+from kto_lightning.parity.trace import Inputs
+from kto_lightning.parity.trl_trace import trl_trace
 from tests.factories import save_model
-from tests.parity.agreement import assert_traces_agree, assert_weights_agree
-from tests.parity.cases import AXES, Case, Inputs, full_product, pairwise_cover, write_inputs
-from tests.parity.our_trace import our_trace
-from tests.parity.trl_trace import trl_trace
+from tests.parity.assertions import assert_traces_agree, assert_weights_agree
+from tests.parity.cases import AXES, Case, full_product, pairwise_cover, write_inputs
 
 _COVER = pairwise_cover()
 
 
-def _assert_parity(
-    case: Case, inputs: Inputs, directory: Path, *options: str, **trl_options: Any
-) -> None:
-    theirs = trl_trace(
-        inputs.model_dir,
-        inputs.train,
-        adapter_dir=inputs.adapter_dir,
-        output_dir=directory / "trl",
-        **case.settings(),
-        **trl_options,
-    )
-    ours = our_trace(case, inputs, directory / "ours", *options)
+def _assert_parity(case: Case, inputs: Inputs, directory: Path, *options: str) -> None:
+    theirs = trl_trace(inputs, case.settings(), directory / "trl")
+    ours = our_trace(inputs, case.settings(), directory / "ours", *options)
     assert_traces_agree(ours, theirs, beta=case.beta)
     if case.optimizer == "sgd":
         assert_weights_agree(ours.weights, theirs.weights, inputs.initial_weights())
@@ -61,14 +52,8 @@ def test_another_model_as_reference(loss: str, tmp_path: Path):
     case = replace(_COVER[0], loss=loss, beta=0.02)
     inputs = write_inputs(case, tmp_path)
     reference = save_model(tmp_path / "reference", case.architecture, inputs.tokenizer(), seed=1)
-    _assert_parity(
-        case,
-        inputs,
-        tmp_path,
-        "--model.reference",
-        str(reference),
-        reference_dir=reference,
-    )
+    inputs.reference = str(reference)
+    _assert_parity(case, inputs, tmp_path)
 
 
 def test_the_cover_has_every_pair():

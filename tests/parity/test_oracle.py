@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.parity.agreement import assert_traces_agree, assert_weights_agree
+from kto_lightning.parity.trl_trace import trl_trace
+from tests.parity.assertions import assert_traces_agree, assert_weights_agree
 from tests.parity.cases import AXES, Case, write_inputs
 from tests.parity.oracle import oracle_trace
-from tests.parity.trl_trace import trl_trace
 
 _PLAIN_DESCENT = Case(
     architecture="llama",
@@ -48,26 +48,13 @@ def _in_float64(model: Any) -> Any:
 @pytest.mark.parametrize("case", _cases())
 def test_trl_computes_kto(case: Case, tmp_path: Path):
     inputs = write_inputs(case, tmp_path)
-    theirs = trl_trace(
-        inputs.model_dir,
-        inputs.train,
-        adapter_dir=inputs.adapter_dir,
-        output_dir=tmp_path / "trl",
-        **case.settings(),
-    )
+    theirs = trl_trace(inputs, case.settings(), tmp_path / "trl")
     truth = oracle_trace(
         _in_float64(inputs.load()),
         _in_float64(inputs.load()),
         inputs.tokenizer(),
         inputs.records,
-        batch_size=case.batch_size,
-        steps=case.steps,
-        loss=case.loss,
-        beta=case.beta,
-        desirable_weight=case.weights[0],
-        undesirable_weight=case.weights[1],
-        learning_rate=case.learning_rate,
-        max_length=case.max_length,
+        case.settings(),
     )
     assert_traces_agree(truth, theirs, beta=case.beta)
     assert_weights_agree(truth.weights, theirs.weights, inputs.initial_weights())
@@ -83,13 +70,7 @@ def test_trl_agrees_with_itself_under_other_padding(
     case = replace(_PLAIN_DESCENT, architecture=architecture, optimizer=optimizer)
     inputs = write_inputs(case, tmp_path)
     once, again = (
-        trl_trace(
-            inputs.model_dir,
-            inputs.train,
-            output_dir=tmp_path / "trl",
-            pad_to_multiple_of=multiple,
-            **case.settings(),
-        )
+        trl_trace(inputs, case.settings(), tmp_path / "trl", pad_to_multiple_of=multiple)
         for multiple in (None, 64)
     )
     assert_traces_agree(again, once, beta=case.beta)

@@ -1,8 +1,8 @@
-"""What TRL's `KTOTrainer` computes, step by step and unrounded: the other side of the parity tests.
+"""What TRL's `KTOTrainer` computes, step by step and unrounded: the other side of a comparison.
 
-TRL is run here, in the test, every time; nothing of it is stored. Its numbers are taken where they
-are made (`_compute_loss`, the gradient's norm), because what it logs is rounded. The columns have
-the names of our `metrics.csv`.
+TRL is run here every time; nothing of it is stored. Its numbers are taken where they are made
+(`_compute_loss`, the gradient's norm), because what it logs is rounded. The columns have the names
+of our `metrics.csv`.
 
 What TRL 1.16 does that a comparison must mind, and what `trl_trace` does about it:
 
@@ -40,17 +40,17 @@ What TRL 1.16 does that a comparison must mind, and what `trl_trace` does about 
 import json
 import math
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
+
+from kto_lightning.models import load_tokenizer
+from kto_lightning.parity.trace import Inputs, Settings, Trace, load_model, trained_weights
 
 _TRL_NAMES = {
     "kl": "train/z0",
@@ -60,17 +60,6 @@ _TRL_NAMES = {
     "logps/chosen": "train/logps/desirable",
     "logps/rejected": "train/logps/undesirable",
 }
-
-
-@dataclass(kw_only=True, slots=True)
-class Trace:
-    """One value per optimizer step in every column, and the weights after the last step."""
-
-    columns: dict[str, list[float]]
-    """By the names of `metrics.csv`; NaN where a batch lacks a class. In addition
-    `mismatched_logps`, the mean over the batch of |log π_θ(y'|x)|, 0 without mismatched pass."""
-    weights: dict[str, Tensor]
-    """The trained model's state dict, or with an adapter the adapter's alone."""
 
 
 class _RecordingTrainer(KTOTrainer):
@@ -101,6 +90,7 @@ class _RecordingTrainer(KTOTrainer):
             raw, size = (policy - reference).mean().item(), policy.abs().mean().item()
         self.columns["train/z0_raw"].append(raw)
         self.columns["mismatched_logps"].append(size)
+        self.columns["train/tokens"].append(float(inputs["attention_mask"].sum()))
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -112,52 +102,47 @@ class _RecordingTrainer(KTOTrainer):
 
 
 def trl_trace(
-    model_dir: Path,
-    train_jsonl: Path,
-    *,
-    batch_size: int,
-    steps: int,
+    inputs: Inputs,
+    settings: Settings,
     output_dir: Path,
-    loss: Literal["kto", "apo_zero_unpaired"] = "kto",
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-    learning_rate: float = 1e-6,
-    optimizer: Literal["adamw", "sgd"] = "adamw",
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant",
-    warmup_ratio: float = 0.0,
-    weight_decay: float = 0.0,
-    gradient_clip_norm: float | None = None,
-    max_length: int | None = 1024,
-    adapter_dir: Path | None = None,
-    reference_dir: Path | None = None,
+    *,
     pad_to_multiple_of: int | None = None,
 ) -> Trace:
     """Train with TRL on the CPU in float32 and return every step's numbers.
 
     Args:
-        model_dir: a Hugging Face directory with model and tokenizer; the base model of an adapter.
-        train_jsonl: records with `prompt`, `completion` and a boolean `label`.
-        adapter_dir: a saved LoRA adapter to train further; all weights are trained where None.
-        reference_dir: another model as the reference; the policy as it was where None.
         pad_to_multiple_of: changes the padding and thereby only the rounding, to learn how far TRL
             drifts from itself.
     """
-    config = KTOConfig(
+    trainer = _RecordingTrainer(
+        model=inputs.load(),
+        ref_model=None if inputs.reference is None else load_model(inputs.reference),
+        args=_config(settings, output_dir, pad_to_multiple_of),
+        train_dataset=_dataset(Path(inputs.train)),
+        processing_class=load_tokenizer(
+            inputs.adapter or inputs.model, chat_template=inputs.chat_template
+        ),
+    )
+    trainer.train()
+    return Trace(columns=dict(trainer.columns), weights=trained_weights(trainer.model))
+
+
+def _config(settings: Settings, output_dir: Path, pad_to_multiple_of: int | None) -> KTOConfig:
+    return KTOConfig(
         output_dir=str(output_dir),
-        per_device_train_batch_size=batch_size,
-        max_steps=steps,
-        loss_type=loss,
-        beta=beta,
-        desirable_weight=desirable_weight,
-        undesirable_weight=undesirable_weight,
-        learning_rate=learning_rate,
-        optim="adamw_torch_fused" if optimizer == "adamw" else "sgd",
-        lr_scheduler_type=_schedule_name(lr_schedule, warmup_ratio),
-        warmup_steps=math.ceil(warmup_ratio * steps),
-        weight_decay=weight_decay,
-        max_grad_norm=gradient_clip_norm or 0.0,
-        max_length=max_length,
+        per_device_train_batch_size=settings.batch_size,
+        max_steps=settings.steps,
+        loss_type=settings.loss,
+        beta=settings.beta,
+        desirable_weight=settings.desirable_weight,
+        undesirable_weight=settings.undesirable_weight,
+        learning_rate=settings.learning_rate,
+        optim="adamw_torch_fused" if settings.optimizer == "adamw" else "sgd",
+        lr_scheduler_type=_schedule_name(settings),
+        warmup_steps=math.ceil(settings.warmup_ratio * settings.steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.gradient_clip_norm or 0.0,
+        max_length=settings.max_length,
         pad_to_multiple_of=pad_to_multiple_of,
         dataset_num_proc=None,
         dataloader_drop_last=False,
@@ -170,43 +155,14 @@ def trl_trace(
         disable_tqdm=True,
         report_to="none",
     )
-    trainer = _RecordingTrainer(
-        model=_trainable(model_dir, adapter_dir),
-        ref_model=None if reference_dir is None else _load(reference_dir),
-        args=config,
-        train_dataset=_dataset(train_jsonl),
-        processing_class=AutoTokenizer.from_pretrained(model_dir),
-    )
-    trainer.train()
-    return Trace(columns=dict(trainer.columns), weights=trained_weights(trainer.model))
-
-
-def trained_weights(model: Any) -> dict[str, Tensor]:
-    """A copy of a model's state dict, or of its adapter's if it has one."""
-    if isinstance(model, PeftModel):
-        state = get_peft_model_state_dict(model, adapter_name="default")
-    else:
-        state = model.state_dict()
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
-
-
-def _load(directory: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-
-
-def _trainable(model_dir: Path, adapter_dir: Path | None) -> PreTrainedModel | PeftModel:
-    model = _load(model_dir)
-    if adapter_dir is None:
-        return model
-    return PeftModel.from_pretrained(model, adapter_dir, is_trainable=True)
 
 
 def _dataset(train_jsonl: Path) -> Dataset:
-    lines = train_jsonl.read_text(encoding="utf-8").splitlines()
-    return Dataset.from_list([json.loads(line) for line in lines])
+    with train_jsonl.open(encoding="utf-8") as lines:
+        return Dataset.from_list([json.loads(line) for line in lines])
 
 
-def _schedule_name(lr_schedule: str, warmup_ratio: float) -> str:
-    if lr_schedule == "constant" and warmup_ratio > 0:
+def _schedule_name(settings: Settings) -> str:
+    if settings.lr_schedule == "constant" and settings.warmup_ratio > 0:
         return "constant_with_warmup"
-    return lr_schedule
+    return settings.lr_schedule

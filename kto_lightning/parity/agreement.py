@@ -1,0 +1,165 @@
+"""When two traces are the same: the tolerances of the project's second invariant.
+
+Log-probs, loss and gradient norm: 1e-5 relative on the first two steps and 5e-4 later. z0 and
+rewards are differences of log-probs that nearly cancel, so that what rounding leaves of them is not
+relative: they may differ by that much or by 4·eps·|log-prob| (β times it for rewards), whichever is
+larger. Token counts are equal. After SGD, the weights agree to 1e-4 of the largest movement; AdamW
+divides every gradient by its own size, and thereby turns the rounding of one that is almost 0 into
+a whole step.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kto_lightning.parity.trace import Trace
+
+EARLY, LATER = 1e-5, 5e-4
+NUM_EARLY_STEPS = 2
+WEIGHTS, LEAST_MOVEMENT = 1e-4, 1e-3
+_FOUR_EPS = 4 * torch.finfo(torch.float32).eps
+_RELATIVE_COLUMNS = (
+    "train/loss",
+    "train/logps/desirable",
+    "train/logps/undesirable",
+    "train/grad_norm",
+)
+_IN_EVERY_BATCH = ("train/loss", "train/grad_norm", "train/z0", "train/lr", "train/tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """One column, at the step where both sides are furthest apart for what is allowed there."""
+
+    name: str
+    step: int
+    """From 1."""
+    ours: float
+    theirs: float
+    difference: float
+    """Absolute; infinite where only one side has a value, or a value that every batch has is
+    missing or no number."""
+    allowed: float
+
+    @property
+    def agrees(self) -> bool:
+        return self.difference <= self.allowed
+
+    def __str__(self) -> str:
+        expected = f"expected {self.theirs!r} ± {self.allowed:.2g}"
+        return f"step {self.step}, {self.name}: got {self.ours!r}, {expected}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Movement:
+    """How far training moved the weights, and how far apart both sides end."""
+
+    largest: float
+    """The largest change of a weight on the other side."""
+    difference: float
+    """The largest difference of a weight between both sides."""
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether there is something to compare: float32 rounds a weight of 1 by 6e-8."""
+        return self.largest >= LEAST_MOVEMENT
+
+    @property
+    def share(self) -> float:
+        return self.difference / self.largest if self.largest else math.inf
+
+    @property
+    def agrees(self) -> bool:
+        return self.share <= WEIGHTS
+
+
+def compare(ours: Trace, theirs: Trace, *, beta: float) -> list[Comparison]:
+    """Every column that is compared; a class that is absent must be absent in both.
+
+    Args:
+        theirs: the side that gives the size of the mismatched log-probs. z0 before its clamp is
+            compared where it has it.
+
+    Raises:
+        ValueError: if both do not have the same number of steps.
+    """
+    num_steps = len(theirs.columns["train/loss"])
+    if any(len(ours.columns[name]) != num_steps for name in _RELATIVE_COLUMNS):
+        raise ValueError(f"the other side has {num_steps} steps, ours another number")
+    rows = [
+        dict(zip(theirs.columns, values, strict=True))
+        for values in zip(*theirs.columns.values(), strict=True)
+    ]
+    worst: dict[str, Comparison] = {}
+    for step, row in enumerate(rows, start=1):
+        relative = EARLY if step <= NUM_EARLY_STEPS else LATER
+        for name, allowed in _allowed(row, beta, relative).items():
+            found = _compare_step(name, step, ours.columns[name][step - 1], row[name], allowed)
+            if found is not None and (name not in worst or _excess(found) > _excess(worst[name])):
+                worst[name] = found
+    return list(worst.values())
+
+
+def _compare_step(
+    name: str, step: int, ours: float, theirs: float, allowed: float
+) -> Comparison | None:
+    """None where neither side has a value."""
+    difference = abs(ours - theirs)
+    if math.isnan(ours) and math.isnan(theirs) and name not in _IN_EVERY_BATCH:
+        return None
+    if not math.isfinite(difference):
+        difference, allowed = math.inf, 0.0
+    return Comparison(
+        name=name, step=step, ours=ours, theirs=theirs, difference=difference, allowed=allowed
+    )
+
+
+def _excess(comparison: Comparison) -> float:
+    if comparison.allowed:
+        return comparison.difference / comparison.allowed
+    return math.inf if comparison.difference else 0.0
+
+
+def _allowed(row: dict[str, float], beta: float, relative: float) -> dict[str, float]:
+    """How far each column may be from the value in `row`."""
+    allowed = {"train/tokens": 0.0} if "train/tokens" in row else {}
+    allowed |= {name: relative * abs(row[name]) for name in _RELATIVE_COLUMNS}
+    allowed["train/lr"] = 1e-9 * row["train/lr"]
+    rounding = {
+        "train/z0": _FOUR_EPS * row["mismatched_logps"],
+        "train/z0_raw": _FOUR_EPS * row["mismatched_logps"],
+        "train/reward/desirable": beta * _FOUR_EPS * abs(row["train/logps/desirable"]),
+        "train/reward/undesirable": beta * _FOUR_EPS * abs(row["train/logps/undesirable"]),
+    }
+    for name, absolute in rounding.items():
+        allowed[name] = max(relative * abs(row[name]), absolute)
+    allowed["train/reward/margin"] = (
+        allowed["train/reward/desirable"] + allowed["train/reward/undesirable"]
+    )
+    if math.isnan(row["train/z0_raw"]):
+        del allowed["train/z0_raw"]
+    return allowed
+
+
+def movement(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], initial: dict[str, Tensor]
+) -> Movement:
+    """Compare weights after training.
+
+    Raises:
+        ValueError: if not all three have the same weights.
+    """
+    if not ours.keys() == theirs.keys() == initial.keys():
+        odd = sorted((ours.keys() ^ theirs.keys()) | (theirs.keys() ^ initial.keys()))
+        raise ValueError(f"not every side has the weights {', '.join(odd[:5])}")
+    return Movement(
+        largest=largest_difference(theirs, initial), difference=largest_difference(ours, theirs)
+    )
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest absolute difference of any weight; NaN if any is NaN."""
+    differences = [(a[name].double() - b[name].double()).abs().max() for name in a]
+    return torch.stack(differences).max().item()

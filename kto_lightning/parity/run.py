@@ -1,0 +1,227 @@
+"""One comparison: the inputs of both sides, both runs, and what is to be said about them."""
+
+import contextlib
+import io
+import json
+import logging
+import shlex
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers.utils import logging as transformers_logging
+
+from kto_lightning.data.records import load_records
+from kto_lightning.data.tokenize import tokenize_records
+from kto_lightning.data.weights import resolve_weights
+from kto_lightning.errors import DataError, KTOError
+from kto_lightning.models import (
+    adapter_base,
+    disable_dropout,
+    is_adapter,
+    load_causal_lm,
+    load_tokenizer,
+)
+from kto_lightning.parity.agreement import Comparison, Movement, compare, movement
+from kto_lightning.parity.our_trace import our_trace
+from kto_lightning.parity.trace import Inputs, Settings
+from kto_lightning.parity.trl_trace import trl_trace
+
+SHARPEST_LOSS = 1e-2
+"""Below it, the rounding of TRL's 1 − σ(u) is more than the first steps' tolerance."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Report:
+    """What came out."""
+
+    settings: Settings
+    num_records: int
+    comparisons: list[Comparison]
+    weights: Movement
+    notes: list[str] = field(default_factory=list)
+    """What lies in this model or data, or in the settings, and can be told apart from an error."""
+
+    @property
+    def weights_count(self) -> bool:
+        """Whether the weights are part of the verdict: see `agreement`."""
+        return self.settings.optimizer == "sgd" and self.weights.is_enough
+
+    @property
+    def agrees(self) -> bool:
+        columns = all(comparison.agrees for comparison in self.comparisons)
+        return columns and (self.weights.agrees or not self.weights_count)
+
+
+def run_parity(
+    model: str,
+    data: str,
+    settings: Settings,
+    *,
+    desirable_weight: float | None = None,
+    undesirable_weight: float | None = None,
+    reference: str | None = None,
+    chat_template: str | None = None,
+    lora_rank: int | None = None,
+    options: tuple[str, ...] = (),
+) -> Report:
+    """Train with `fit` and with TRL on the same records, from the same weights, in float32.
+
+    Args:
+        model: a model, or an adapter directory, which is then trained further on both sides.
+        data: records in any form that `fit` takes; TRL gets them as prompt, completion and label.
+        settings: its class weights are exchanged for those that fit the data.
+        desirable_weight, undesirable_weight: None: as `fit` chooses from all labels in `data`.
+        reference: another model as the reference; None: the policy as it was.
+        chat_template: a file with a chat template instead of the tokenizer's.
+        lora_rank: make a new adapter on `model`, the same for both sides; None: none is made.
+        options: further arguments of our `fit` alone.
+
+    Raises:
+        KTOError: if a side cannot be run.
+    """
+    with _quiet(), tempfile.TemporaryDirectory(prefix="kto_lightning_parity_") as folder:
+        directory = Path(folder)
+        records = load_records(data)
+        weights = _class_weights(records["desirable"], desirable_weight, undesirable_weight)
+        settings = replace(settings, **weights)
+        records = records.select(range(min(len(records), settings.steps * settings.batch_size)))
+        # Here it is still known which line of which file a record is.
+        tokenizer = load_tokenizer(model, chat_template=chat_template)
+        tokenize_records(records, tokenizer, max_length=settings.max_length)
+        inputs = _inputs(model, records, lora_rank, directory)
+        inputs.reference, inputs.chat_template = reference, chat_template
+        # Ours first: what is wrong with the model, it says in plain words.
+        ours = our_trace(inputs, settings, directory / "ours", *options)
+        theirs = _theirs(inputs, settings, directory / "trl")
+        moved = movement(ours.weights, theirs.weights, inputs.initial_weights())
+    comparisons = compare(ours, theirs, beta=settings.beta)
+    return Report(
+        settings=settings,
+        num_records=len(records),
+        comparisons=comparisons,
+        weights=moved,
+        notes=[
+            *([f"Set for ours alone: {shlex.join(options)}"] if options else []),
+            *_notes_on_records(records),
+            *_notes_on_loss(theirs.columns["train/loss"]),
+        ],
+    )
+
+
+def _class_weights(
+    labels: Any, desirable: float | None, undesirable: float | None
+) -> dict[str, float]:
+    num_desirable = sum(labels)
+    weights = resolve_weights(
+        num_desirable,
+        len(labels) - num_desirable,
+        desirable="auto" if desirable is None else desirable,
+        undesirable="auto" if undesirable is None else undesirable,
+    )
+    return {"desirable_weight": weights.desirable, "undesirable_weight": weights.undesirable}
+
+
+def _inputs(
+    model: str,
+    records: datasets.Dataset,
+    lora_rank: int | None,
+    directory: Path,
+) -> Inputs:
+    base, adapter = (adapter_base(model), model) if is_adapter(model) else (model, None)
+    if lora_rank is not None:
+        if adapter is not None:
+            raise KTOError(f"--lora makes an adapter, but {model} is one already. Leave it out.")
+        adapter = str(_new_adapter(base, lora_rank, directory / "adapter"))
+    train = _write_records(records, directory / "train.jsonl")
+    return Inputs(model=base, adapter=adapter, train=str(train))
+
+
+def _new_adapter(base: str, rank: int, directory: Path) -> Path:
+    """A fresh adapter, saved: both sides begin with the same numbers drawn."""
+    model = load_causal_lm(base)
+    disable_dropout(model)
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise KTOError(f"--lora {rank}: {error}") from error
+    adapted.save_pretrained(str(directory))
+    return directory
+
+
+def _write_records(records: datasets.Dataset, path: Path) -> Path:
+    """As TRL's documentation has them, in the order of the file; own weights are left out."""
+    kinds = set()
+    with path.open("w", encoding="utf-8") as file:
+        for row in map(dict, records):
+            content = json.loads(row["record"])
+            kinds.add(type(content["prompt"]))
+            line = {"prompt": content["prompt"], "completion": content["completion"]}
+            line["label"] = row["desirable"]
+            if content["tools"]:
+                line["tools"] = json.dumps(content["tools"], ensure_ascii=False)
+            if content["chat_template_kwargs"]:
+                line["chat_template_kwargs"] = content["chat_template_kwargs"]
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if len(kinds) > 1:
+        raise DataError(
+            "some records are plain text and some are chat messages; TRL takes one kind at a time. "
+            "Compare them file by file."
+        )
+    return path
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What both trainers print while they train is not part of the table."""
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    trl_logger = logging.getLogger("trl")
+    level = trl_logger.level
+    trl_logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            yield
+    finally:
+        trl_logger.setLevel(level)
+
+
+def _theirs(inputs: Inputs, settings: Settings, directory: Path) -> Any:
+    try:
+        return trl_trace(inputs, settings, directory)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise KTOError(f"TRL cannot be run on this: {error}") from error
+
+
+def _notes_on_records(records: datasets.Dataset) -> list[str]:
+    notes = []
+    if any(weight != 1.0 for weight in records["weight"]):
+        notes.append("Weights of single records were left out on both sides: TRL knows none.")
+    if any('"tool_calls"' in record for record in records["record"]):
+        notes.append(
+            "There are tool calls. `datasets`, through which TRL gets its rows, gives every call "
+            "the arguments of all others as null, and the template may print them: then `tokens` "
+            "differ, and all that follows from them. `fit` keeps records as they were written."
+        )
+    return notes
+
+
+def _notes_on_loss(losses: list[float]) -> list[str]:
+    if min(losses) >= SHARPEST_LOSS:
+        return []
+    return [
+        f"A batch's loss fell below {SHARPEST_LOSS:g}. TRL's 1 − σ(u) is a multiple of 6e-8 in "
+        "float32, which is then more than the tolerance; ours is σ(−u)."
+    ]

@@ -1,0 +1,85 @@
+"""What both trainers are given, and what each of them leaves behind."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+Loss = Literal["kto", "apo_zero_unpaired"]
+Optimizer = Literal["adamw", "sgd"]
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """A short run, in terms that both trainers have."""
+
+    steps: int
+    batch_size: int
+    """Examples per optimizer step; for TRL in one piece, for us in as many as `max_tokens` asks."""
+    loss: Loss = "kto"
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    learning_rate: float = 1e-6
+    optimizer: Optimizer = "adamw"
+    lr_schedule: Schedule = "constant"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    gradient_clip_norm: float | None = None
+    max_length: int | None = 1024
+
+
+@dataclass(kw_only=True, slots=True)
+class Inputs:
+    """What a run starts from: directories or hub ids, and a jsonl file."""
+
+    model: str
+    """Model and tokenizer; the base of an adapter."""
+    train: str
+    """Records with `prompt`, `completion` and a boolean `label`."""
+    adapter: str | None = None
+    """A saved LoRA adapter to train further; all weights are trained where None."""
+    reference: str | None = None
+    """Another model as the reference; the policy as it was where None."""
+    chat_template: str | None = None
+    """A file with a chat template instead of the tokenizer's."""
+
+    def load(self) -> Any:
+        """The model as it is before training, float32; a `PeftModel` where there is an adapter."""
+        model = load_model(self.model)
+        if self.adapter is None:
+            return model
+        return PeftModel.from_pretrained(model, self.adapter, is_trainable=True)
+
+    def initial_weights(self) -> dict[str, Tensor]:
+        """What `Trace.weights` is before the first step."""
+        return trained_weights(self.load())
+
+
+@dataclass(kw_only=True, slots=True)
+class Trace:
+    """One value per optimizer step in every column, and the weights after the last step."""
+
+    columns: dict[str, list[float]]
+    """By the names of `metrics.csv`; NaN where a batch lacks a class. TRL's has in addition
+    `mismatched_logps`, the mean over the batch of |log π_θ(y'|x)|, 0 without mismatched pass."""
+    weights: dict[str, Tensor]
+    """The trained model's state dict, or with an adapter the adapter's alone."""
+
+
+def load_model(name: str) -> PreTrainedModel:
+    """A causal language model in float32, whatever its config says."""
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+
+
+def trained_weights(model: Any) -> dict[str, Tensor]:
+    """A copy of a model's state dict, or of its adapter's if it has one."""
+    if isinstance(model, PeftModel):
+        state = get_peft_model_state_dict(model, adapter_name="default")
+    else:
+        state = model.state_dict()
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
