@@ -12,7 +12,8 @@ commands:
   fit       train a model:  --model.policy DIR_OR_HUB_ID --data.train FILE [--output_dir DIR]
   validate  loss, rewards and reward AUC on held-out records:  --data.validation FILE
   predict   a reward for every record:  --data.predict FILE
-  inspect   report on files of records:  FILE… [--tokenizer DIR] [--json]
+  inspect   report on files of records:  FILE… [--tokenizer DIR] [--json] [--html FILE]
+  report    report on a run, finished or not, as an HTML page:  OUTPUT [--html FILE]
   export    a checkpoint to a Hugging Face directory:  CHECKPOINT DIR [--merge]
   parity    TRL's KTOTrainer and `fit` side by side:  --model DIR --data FILE
 
@@ -45,6 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         from kto_lightning.inspect_command import inspect_main
 
         return inspect_main(arguments[1:])
+    if arguments[0] == "report":
+        from kto_lightning.report_command import report_main
+
+        return report_main(arguments[1:])
     if arguments[0] == "export":
         from kto_lightning.export_command import export_main
 

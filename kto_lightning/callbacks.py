@@ -21,6 +21,7 @@ from kto_lightning.errors import ConfigError
 from kto_lightning.following import FollowingReference
 from kto_lightning.metrics_file import MetricsFile
 from kto_lightning.report import length_finding, report_of_training_set, write_report
+from kto_lightning.run_file import RunFile, write_run_file
 
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 _SHOWN = {"loss": "train/loss", "z0": "train/z0", "margin": "train/reward/margin"}
@@ -193,7 +194,8 @@ class Summary(Callback):
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold")
         table.add_column(overflow="fold")
-        for name, value in (*_data_rows(data), *_model_rows(module, data)):
+        rows = [*_data_rows(data), *_model_rows(module, data)]
+        for name, value in rows:
             table.add_row(name, value)
         console.print(table)
         warnings = list(data.warnings)
@@ -201,6 +203,12 @@ class Summary(Callback):
             warnings += module.reference.warnings(module.num_training_steps())
         for warning in warnings:
             console.print(f"warning: {warning}", style="yellow")
+        content = RunFile(
+            planned_steps=module.num_training_steps(),
+            summary=[list(row) for row in rows],
+            warnings=list(data.warnings),
+        )
+        write_run_file(trainer.default_root_dir, content)
 
 
 def _data_rows(data: Any) -> list[tuple[str, str]]:

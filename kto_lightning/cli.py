@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from kto_lightning.metrics_file import MetricsFile
 from kto_lightning.module import KTOModule
 from kto_lightning.ranks import gathered, wait_for_each_other
 from kto_lightning.rewards_file import write_rewards
+from kto_lightning.run_file import mark_finished
+from kto_lightning.run_report import report_of_run
 from kto_lightning.usage import PROG, Parser, check_trainer_options, reason_of
 
 
@@ -176,6 +179,7 @@ class KTOCLI(LightningCLI):
         save_policy(module.policy, data.tokenizer, output, origin=module.origin())
         print(f"model     {output / 'model'}")
         print(f"metrics   {output / 'metrics.csv'}")
+        _report(output)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -210,6 +214,18 @@ class KTOCLI(LightningCLI):
         assert isinstance(self.model, KTOModule)
         assert isinstance(self.datamodule, KTODataModule)
         return self.model, self.datamodule
+
+
+def _report(output: Path) -> None:
+    """The run's page; what keeps it from being written takes nothing from the run."""
+    try:
+        mark_finished(output)
+        path, verdict = report_of_run(output)
+    except KTOError as error:
+        print(f"warning: the report was not written: {error}", file=sys.stderr)
+        return
+    print(f"report    {path}")
+    print(textwrap.fill(verdict, width=79))
 
 
 def _check_output(output_dir: str, model: Any) -> None:

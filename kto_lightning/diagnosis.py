@@ -4,6 +4,8 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 
+from kto_lightning.finding import Finding
+
 STUCK_STEPS = 50
 """Steps in a row with raw z0 below 0: were its sign a coin's, one run of 50 in 10^15."""
 WINDOW = 20
@@ -18,33 +20,63 @@ LEAST_FALL = 0.1
 SATURATED = 0.05
 """Share of gradient left below which a class teaches next to nothing: |u| > 4.4."""
 
-_STUCK = (
-    "z0 has been 0 for {steps} steps in a row (raw z0 {raw:.3g}): the policy finds mismatched "
-    "answers less likely than its reference does. That is normal while it has learnt little (a "
-    "small learning rate, warm-up), and where unlearning undesirable answers makes all answers a "
-    "little less likely: rewards are then compared with 0. Look at train/logps/desirable: if it "
-    "falls too, the policy is moving away from good answers as well: lower --model.learning_rate, "
-    "or raise --model.beta or --model.desirable_weight."
-)
-_FALLEN = (
-    "the margin fell from {best:.3g} to {now:.3g} (means of {window} steps): the policy tells "
-    "desirable from undesirable completions less well than it did. Most often the steps are too "
-    "large: lower --model.learning_rate, or set --model.warmup_ratio or "
-    "--model.gradient_clip_norm. --checkpoint.every_n_steps keeps the last two states to go back "
-    "to."
-)
-_LEARNT = (
-    "{label} completions have {left:.1%} of their gradient left (mean of {window} steps) and "
-    "teach next to nothing any more: their mean reward {reward:.3g} is far beyond the reference "
-    "point {point:.3g}. Late in a run that means it is done: stop when val/reward/auc no longer "
-    "rises. Early in a run --model.learning_rate or --model.beta is too high: lower it."
-)
-_GIVEN_UP = (
-    "{label} completions have {left:.1%} of their gradient left (mean of {window} steps) and "
-    "teach next to nothing any more, though their mean reward {reward:.3g} is on the wrong side of "
-    "the reference point {point:.3g}: what is that far off, KTO takes for noise. Lower "
-    "--model.learning_rate or --model.beta, raise --model.{label}_weight, or check these labels."
-)
+
+def stuck(steps: int, raw: float) -> Finding:
+    """What to say of a raw z0 that has been below 0 for so many steps."""
+    return Finding(
+        grade="note",
+        what=f"z0 has been 0 for {steps} steps in a row (raw z0 {raw:.3g})",
+        meaning="the policy finds mismatched answers less likely than its reference does. That is "
+        "normal while it has learnt little (a small learning rate, warm-up), and where unlearning "
+        "undesirable answers makes all answers a little less likely: rewards are then compared "
+        "with 0",
+        action="look at train/logps/desirable: if it falls too, the policy is moving away from "
+        "good answers as well: lower --model.learning_rate, or raise --model.beta or "
+        "--model.desirable_weight",
+    )
+
+
+def fallen(best: float, now: float) -> Finding:
+    """What to say of a mean margin that was `best` and is `now`."""
+    return Finding(
+        grade="warning",
+        what=f"the margin fell from {best:.3g} to {now:.3g} (means of {MARGIN_WINDOW} steps)",
+        meaning="the policy tells desirable from undesirable completions less well than it did",
+        action="most often the steps are too large: lower --model.learning_rate, or set "
+        "--model.warmup_ratio or --model.gradient_clip_norm. --checkpoint.every_n_steps keeps the "
+        "last two states to go back to",
+    )
+
+
+def saturated(label: str, *, left: float, reward: float, point: float) -> Finding:
+    """What to say of a class that teaches next to nothing: it is learnt, or it is given up.
+
+    Args:
+        label: desirable or undesirable.
+        left: the mean share of its gradient that is left.
+        reward: its mean reward.
+        point: β z0, which rewards are compared with.
+    """
+    what = f"{label} completions have {left:.1%} of their gradient left (mean of {WINDOW} steps)"
+    nothing = "they teach next to nothing any more"
+    learnt = reward > point if label == "desirable" else reward < point
+    if learnt:
+        return Finding(
+            grade="note",
+            what=what,
+            meaning=f"{nothing}: their mean reward {reward:.3g} is far beyond the reference point "
+            f"{point:.3g}. Late in a run that means it is done",
+            action="stop when val/reward/auc no longer rises. Early in a run "
+            "--model.learning_rate or --model.beta is too high: lower it",
+        )
+    return Finding(
+        grade="warning",
+        what=what,
+        meaning=f"{nothing}, though their mean reward {reward:.3g} is on the wrong side of the "
+        f"reference point {point:.3g}: what is that far off, KTO takes for noise",
+        action="lower --model.learning_rate or --model.beta, raise "
+        f"--model.{label}_weight, or check these labels",
+    )
 
 
 def z0_is_stuck(z0_raw: Sequence[float]) -> bool:
@@ -103,17 +135,17 @@ class RunningDiagnosis:
         found += [self._read_class(row, label) for label in self._left]
         return [sentence for sentence in found if sentence is not None]
 
-    def _once(self, name: str, sentence: str) -> str | None:
+    def _once(self, name: str, finding: Finding) -> str | None:
         if name in self._said:
             return None
         self._said.add(name)
-        return sentence
+        return finding.sentence
 
     def _read_z0(self, row: Mapping[str, float]) -> str | None:
         self._z0_raw.append(row["train/z0_raw"])
         if not z0_is_stuck(list(self._z0_raw)):
             return None
-        return self._once("z0", _STUCK.format(steps=STUCK_STEPS, raw=row["train/z0_raw"]))
+        return self._once("z0", stuck(STUCK_STEPS, row["train/z0_raw"]))
 
     def _read_margin(self, row: Mapping[str, float]) -> str | None:
         if "train/reward/margin" not in row:
@@ -126,8 +158,7 @@ class RunningDiagnosis:
             self._best_margins = now
         if not margin_has_fallen(self._best_margins, now):
             return None
-        best = _mean(self._best_margins)
-        return self._once("margin", _FALLEN.format(best=best, now=_mean(now), window=MARGIN_WINDOW))
+        return self._once("margin", fallen(_mean(self._best_margins), _mean(now)))
 
     def _read_class(self, row: Mapping[str, float], label: str) -> str | None:
         left = self._left[label]
@@ -137,8 +168,5 @@ class RunningDiagnosis:
         if not is_saturated(list(left)):
             return None
         reward, point = row[f"train/reward/{label}"], self._beta * row["train/z0"]
-        learnt = reward > point if label == "desirable" else reward < point
-        sentence = (_LEARNT if learnt else _GIVEN_UP).format(
-            label=label, left=_mean(left), window=WINDOW, reward=reward, point=point
-        )
-        return self._once(label, sentence)
+        finding = saturated(label, left=_mean(left), reward=reward, point=point)
+        return self._once(label, finding)

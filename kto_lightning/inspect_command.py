@@ -8,6 +8,7 @@ import io
 import os
 import re
 import sys
+from pathlib import Path
 
 from kto_lightning.errors import KTOError
 
@@ -71,6 +72,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help="print JSON: an object, of several files a list"
     )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the report with plots as an HTML page too"
+    )
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1:
         parser.error(f"--batch_size must be at least 1, got {arguments.batch_size}")
@@ -98,11 +102,18 @@ def _inspect(arguments: argparse.Namespace) -> None:
         )
         for file in arguments.files
     ]
+    if arguments.html is not None:
+        from kto_lightning.pages import write_page
+        from kto_lightning.report.page import data_page
+
+        write_page(data_page(reports), arguments.html)
     if arguments.json:
         contents = [report.to_dict() for report in reports]
         print(as_json(contents[0] if len(contents) == 1 else contents))
     else:
         show_reports(Console(highlight=False), reports)
+        if arguments.html is not None:
+            print(f"\npage      {arguments.html}")
 
 
 def _load_tokenizer(arguments: argparse.Namespace):

@@ -22,8 +22,9 @@ from kto_lightning.report import (
     report_of_training_set,
     write_report,
 )
+from kto_lightning.report.chance import single_label_chance
 from kto_lightning.report.fields import Column, Order, PerClass, Places
-from kto_lightning.report.sections import length_auc, order_of, single_label_chance
+from kto_lightning.report.sections import length_auc, order_of
 from tests.factories import (
     chat_records,
     make_tokenizer,
@@ -122,7 +123,7 @@ def test_claudesidian_in_words(shared_data: Path) -> None:
     assert found.order.kind == "natural"
     assert found.weights.effective_desirable == 746.0
     assert found.weights.effective_undesirable == pytest.approx(746.76)
-    assert "leave both class weights at `auto`" in finding(found, "2.94 : 1")
+    assert "Leave both at `auto`" in finding(found, "2.94 : 1")
     assert "longer ones (median 1,432 against 628 characters)" in finding(found, "(AUC 0.81)")
     assert "41% of the batches of 8" in finding(found, "In file order")
     assert "19 records repeat an earlier one" in finding(found, "word for word")
@@ -187,11 +188,11 @@ def test_the_chance_of_a_single_label_is_exact(good: int, bad: int, size: int) -
 
 def test_the_order_has_words_where_it_harms(tmp_path: Path) -> None:
     sorted_labels = report(tmp_path, labelled("T" * 64 + "F" * 64))
-    assert "100% of the batches of 8" in finding(sorted_labels, "keep `--data.shuffle true`")
+    assert "100% of the batches of 8" in finding(sorted_labels, "Keep `--data.shuffle true`")
     rare = report(tmp_path, labelled(("T" * 19 + "F") * 20))
-    assert "raise `--data.batch_size` to 32" in finding(rare, "Even shuffled")
+    assert "Raise `--data.batch_size` to 32" in finding(rare, "Even shuffled")
     hopeless = report(tmp_path, labelled("T" * 9999 + "F"))
-    assert "add records of the rarer label" in finding(hopeless, "Even shuffled")
+    assert "Add records of the rarer label" in finding(hopeless, "Even shuffled")
     assert not any(
         "batches of 1" in text for text in report(tmp_path, labelled("TTF"), batch_size=1).findings
     )
@@ -203,7 +204,7 @@ def test_one_label_only(tmp_path: Path) -> None:
     assert found.lengths.auc is None
     assert found.lengths.completion.undesirable is None
     assert (found.weights.desirable, found.weights.undesirable) == (1.0, 1.0)
-    assert finding(found, "All 4 records are desirable. ").endswith("if there are any.")
+    assert finding(found, "All 4 records are desirable: ").endswith("if there are any.")
 
 
 def test_lengths_in_characters_by_hand(tmp_path: Path) -> None:

@@ -1,13 +1,30 @@
-"""The data report: what is worth knowing of feedback before anything is trained on it."""
+"""The data report: what is worth knowing of feedback before anything is trained on it.
 
-from kto_lightning.report.build import (
-    as_json,
-    report_of_source,
-    report_of_training_set,
-    write_report,
-)
-from kto_lightning.report.fields import DataReport
-from kto_lightning.report.findings import length_finding
+Names are imported when they are first used: to show a report that lies in a file takes neither
+tokenizer nor torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kto_lightning.report.build import (
+        as_json,
+        report_of_source,
+        report_of_training_set,
+        write_report,
+    )
+    from kto_lightning.report.fields import DataReport
+    from kto_lightning.report.findings import length_finding
+
+_HOMES = {
+    "DataReport": "kto_lightning.report.fields",
+    "as_json": "kto_lightning.report.build",
+    "length_finding": "kto_lightning.report.findings",
+    "report_of_source": "kto_lightning.report.build",
+    "report_of_training_set": "kto_lightning.report.build",
+    "write_report": "kto_lightning.report.build",
+}
 
 __all__ = [
     "DataReport",
@@ -17,3 +34,9 @@ __all__ = [
     "report_of_training_set",
     "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

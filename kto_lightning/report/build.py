@@ -13,7 +13,14 @@ from kto_lightning.data.tokenize import ExampleSet, tokenize_records
 from kto_lightning.errors import DataError
 from kto_lightning.report.columns import published_columns
 from kto_lightning.report.facts import Facts, gather_facts, records_of_dataset
-from kto_lightning.report.fields import DataReport, Lengths, PerClass, Truncation, Weights
+from kto_lightning.report.fields import (
+    DataReport,
+    Lengths,
+    PerClass,
+    Shapes,
+    Truncation,
+    Weights,
+)
 from kto_lightning.report.findings import findings_of
 from kto_lightning.report.sections import (
     format_of,
@@ -23,6 +30,7 @@ from kto_lightning.report.sections import (
     repeats_of,
     weights_of,
 )
+from kto_lightning.report.shapes import shapes_of
 
 
 def report_of_source(
@@ -50,6 +58,7 @@ def report_of_source(
     lengths = _lengths_in_characters(facts)
     labels = labels_of(table["desirable"])
     weights = weights_of(labels.desirable, labels.undesirable)
+    measured = table["prompt_characters"], table["completion_characters"], table["desirable"]
     problem = None
     if tokenizer is not None and len(facts):
         try:
@@ -58,11 +67,13 @@ def report_of_source(
             problem = str(error)
         else:
             lengths, weights = _measure(examples, max_length)
+            measured = examples.prompt_lengths, examples.completion_lengths, examples.desirable
     return _assemble(
         source,
         facts,
         lengths,
         weights,
+        shapes=shapes_of(*measured, table["desirable"]) if len(facts) else None,
         batch_size=batch_size,
         tokenizer=None if tokenizer is None else tokenizer.name_or_path,
         problem=problem,
@@ -105,7 +116,16 @@ def report_of_training_set(
         )
     _add_prefixes(lengths, examples)
     weights = weights_of(counts.desirable, counts.undesirable)
-    return _assemble(source, facts, lengths, weights, batch_size=batch_size, tokenizer=tokenizer)
+    measured = examples.prompt_lengths, examples.completion_lengths, examples.desirable
+    return _assemble(
+        source,
+        facts,
+        lengths,
+        weights,
+        shapes=shapes_of(*measured, facts.table["desirable"]),
+        batch_size=batch_size,
+        tokenizer=tokenizer,
+    )
 
 
 def write_report(path: str | Path, report: DataReport) -> None:
@@ -131,6 +151,7 @@ def _assemble(
     lengths: Lengths,
     weights: Weights,
     *,
+    shapes: Shapes | None,
     batch_size: int,
     tokenizer: str | None,
     problem: str | None = None,
@@ -151,8 +172,9 @@ def _assemble(
         tokenizer=tokenizer,
         tokenizer_problem=problem,
         findings=[],
+        shapes=shapes,
     )
-    report.findings = findings_of(report)
+    report.findings = [finding.sentence for finding in findings_of(report)]
     return report
 
 

@@ -1,7 +1,8 @@
 """What the data report says: plain dataclasses of plain values, which JSON holds as they are."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Generic, Literal, TypeVar
+from dataclasses import asdict, dataclass, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -168,6 +169,30 @@ class Repeats:
 
 
 @dataclass(kw_only=True, slots=True)
+class Histogram:
+    """How many lengths lie from each edge up to the next, the last edge included."""
+
+    edges: list[float]
+    desirable: list[int]
+    """One fewer than there are edges."""
+    undesirable: list[int]
+
+
+@dataclass(kw_only=True, slots=True)
+class Shapes:
+    """What the pictures of the report are drawn from; lengths as in `Lengths`."""
+
+    prompt: Histogram
+    completion: Histogram
+    both: Histogram
+    """Prompt and completion together, which `max_length` limits."""
+    stretch_records: list[int]
+    """The file in stretches of about equal length: the records of each, in file order."""
+    stretch_desirable: list[int]
+    """How many of them are desirable."""
+
+
+@dataclass(kw_only=True, slots=True)
 class DataReport:
     """What is worth knowing of a feedback data set before anything is trained on it."""
 
@@ -191,7 +216,38 @@ class DataReport:
     """Why lengths are in characters although a tokenizer was given."""
     findings: list[str]
     """One plain sentence for each thing that matters, with what to do about it."""
+    shapes: Shapes | None = None
+    """None in a report that an earlier version wrote, or of no record."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON holds it: dicts, lists, strings, numbers, booleans and None."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "DataReport":
+        """The report that `to_dict` gave.
+
+        Raises:
+            ValueError: if it is none, or one of another version.
+        """
+        try:
+            return _from_plain(cls, content)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"this is no data report of this version: {error}") from error
+
+
+def _from_plain(kind: Any, value: Any) -> Any:
+    """A dataclass of this type from dicts, or a plain value as it is."""
+    if get_origin(kind) in (Union, UnionType):
+        some = [option for option in get_args(kind) if option is not NoneType]
+        return None if value is None else _from_plain(some[0], value)
+    if get_origin(kind) is list:
+        return [_from_plain(get_args(kind)[0], item) for item in value]
+    made: Any = get_origin(kind) or kind
+    if not isinstance(made, type) or not is_dataclass(made):
+        return value
+    hints = get_type_hints(made)
+    of_class = get_args(kind)  # PerClass[int]: both its fields are that
+    known = {name: of_class[0] if of_class else hints[name] for name in value if name in hints}
+    make: Any = made
+    return make(**{name: _from_plain(hint, value[name]) for name, hint in known.items()})

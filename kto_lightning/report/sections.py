@@ -1,6 +1,5 @@
 """The numbers of the report: each part of it from the arrays that decide it."""
 
-from math import exp, inf, lgamma
 from typing import Literal
 
 import numpy as np
@@ -10,6 +9,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from kto_lightning.data.batches import pair_rotate
 from kto_lightning.data.weights import effective_ratio, recommended_weights
+from kto_lightning.report.chance import single_label_chance
 from kto_lightning.report.facts import Facts
 from kto_lightning.report.fields import (
     Format,
@@ -108,22 +108,6 @@ def _single_label_share(desirable: Bool[np.ndarray, " records"], batch_size: int
     num_batches = len(desirable) // batch_size
     good = desirable[: num_batches * batch_size].reshape(num_batches, batch_size).sum(axis=1)
     return _share((good == 0) | (good == batch_size))
-
-
-def single_label_chance(num_desirable: int, num_undesirable: int, batch_size: int) -> float | None:
-    """The chance that a batch drawn from these records has one label only; None if too few."""
-    total = num_desirable + num_undesirable
-    if total < batch_size:
-        return None
-    ways = [_log_comb(count, batch_size) for count in (num_desirable, num_undesirable)]
-    return sum(exp(way - _log_comb(total, batch_size)) for way in ways)
-
-
-def _log_comb(total: int, size: int) -> float:
-    """log of how many batches there are; exact numbers would have millions of digits."""
-    if size > total:
-        return -inf
-    return lgamma(total + 1) - lgamma(size + 1) - lgamma(total - size + 1)
 
 
 def weights_of(num_desirable: int, num_undesirable: int) -> Weights:

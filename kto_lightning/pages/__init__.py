@@ -1,0 +1,18 @@
+"""Reports as self-contained HTML pages: one template, charts as SVG inside it, no network."""
+
+from kto_lightning.pages.charts import Chart, Colour, Series, draw
+from kto_lightning.pages.document import Fact, Page, Sample, Section, Table, render, write_page
+
+__all__ = [
+    "Chart",
+    "Colour",
+    "Fact",
+    "Page",
+    "Sample",
+    "Section",
+    "Series",
+    "Table",
+    "draw",
+    "render",
+    "write_page",
+]

@@ -1,0 +1,128 @@
+"""A page from its parts: plain values in, one HTML file out. Whatever is text is escaped."""
+
+import itertools
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup, escape
+
+from kto_lightning.errors import KTOError
+from kto_lightning.finding import Finding, begun
+from kto_lightning.pages.charts import Chart, draw
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+
+@dataclass(kw_only=True, slots=True)
+class Fact:
+    """A number worth reading first."""
+
+    name: str
+    value: str
+    hint: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class Table:
+    """Rows under a header, each named by its first cell; a row of one cell is a heading."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample:
+    """A prompt and what was answered, each answer with its name."""
+
+    prompt: str
+    answers: list[tuple[str, str]]
+
+
+@dataclass(kw_only=True, slots=True)
+class Section:
+    """A part of a page. Parts that are empty are left out."""
+
+    title: str
+    text: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
+    table: Table | None = None
+    folded: Table | None = None
+    """A table to be opened."""
+    samples: list[Sample] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+    """Lines as they stand in a file."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Page:
+    """A whole page."""
+
+    title: str
+    subtitle: str
+    headline: str
+    facts: list[Fact]
+    sections: list[Section]
+    footer: str
+
+
+def render(page: Page) -> str:
+    """The page as HTML that needs nothing beside itself.
+
+    Raises:
+        KTOError: if matplotlib is missing.
+    """
+    numbers = itertools.count(1)
+    return _template().render(page=page, draw=lambda chart: draw(chart, next(numbers)))
+
+
+@cache
+def _template() -> "Template":
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("kto_lightning.pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["code"] = with_code
+    environment.filters["begun"] = lambda text: with_code(begun(text))
+    return environment.get_template("page.html")
+
+
+_CODE = re.compile(r"`([^`]+)`|(--[a-z][\w.]*\w)")
+
+
+def with_code(text: str) -> Markup:
+    """A text of ours, escaped, with options and what stands in backticks set as code."""
+    return Markup(_CODE.sub(r"<code>\1\2</code>", str(escape(text))))
+
+
+def write_page(page: Page, path: Path) -> None:
+    """Write the page, whole or not at all.
+
+    Raises:
+        KTOError: if it cannot be written.
+    """
+    content = render(page)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A lone surrogate from broken JSON has no UTF-8.
+        part.write_text(content, encoding="utf-8", errors="replace")
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise KTOError(
+            f"the page {path} cannot be written: {error.strerror or error}. Choose another place, "
+            "or make room."
+        ) from error

@@ -1,0 +1,68 @@
+"""What a page must be, whatever it shows: well-formed, whole in itself, legible to a machine."""
+
+import re
+from html.parser import HTMLParser
+
+VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use", "rect"}
+"""Elements that need no end here; those of SVG have one or close themselves."""
+
+
+class Reader(HTMLParser):
+    """Elements, their attributes and all text; complains of what is closed wrongly."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.words: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in VOID:
+            return
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open[-1] == tag, f"</{tag}> within <{self.open[-1]}>"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def read_page(html: str) -> Reader:
+    """Parse a page and hold it to what every page promises."""
+    reader = Reader()
+    reader.feed(html)
+    reader.close()
+    assert reader.open == []
+    assert not {"script", "link", "iframe", "img", "object", "embed"} & set(reader.tags)
+    assert not re.search(r"(https?:)?//[\w.]", html), "a page must reach for nothing outside"
+    assert "@import" not in html
+    for _, name, value in reader.attributes:
+        assert not name.startswith("on")
+        if name in ("href", "src"):
+            assert value.startswith("#")
+    ids = [value for _, name, value in reader.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    references = re.findall(r'(?:href="|url\()#([\w-]+)', html)
+    assert set(references) <= set(ids)
+    pictures = [
+        value for tag, name, value in reader.attributes if (tag, name) == ("svg", "aria-label")
+    ]
+    assert len(pictures) == reader.tags.count("svg")
+    assert all(pictures)
+    return reader
