@@ -58,7 +58,7 @@ def assert_same_weights(one: Path, other: Path, atol: float) -> None:
 def test_output_holds_all_that_design_names_and_nothing_else(reference_run: Path):
     names = {path.name for path in reference_run.iterdir()}
     wanted = {"config.yaml", "metrics.csv", "checkpoints", "model", "data_report.json"}
-    assert names == wanted | {"run.json", "report.html"}
+    assert names == wanted | {"run.json", "report.html"}  # the two for whoever looks at the run
     assert json.loads((reference_run / "data_report.json").read_text())
     assert [path.name for path in (reference_run / "checkpoints").iterdir()] == ["step=6.ckpt"]
 
