@@ -107,17 +107,24 @@ def trl_trace(
     output_dir: Path,
     *,
     pad_to_multiple_of: int | None = None,
+    micro_batch_size: int | None = None,
 ) -> Trace:
     """Train with TRL on the CPU in float32 and return every step's numbers.
 
     Args:
         pad_to_multiple_of: changes the padding and thereby only the rounding, to learn how far TRL
             drifts from itself.
+        micro_batch_size: cut each batch into micro-batches of so many, accumulated; all columns but
+            the gradient norm and the learning rate then have a number for each. None: one piece.
     """
+    config = _config(settings, output_dir, pad_to_multiple_of)
+    if micro_batch_size is not None:
+        config.per_device_train_batch_size = micro_batch_size
+        config.gradient_accumulation_steps = settings.batch_size // micro_batch_size
     trainer = _RecordingTrainer(
         model=inputs.load(),
         ref_model=None if inputs.reference is None else load_model(inputs.reference),
-        args=_config(settings, output_dir, pad_to_multiple_of),
+        args=config,
         train_dataset=_dataset(Path(inputs.train)),
         processing_class=load_tokenizer(
             inputs.adapter or inputs.model, chat_template=inputs.chat_template
