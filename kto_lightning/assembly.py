@@ -13,6 +13,7 @@ from kto_lightning.models import LoadedModel, LoRA, is_adapter, load_model, weig
 from kto_lightning.optimization import require_one_of
 from kto_lightning.packing_probe import make_policy
 from kto_lightning.policy import Policy
+from kto_lightning.quantization import Quantization, require_quantization
 from kto_lightning.reference import FrozenReference, Reference, make_reference
 from kto_lightning.reference_cache import (
     CachedReference,
@@ -37,6 +38,8 @@ class Recipe:
     """The same; None: the policy as it was."""
     dtype: str | None
     """Of a frozen base's weights, a key of `DTYPES`; None: float32."""
+    quantization: Quantization | None
+    """Of a frozen base's weights; None: as `dtype` says."""
     lora: LoRA | None
     dropout: bool
     activation_checkpointing: bool
@@ -58,6 +61,7 @@ class Recipe:
                 "lost in bfloat16 weights. Add --model.lora, or leave the weights in float32 and "
                 "compute in bfloat16 with --trainer.precision bf16-mixed."
             )
+        require_quantization(self.quantization, frozen_base=frozen_base)
         if self.follow is not None and frozen_base:
             raise ConfigError(
                 "--model.follow is for full fine-tuning: with an adapter the reference is its "
@@ -99,7 +103,8 @@ def assemble(
     """
     load = partial(
         load_model,
-        dtype=DTYPES[recipe.dtype or "float32"],
+        dtype=DTYPES[_dtype_name(recipe)],
+        quantization=recipe.quantization,
         trust_remote_code=recipe.trust_remote_code,
     )
     loaded = load(recipe.policy, lora=recipe.lora, dropout=recipe.dropout)
@@ -137,6 +142,13 @@ def _cache(recipe: Recipe, precision: str) -> ReferenceCache:
     """The cache of this reference, addressed by what decides its log-probs."""
     assert recipe.reference_cache is not None
     directories = weight_directories(recipe.reference or recipe.policy)
-    settings = (recipe.dtype or "float32", precision)
+    settings: tuple[str, ...] = (_dtype_name(recipe), precision)
+    if recipe.quantization is not None:
+        settings += (recipe.quantization,)
     fingerprint = reference_fingerprint(directories, settings)
     return ReferenceCache(Path(recipe.reference_cache) / fingerprint)
+
+
+def _dtype_name(recipe: Recipe) -> str:
+    """Of what is not quantized, and of the products with what is; of all weights without."""
+    return recipe.dtype or ("float32" if recipe.quantization is None else "bfloat16")

@@ -99,7 +99,17 @@ def without_frozen(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     # Tied weights stand in the state under each of their names.
     parameters = module.named_parameters(remove_duplicate=False)
     frozen = {name for name, p in parameters if not p.requires_grad}
-    return {name: value for name, value in state.items() if name not in frozen}
+    # Four-bit weights keep their scales beside them, as `….weight.absmax`.
+    return {
+        name: value
+        for name, value in state.items()
+        if name not in frozen and _weight_of(name) not in frozen
+    }
+
+
+def _weight_of(name: str) -> str | None:
+    weight, dot, _ = name.rpartition(".weight.")
+    return f"{weight}.weight" if dot else None
 
 
 def settle_progress(fit_loop: dict[str, Any], steps_per_epoch: int | float) -> None:

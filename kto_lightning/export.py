@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kto_lightning.errors import KTOError
 from kto_lightning.model_card import model_card
+from kto_lightning.models import load_causal_lm
 from kto_lightning.policy import Policy
+from kto_lightning.quantization import is_quantized
 
 ORIGIN_FILE = "kto_lightning.json"
 """Beside the weights: where they came from, so that rewards are measured against that."""
@@ -27,7 +30,9 @@ def save_policy(
 ) -> None:
     """Write `directory/model`, and under LoRA `directory/adapter` with the model merged.
 
-    Merging is for good: the policy is the merged model afterwards.
+    Merging is for good: the policy is the merged model afterwards. Nothing can be merged into
+    weights of four bits: the update of a quantized policy goes into its base as it was before
+    that, loaded once more, on the CPU in float32.
 
     Args:
         origin: `KTOModule.origin`, written beside the weights.
@@ -38,8 +43,17 @@ def save_policy(
     directory = Path(directory)
     if has_adapter(policy):
         save_weights(policy, tokenizer, directory / "adapter", origin=origin)
+        if is_quantized(policy.causal_lm):
+            policy = _on_whole_base(policy, directory / "adapter", origin)
         merge_adapter(policy)
     save_weights(policy, tokenizer, directory / "model", origin=origin)
+
+
+def _on_whole_base(policy: Policy, adapter: Path, origin: dict[str, Any]) -> Policy:
+    model: Any = policy.model
+    name = model.peft_config["default"].base_model_name_or_path
+    base = load_causal_lm(name, trust_remote_code=origin["trust_remote_code"])
+    return Policy(PeftModel.from_pretrained(base, adapter), packed=False)
 
 
 def has_adapter(policy: Policy) -> bool:

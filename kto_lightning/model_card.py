@@ -26,7 +26,7 @@ _PAPERS = {
 }
 _SETTINGS = (
     *("reference", "loss", "beta", "optimizer", "learning_rate", "weight_decay", "lr_schedule"),
-    *("warmup_ratio", "gradient_clip_norm", "dtype", "lora", "follow"),
+    *("warmup_ratio", "gradient_clip_norm", "dtype", "quantization", "lora", "follow"),
 )
 _DATA_SETTINGS = ("batch_size", "max_length", "truncation", "pairing")
 

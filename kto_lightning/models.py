@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from kto_lightning.errors import ConfigError, ModelError
+from kto_lightning.quantization import Quantization, loading_options
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
@@ -71,6 +73,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     lora: LoRA | None = None,
     dropout: bool = False,
+    quantization: Quantization | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load the policy: a model, an adapter directory with its base, or a model with a new adapter.
@@ -81,14 +84,18 @@ def load_model(
         lora: the adapter to add. Its own dropout is kept, whatever `dropout` says.
         dropout: keep the model's dropout. Off by default: KTO compares log-probs, and noise in
             them is noise in the rewards.
+        quantization: of the base's weights, which `dtype` then is not about.
 
     Raises:
         ModelError: if there is no such model, its files are damaged or pickled, or an adapter does
             not fit it.
         ConfigError: if `lora` is asked for on top of an adapter directory.
     """
+    load_base = partial(
+        load_causal_lm, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code
+    )
     if not is_adapter(name):
-        model = load_causal_lm(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = load_base(name)
         if not dropout:
             disable_dropout(model)
         if lora is None:
@@ -105,7 +112,7 @@ def load_model(
             f"{name} is an adapter of virtual tokens, which cannot be trained here. Take one that "
             "changes weights, such as LoRA."
         )
-    model = load_causal_lm(base, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = load_base(base)
     adapted = _load_adapter(model, name)
     if not dropout:
         disable_dropout(adapted)
@@ -151,7 +158,11 @@ def adapter_base(name: str) -> str:
 
 
 def load_causal_lm(
-    name: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantization: Quantization | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model from safetensors, in training mode.
 
@@ -165,6 +176,7 @@ def load_causal_lm(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **loading_options(quantization, dtype),
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"the model {name} cannot be loaded: {_reason(name, error)}") from error

@@ -59,6 +59,8 @@ class KTOModule(LightningModule):
             adamw_8bit (needs bitsandbytes and a CUDA device).
         gradient_clip_norm: largest global L2 norm of the gradient; null: no clipping.
         dtype: of a frozen base's weights: float32 or bfloat16; null: float32.
+        quantization: 4bit loads a frozen base in NormalFloat4 (QLoRA, arXiv:2305.14314; needs
+            bitsandbytes) and what is left of it in dtype, by default then bfloat16; null: none.
         lora: train a new low-rank adapter on the frozen policy instead of all its weights.
         dropout: keep the model's dropout on in training.
         activation_checkpointing: compute activations again in backward instead of keeping them.
@@ -87,6 +89,7 @@ class KTOModule(LightningModule):
         optimizer: str = "adamw",
         gradient_clip_norm: float | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
+        quantization: Literal["4bit"] | None = None,
         lora: LoRA | None = None,
         dropout: bool = False,
         activation_checkpointing: bool = False,
@@ -115,6 +118,7 @@ class KTOModule(LightningModule):
             policy=policy,
             reference=reference,
             dtype=dtype,
+            quantization=quantization,
             lora=lora,
             dropout=dropout,
             activation_checkpointing=activation_checkpointing,
@@ -334,6 +338,7 @@ class KTOModule(LightningModule):
             "beta": self.beta,
             "loss": self.loss,
             "dtype": self.recipe.dtype,
+            "quantization": self.recipe.quantization,
             "lora": asdict(self.recipe.lora) if self.recipe.lora is not None else None,
             "follow": asdict(self.recipe.follow) if self.recipe.follow is not None else None,
             "trust_remote_code": self.trust_remote_code,
