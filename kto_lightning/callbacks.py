@@ -17,7 +17,7 @@ from rich.table import Table
 
 from kto_lightning.checkpoint_io import settle_progress
 from kto_lightning.data.weights import effective_ratio
-from kto_lightning.errors import ConfigError
+from kto_lightning.errors import ConfigError, StoppedRun
 from kto_lightning.following import FollowingReference
 from kto_lightning.metrics_file import MetricsFile
 from kto_lightning.report import length_finding, report_of_training_set, write_report
@@ -72,6 +72,13 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Save what a run has that stops between two steps, on all ranks alike."""
+        if isinstance(exception, StoppedRun) and trainer.state.fn == "fit" and trainer.global_step:
+            self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         step = trainer.global_step

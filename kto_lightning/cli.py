@@ -30,7 +30,7 @@ from kto_lightning.callbacks import (
 from kto_lightning.checkpoint_io import AtomicCheckpointIO, is_whole
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.diagnostics import Diagnostics
-from kto_lightning.errors import ConfigError, KTOError
+from kto_lightning.errors import ConfigError, KTOError, StoppedRun
 from kto_lightning.export import save_policy
 from kto_lightning.metrics_file import MetricsFile
 from kto_lightning.module import KTOModule
@@ -288,6 +288,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, MisconfigurationException) as error:
         _print_error(str(error))
         return 2
+    except StoppedRun as stopped:
+        if rank_zero_only.rank == 0:  # all ranks say the same
+            print(f"error: {stopped}", file=sys.stderr)
+        return stopped.status
     except KTOError as error:
         _print_error(str(error))
         return 1

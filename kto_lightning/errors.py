@@ -18,3 +18,13 @@ class ModelError(KTOError):
 
 class ConfigError(KTOError):
     """Two settings contradict each other, or one is outside what it may be."""
+
+
+class StoppedRun(KTOError):
+    """A run ends between two optimizer steps, on all ranks alike, so that what it did can be saved.
+
+    Attributes:
+        status: the exit status.
+    """
+
+    status = 1

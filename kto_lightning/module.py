@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor
 
@@ -15,9 +14,11 @@ from kto_lightning.checkpoint_io import check_weights_fit, without_frozen
 from kto_lightning.data.weights import resolve_weights
 from kto_lightning.export import remembered_reference, whole_name
 from kto_lightning.following import Follow, FollowingReference, reference_state, restore_reference
+from kto_lightning.guards import NON_FINITE, NonFiniteGuard, memory_named
 from kto_lightning.held_out import predict_batch, validate_batch
 from kto_lightning.measures import MEASURED, StepClock, peak_memory_mib
 from kto_lightning.metrics import BatchSums, batch_metrics
+from kto_lightning.metrics_file import MetricsFile
 from kto_lightning.models import LoRA
 from kto_lightning.optimization import (
     Optimization,
@@ -58,6 +59,8 @@ class KTOModule(LightningModule):
         optimizer: adamw (betas 0.9 and 0.999, eps 1e-8), sgd, adafactor (fixed learning rate), or
             adamw_8bit (needs bitsandbytes and a CUDA device).
         gradient_clip_norm: largest global L2 norm of the gradient; null: no clipping.
+        non_finite: what a loss or gradient that is not finite does before its step is taken: stop
+            the run, or skip the step.
         dtype: of a frozen base's weights: float32 or bfloat16; null: float32.
         quantization: 4bit loads a frozen base in NormalFloat4 (QLoRA, arXiv:2305.14314; needs
             bitsandbytes) and what is left of it in dtype, by default then bfloat16; null: none.
@@ -88,6 +91,7 @@ class KTOModule(LightningModule):
         lr_schedule: str = "constant",
         optimizer: str = "adamw",
         gradient_clip_norm: float | None = None,
+        non_finite: Literal["stop", "skip"] = "stop",
         dtype: Literal["float32", "bfloat16"] | None = None,
         quantization: Literal["4bit"] | None = None,
         lora: LoRA | None = None,
@@ -139,6 +143,8 @@ class KTOModule(LightningModule):
         self.validated_step = -1
         self._validation = ValidationSums(torch.device("cpu"))
         self._clock = StepClock()
+        self._guard = NonFiniteGuard(non_finite)
+        require_one_of("non_finite", non_finite, NON_FINITE)
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -225,7 +231,9 @@ class KTOModule(LightningModule):
         self._validation = ValidationSums(self.device)
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
-        validate_batch(self._scorer(), batch, self._validation)
+        scorer = self._scorer()
+        with memory_named(scorer, self.trainer):
+            validate_batch(scorer, batch, self._validation)
 
     def on_validation_epoch_end(self) -> None:
         self.validated_step = self.trainer.global_step
@@ -237,32 +245,40 @@ class KTOModule(LightningModule):
         self._place_reference()
 
     def predict_step(self, batch: StepBatch, batch_idx: int) -> list[Prediction]:
-        return predict_batch(self._scorer(), batch)
+        scorer = self._scorer()
+        with memory_named(scorer, self.trainer):
+            return predict_batch(scorer, batch)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step: z0 over the whole batch, then micro-batch by micro-batch."""
         scorer, micro_batches = self._scorer(), batch.micro_batches
-        known = scorer.logps_before_backward(micro_batches)
-        sums = BatchSums.zero(self.device)
-        z0_raw, z0 = scorer.reference_point(batch, known, sums)
-        auxiliary = torch.zeros((), device=self.device)
-        for index, (micro_batch, logps) in enumerate(zip(micro_batches, known, strict=True)):
-            with self._synchronised(last=index == len(micro_batches) - 1):
-                logps = scorer.with_matched(micro_batch, logps)
-                loss = scorer.add_losses(micro_batch, logps, z0, sums).sum() / batch.num_examples
-                balance = scorer.auxiliary_loss(micro_batch, logps.policy, batch.num_tokens)
-                self.manual_backward((loss + balance) * self.trainer.world_size)
-                auxiliary += balance.detach()
-        learning_rate, norm = self._update()
-        scalars = torch.stack([z0_raw, z0, norm.to(z0.dtype)])
-        self._publish_step(batch, sums, auxiliary, scalars, learning_rate)
+        with memory_named(scorer, self.trainer):
+            known = scorer.logps_before_backward(micro_batches)
+            sums = BatchSums.zero(self.device)
+            z0_raw, z0 = scorer.reference_point(batch, known, sums)
+            auxiliary = torch.zeros((), device=self.device)
+            for index, micro_batch in enumerate(micro_batches):
+                with self._synchronised(last=index == len(micro_batches) - 1):
+                    logps = known[index] = scorer.with_matched(micro_batch, known[index])
+                    losses = scorer.add_losses(micro_batch, logps, z0, sums)
+                    loss = losses.sum() / batch.num_examples
+                    balance = scorer.auxiliary_loss(micro_batch, logps.policy, batch.num_tokens)
+                    self.manual_backward((loss + balance) * self.trainer.world_size)
+                    auxiliary += balance.detach()
+        assert self.policy is not None
+        norm = gradient_norm(self.policy.parameters(), self.optimization.gradient_clip_norm)
+        scalars = torch.stack([z0_raw, z0, norm.to(z0)])
+        metrics, peaks = self._read_step(batch, sums, auxiliary, scalars)
+        if not self._guard.allows(self.trainer, metrics, batch, known):
+            self.zero_grad(set_to_none=True)  # a step without gradients changes nothing
+        metrics["lr"] = self._update()
+        self.publish("train", metrics | self._clock.measures(batch.num_tokens, peaks))
 
-    def _update(self) -> tuple[float, Float[Tensor, ""]]:
-        """Clip, step, schedule, follow; the learning rate used and the norm before clipping."""
+    def _update(self) -> float:
+        """Step, schedule, follow; the learning rate used."""
         assert self.policy is not None
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
-        norm = gradient_norm(self.policy.parameters(), self.optimization.gradient_clip_norm)
         learning_rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
@@ -270,7 +286,10 @@ class KTOModule(LightningModule):
         scheduler.step()
         if isinstance(self.reference, FollowingReference):
             self.reference.after_step(self.trainer.global_step, self.policy)
-        return learning_rate, norm
+        return learning_rate
+
+    def on_train_end(self) -> None:
+        self._guard.conclude(self.trainer)
 
     @contextmanager
     def _synchronised(self, *, last: bool) -> Iterator[None]:
@@ -282,15 +301,13 @@ class KTOModule(LightningModule):
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(values, reduce_op="sum")  # pyright: ignore[reportReturnType]
 
-    def _publish_step(
-        self,
-        batch: StepBatch,
-        sums: BatchSums,
-        auxiliary: Tensor,
-        scalars: Tensor,
-        learning_rate: float,
-    ) -> None:
-        """One read from the device a step, then one dictionary to every logger."""
+    def _read_step(
+        self, batch: StepBatch, sums: BatchSums, auxiliary: Tensor, scalars: Tensor
+    ) -> tuple[dict[str, float | None], list[float]]:
+        """The step's numbers over all ranks, and each rank's peak memory in MiB: the one read from
+        the device that a step makes. Before its optimizer step, which depends on them and runs on
+        while the next batch is prepared.
+        """
         num_ranks = self.trainer.world_size
         peak = by_rank(peak_memory_mib(self.device) or 0.0, self.global_rank, num_ranks)
         parts = [peak.to(sums.values), sums.values, auxiliary[None].to(sums.values)]
@@ -301,9 +318,9 @@ class KTOModule(LightningModule):
         metrics = batch_metrics(totals)
         if metrics["loss"] is not None:
             metrics["loss"] += auxiliary_total
-        metrics |= {"z0": z0, "z0_raw": z0_raw, "grad_norm": norm, "lr": learning_rate}
+        metrics |= {"z0": z0, "z0_raw": z0_raw, "grad_norm": norm}
         metrics["tokens"] = batch.num_tokens
-        self.publish("train", metrics | self._clock.measures(batch.num_tokens, peaks))
+        return metrics, peaks
 
     def publish(self, stage: str, metrics: dict[str, float | None]) -> None:
         """Send metrics to every logger; what a batch cannot give is left out."""
@@ -311,8 +328,12 @@ class KTOModule(LightningModule):
         measured = {f"{stage}/{name}" for name in MEASURED}
         self.latest_metrics |= {k: v for k, v in known.items() if k not in measured}
         self.last_row = known
+        step = self.trainer.global_step
+        every: int = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+        due = stage != "train" or (every > 0 and step % every == 0)
         for logger in self.loggers:
-            logger.log_metrics(known, step=self.trainer.global_step)
+            if due or isinstance(logger, MetricsFile):  # the file has a row for every step
+                logger.log_metrics(known, step=step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained: under LoRA the frozen base stays where it came from."""

@@ -46,6 +46,8 @@ class BatchScorer:
         self._policy, self._reference = policy, reference
         self._beta, self._loss = beta, loss_name
         self._sum_over_ranks = sum_over_ranks
+        self.at_hand: PackedBatch | None = None
+        """The micro-batch that was scored last, or is being scored."""
 
     def logps_before_backward(self, micro_batches: list[PackedBatch]) -> list[MicroLogps | None]:
         """What z0 needs. One micro-batch runs once, with gradient, for everything; several run
@@ -64,10 +66,12 @@ class BatchScorer:
 
     def all_logps(self, micro_batch: PackedBatch) -> MicroLogps:
         """Everything that can be known of a micro-batch, in one run of policy and reference."""
+        self.at_hand = micro_batch
         return MicroLogps(self._policy(micro_batch), self._reference.logps(micro_batch))
 
     @torch.no_grad()
     def _logps_without_gradient(self, micro_batch: PackedBatch) -> MicroLogps:
+        self.at_hand = micro_batch
         policy = self._policy(micro_batch, matched=False)
         return MicroLogps(policy, self._reference.logps(micro_batch))
 
@@ -76,6 +80,7 @@ class BatchScorer:
         if known is None:
             return self.all_logps(micro_batch)
         if known.policy.matched is None:
+            self.at_hand = micro_batch
             known.policy = self._policy(micro_batch, mismatched=False)
         return known
 

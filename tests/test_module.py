@@ -189,6 +189,7 @@ def fit(module: KTOModule, *steps: StepBatch, **trainer: Any) -> Result:
     before = {n: p.detach().clone() for n, p in module.policy.named_parameters() if p.requires_grad}
     rows = Rows()
     options = {"max_epochs": 1, "accelerator": "cpu", "logger": rows} | trainer
+    options.setdefault("log_every_n_steps", 1)
     Trainer(
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -533,6 +534,7 @@ def fit_files(files: dict[str, Path], policy: str = "model", **settings: Any) ->
         max_epochs=2,
         accelerator="cpu",
         logger=rows,
+        log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
