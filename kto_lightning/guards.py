@@ -12,6 +12,7 @@ import torch
 from lightning import Trainer
 
 from kto_lightning.errors import ModelError, StoppedRun
+from kto_lightning.optimization import require_one_of
 from kto_lightning.scoring import BatchScorer, MicroLogps
 from kto_lightning.types import PackedBatch, StepBatch
 
@@ -73,9 +74,13 @@ class NonFiniteGuard:
 
     Args:
         action: stop or skip.
+
+    Raises:
+        ConfigError: if it is neither.
     """
 
     def __init__(self, action: str) -> None:
+        require_one_of("non_finite", action, NON_FINITE)
         self._action = action
         self._num_skipped = self._num_in_a_row = 0
 
@@ -202,8 +207,7 @@ def memory_named(scorer: BatchScorer, trainer: Trainer) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         assert scorer.at_hand is not None
-        max_tokens = getattr(trainer.datamodule, "max_tokens", None)  # pyright: ignore[reportAttributeAccessIssue]
-        message = _memory_advice(scorer.at_hand, max_tokens)
+        message = _memory_advice(scorer.at_hand)
         reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
         kind = StoppedRun if trainer.world_size == 1 else ModelError
         raise kind(f"out of memory ({reason}): {message}") from error
@@ -216,7 +220,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
-def _memory_advice(micro_batch: PackedBatch, max_tokens: int | None) -> str:
+def _memory_advice(micro_batch: PackedBatch) -> str:
     lengths = _planned_lengths(micro_batch)
     tokens, longest = sum(lengths), max(lengths)
     if len(lengths) == 1:
@@ -225,9 +229,8 @@ def _memory_advice(micro_batch: PackedBatch, max_tokens: int | None) -> str:
             "memory with --model.activation_checkpointing true, --model.lora.r 16 or, for a frozen "
             "base, --model.dtype bfloat16."
         )
-    given = f" of the {max_tokens} of --data.max_tokens" if max_tokens is not None else ""
     return (
-        f"a micro-batch of {len(lengths)} examples with {tokens} tokens{given} does not fit. Try "
+        f"a micro-batch of {len(lengths)} examples with {tokens} tokens does not fit. Try "
         f"--data.max_tokens {max(tokens // 2, longest)}, which changes no result, or save memory "
         "with --model.activation_checkpointing true or --model.lora.r 16."
     )

@@ -14,7 +14,7 @@ from kto_lightning.checkpoint_io import check_weights_fit, without_frozen
 from kto_lightning.data.weights import resolve_weights
 from kto_lightning.export import remembered_reference, whole_name
 from kto_lightning.following import Follow, FollowingReference, reference_state, restore_reference
-from kto_lightning.guards import NON_FINITE, NonFiniteGuard, memory_named
+from kto_lightning.guards import NonFiniteGuard, memory_named
 from kto_lightning.held_out import predict_batch, validate_batch
 from kto_lightning.measures import MEASURED, StepClock, peak_memory_mib
 from kto_lightning.metrics import BatchSums, batch_metrics
@@ -144,7 +144,6 @@ class KTOModule(LightningModule):
         self._validation = ValidationSums(torch.device("cpu"))
         self._clock = StepClock()
         self._guard = NonFiniteGuard(non_finite)
-        require_one_of("non_finite", non_finite, NON_FINITE)
         self._check_settings()
 
     def _check_settings(self) -> None:
