@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow lint parity clean
+.PHONY: help demo test test-slow lint parity wheel-test clean
 
 help:
 	@echo "make demo        train a small model from feedback, on CPU or GPU, and show before and after"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow   all tests, the full parity product included"
 	@echo "make lint        format, lint, types, spelling, import contracts"
 	@echo "make parity      the parity table against TRL"
+	@echo "make wheel-test  build the wheel, install it into an environment of its own, train with it"
 
 # Made again whenever the dependencies change. With torch installed first, nothing else asks for it.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -43,6 +44,9 @@ lint: $(BIN)/.installed
 
 parity: $(BIN)/.installed
 	$(BIN)/python -m tests.parity.table
+
+wheel-test: $(BIN)/.installed
+	$(BIN)/pytest -m slow tests/test_wheel.py
 
 clean:
 	rm -rf .venv demo_output output

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kto_lightning.data.datamodule import KTODataModule
+    from kto_lightning.following import Follow
     from kto_lightning.loss import kto_loss, reference_point
     from kto_lightning.models import LoRA
     from kto_lightning.module import KTOModule
 
 _HOMES = {
+    "Follow": "kto_lightning.following",
     "KTODataModule": "kto_lightning.data.datamodule",
     "KTOModule": "kto_lightning.module",
     "LoRA": "kto_lightning.models",
@@ -22,7 +24,7 @@ _HOMES = {
     "reference_point": "kto_lightning.loss",
 }
 
-__all__ = ["KTODataModule", "KTOModule", "LoRA", "kto_loss", "reference_point"]
+__all__ = ["Follow", "KTODataModule", "KTOModule", "LoRA", "kto_loss", "reference_point"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,10 @@
 """The package as Python code uses it, and what its folders must not disturb."""
 
+import inspect
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning
@@ -9,14 +12,54 @@ import pytest
 import torch
 import transformers.utils.import_utils as transformers_imports
 
+import kto_kernels
 import kto_lightning
 from kto_lightning import KTODataModule, KTOModule, kto_loss, reference_point
 from tests.factories import make_tokenizer, plain_records, save_model, write_jsonl
 
+PUBLIC = {
+    f"{package.__name__}.{name}": getattr(package, name)
+    for package in (kto_lightning, kto_kernels)
+    for name in package.__all__
+}
 
-def test_every_public_name_is_there():
-    for name in kto_lightning.__all__:
-        assert getattr(kto_lightning, name).__doc__
+
+def own_members(kind: type) -> dict[str, Callable]:
+    """What a class defines itself and does not hide."""
+    members = {name: inspect.unwrap(value) for name, value in vars(kind).items() if callable(value)}
+    return {name: value for name, value in members.items() if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_everything_public_is_documented(name):
+    thing = PUBLIC[name]
+    assert thing.__doc__
+    if inspect.isclass(thing):
+        for member, value in own_members(thing).items():
+            # Lightning's hooks are documented by Lightning.
+            assert value.__doc__ or hasattr(thing.__mro__[1], member), f"{name}.{member}"
+    documented = thing.__doc__ + inspect.getsource(thing)
+    for parameter in inspect.signature(thing).parameters:
+        assert re.search(rf"^ *{parameter}: ", documented, re.MULTILINE), f"{name}: {parameter}"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_everything_public_is_typed(name):
+    thing = PUBLIC[name]
+    functions = own_members(thing) if inspect.isclass(thing) else {"": thing}
+    if inspect.isclass(thing):
+        functions["__init__"] = thing.__init__
+    for member, function in functions.items():
+        signature = inspect.signature(function)
+        untyped = [
+            parameter.name
+            for parameter in signature.parameters.values()
+            if parameter.annotation is parameter.empty and parameter.name != "self"
+        ]
+        assert not untyped, f"{name}.{member}: {untyped}"
+        assert signature.return_annotation is not signature.empty, f"{name}.{member}"
+    package = Path(str(sys.modules[name.split(".")[0]].__file__)).parent
+    assert (package / "py.typed").is_file()
 
 
 def test_importing_the_package_imports_no_framework():
