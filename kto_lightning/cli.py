@@ -32,6 +32,7 @@ from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.diagnostics import Diagnostics
 from kto_lightning.errors import ConfigError, KTOError, StoppedRun
 from kto_lightning.export import save_policy
+from kto_lightning.generations import Generations
 from kto_lightning.metrics_file import MetricsFile
 from kto_lightning.module import KTOModule
 from kto_lightning.ranks import gathered, wait_for_each_other
@@ -86,6 +87,7 @@ class KTOCLI(LightningCLI):
             help="Where the model, metrics, checkpoints and settings of this run go.",
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(Generations, "report")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Without Lightning's warning about `sys.argv`: `main` is called from Python too."""

@@ -33,6 +33,7 @@ def _about_records(report: DataReport) -> Iterator[Finding]:
         yield Finding(
             grade="problem",
             what="There is no usable record",
+            meaning="KTO takes a prompt, a completion and a label from each",
             action="mend the records named below, or give another file",
         )
     elif bad.count:
@@ -40,6 +41,7 @@ def _about_records(report: DataReport) -> Iterator[Finding]:
             grade="problem",
             what=f"{bad.count:,} {_are(bad, 'record cannot', 'records cannot')} be used and would "
             "stop `fit` before its first step",
+            meaning="KTO takes a prompt, a completion and a label from each",
             action="mend or drop what is named below",
         )
     contradictory, empty = repeats.contradictory_labels, report.empty_completions
