@@ -4,9 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
+from kto_lightning.checkpoint_io import check_weights_fit
 from kto_lightning.errors import ConfigError
 from kto_lightning.following import Follow, FollowingReference
 from kto_lightning.models import LoadedModel, LoRA, is_adapter, load_model, weight_directories
@@ -14,6 +17,7 @@ from kto_lightning.optimization import require_one_of
 from kto_lightning.packing_probe import make_policy
 from kto_lightning.policy import Policy
 from kto_lightning.quantization import Quantization, require_quantization
+from kto_lightning.ranks import on_any_rank
 from kto_lightning.reference import FrozenReference, Reference, make_reference
 from kto_lightning.reference_cache import (
     CachedReference,
@@ -50,6 +54,8 @@ class Recipe:
     offload_reference: bool
     """Keep a second model in the host's memory while it is not asked."""
     trust_remote_code: bool
+    shard: Callable[[Policy], None] | None = None
+    """Spreads a policy over all ranks, in place; None: every rank has the whole."""
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -109,11 +115,15 @@ def assemble(
     )
     loaded = load(recipe.policy, lora=recipe.lora, dropout=recipe.dropout)
     policy, obstacle = make_policy(loaded.model)
+    if recipe.shard is not None:
+        recipe.shard(policy)
     make = partial(_make_reference, recipe, policy, loaded, load)
     if recipe.reference_cache is None:
         reference = make()
     else:
-        reference = CachedReference(_cache(recipe, precision), reference_keys(), make)
+        agree = {} if recipe.shard is None else {"agree": on_any_rank}
+        cache = _cache(recipe, precision)
+        reference = CachedReference(cache, reference_keys(), make, **agree)
     if not policy.packed and obstacle is None:
         obstacle = "its reference cannot be packed"
     if recipe.activation_checkpointing:
@@ -131,11 +141,32 @@ def _make_reference(
         name=recipe.reference,
         load=load,
         offloaded=recipe.offload_reference,
+        shard=recipe.shard,
     )
     if recipe.follow is None:
         return reference
     assert isinstance(reference, FrozenReference)
     return FollowingReference(reference, recipe.follow, policy)
+
+
+def reassemble(checkpoint: dict[str, Any]) -> Policy:
+    """The policy as it was before training, then with a checkpoint's weights.
+
+    Args:
+        checkpoint: its `state_dict`, and its `kto` as `KTOModule.origin` tells.
+    """
+    origin = checkpoint["kto"]
+    loaded = load_model(
+        origin["policy"],
+        dtype=DTYPES[origin["dtype"] or "float32"],
+        lora=LoRA(**origin["lora"]) if origin["lora"] else None,
+        trust_remote_code=origin["trust_remote_code"],
+    )
+    policy = Policy(loaded.model, packed=False)
+    whole = nn.ModuleDict({"policy": policy})  # the names in a checkpoint begin with it
+    check_weights_fit(checkpoint, whole)
+    whole.load_state_dict(checkpoint["state_dict"], strict=False)
+    return policy
 
 
 def _cache(recipe: Recipe, precision: str) -> ReferenceCache:
@@ -145,6 +176,8 @@ def _cache(recipe: Recipe, precision: str) -> ReferenceCache:
     settings: tuple[str, ...] = (_dtype_name(recipe), precision)
     if recipe.quantization is not None:
         settings += (recipe.quantization,)
+    if recipe.shard is not None and precision != "32-true":
+        settings += ("sharded",)  # whose weights are rounded, where autocast rounds products
     fingerprint = reference_fingerprint(directories, settings)
     return ReferenceCache(Path(recipe.reference_cache) / fingerprint)
 

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
+from kto_lightning.assembly import reassemble
 from kto_lightning.callbacks import (
     Checkpoints,
     DataReportFile,
@@ -35,10 +36,13 @@ from kto_lightning.export import save_policy
 from kto_lightning.generations import Generations
 from kto_lightning.metrics_file import MetricsFile
 from kto_lightning.module import KTOModule
+from kto_lightning.policy import Policy
 from kto_lightning.ranks import gathered, wait_for_each_other
 from kto_lightning.rewards_file import write_rewards
 from kto_lightning.run_file import mark_finished
 from kto_lightning.run_report import report_of_run
+from kto_lightning.sharding import FSDP2
+from kto_lightning.strategies import check_strategy
 from kto_lightning.usage import PROG, Parser, check_trainer_options, reason_of
 
 
@@ -101,6 +105,7 @@ class KTOCLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         trainer = config.trainer
         check_trainer_options(trainer, trains=self.subcommand == "fit")
+        check_strategy(trainer.strategy, config.model)
         config.output_dir = os.path.expanduser(config.output_dir) or "."
         if self.subcommand == "fit":
             _check_output(config.output_dir, config.model)
@@ -170,15 +175,20 @@ class KTOCLI(LightningCLI):
         module, data = self._parts()
         if data.validation_set is not None and module.validated_step != self.trainer.global_step:
             self.trainer.validate(module, datamodule=data, verbose=False)
+        strategy, origin = self.trainer.strategy, module.origin()
+        trained = strategy.lightning_module_state_dict() if isinstance(strategy, FSDP2) else None
         with wait_for_each_other():
             if self.trainer.is_global_zero:
-                self._export(module, data)
+                policy = module.policy
+                if trained is not None:
+                    policy = reassemble({"state_dict": trained, "kto": origin})
+                assert policy is not None
+                self._export(policy, data, origin)
 
-    def _export(self, module: KTOModule, data: KTODataModule) -> None:
-        assert module.policy is not None
+    def _export(self, policy: Policy, data: KTODataModule, origin: dict[str, Any]) -> None:
         assert data.tokenizer is not None
         output = Path(self.trainer.default_root_dir)
-        save_policy(module.policy, data.tokenizer, output, origin=module.origin())
+        save_policy(policy, data.tokenizer, output, origin=origin)
         print(f"model     {output / 'model'}")
         print(f"metrics   {output / 'metrics.csv'}")
         _report(output)

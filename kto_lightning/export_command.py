@@ -53,11 +53,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _export(checkpoint_path: Path, directory: Path, *, merge: bool) -> None:
+    from transformers.utils import logging
+
+    from kto_lightning.assembly import reassemble
     from kto_lightning.export import has_adapter, merge_adapter, save_weights
 
     checkpoint = _load_checkpoint(checkpoint_path)
     origin = checkpoint["kto"]
-    policy = _load_policy(checkpoint)
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    policy = reassemble(checkpoint)
     if merge:
         if not has_adapter(policy):
             raise ConfigError(
@@ -84,32 +89,6 @@ def _load_checkpoint(path: Path) -> dict[str, Any]:
 
 def _to_cpu(storage: Any, _: str) -> Any:
     return storage
-
-
-def _load_policy(checkpoint: dict[str, Any]) -> Any:
-    """The policy as it was before training, then with the checkpoint's weights."""
-    import torch
-    from torch import nn
-    from transformers.utils import logging
-
-    from kto_lightning.checkpoint_io import check_weights_fit
-    from kto_lightning.models import LoRA, load_model
-    from kto_lightning.policy import Policy
-
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    origin = checkpoint["kto"]
-    loaded = load_model(
-        origin["policy"],
-        dtype=getattr(torch, origin["dtype"] or "float32"),
-        lora=LoRA(**origin["lora"]) if origin["lora"] else None,
-        trust_remote_code=origin["trust_remote_code"],
-    )
-    policy = Policy(loaded.model, packed=False)
-    whole = nn.ModuleDict({"policy": policy})  # the names in a checkpoint begin with it
-    check_weights_fit(checkpoint, whole)
-    whole.load_state_dict(checkpoint["state_dict"], strict=False)
-    return policy
 
 
 def _load_tokenizer(origin: dict[str, Any]) -> Any:

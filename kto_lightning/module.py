@@ -155,7 +155,8 @@ class KTOModule(LightningModule):
         """Load the policy and its reference. Lightning calls this once the data is set up."""
         if self.policy is not None:
             return
-        recipe, data = self.recipe, self._data
+        shard = getattr(self.trainer.strategy, "shard", None)
+        recipe, data = replace(self.recipe, shard=shard), self._data
         if recipe.reference is None and self.trainer.state.fn != "fit":
             recipe = replace(recipe, reference=remembered_reference(self.policy_name))
         models = assemble(

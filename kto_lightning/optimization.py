@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import SchedulerType, get_scheduler
@@ -250,4 +251,4 @@ def gradient_norm(parameters: Iterable[nn.Parameter], clip_norm: float | None) -
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(trained, clip_norm, norm)
-    return norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

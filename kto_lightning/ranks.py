@@ -1,6 +1,6 @@
 """What the processes of one job say to each other beside tensors of a step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,6 +21,11 @@ def gathered(own: list[T]) -> list[T]:
     parts: list[list[T]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, own)
     return [item for part in parts for item in part]
+
+
+def on_any_rank(flags: Sequence[bool]) -> list[bool]:
+    """Which of the flags are set on this rank or another; each rank has as many."""
+    return [any(column) for column in zip(*gathered([list(flags)]), strict=True)]
 
 
 @contextmanager

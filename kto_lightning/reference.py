@@ -17,6 +17,8 @@ from kto_lightning.packing_probe import make_policy
 from kto_lightning.policy import Policy
 from kto_lightning.types import Logps, PackedBatch
 
+_AS_IT_WAS = "a frozen copy of the policy as it was"
+
 
 @runtime_checkable
 class Reference(Protocol):
@@ -64,8 +66,7 @@ class FrozenReference:
     @classmethod
     def copy_of(cls, policy: Policy, *, offloaded: bool = False) -> "FrozenReference":
         """The policy as it is now."""
-        description = "a frozen copy of the policy as it was"
-        return cls(copy.deepcopy(policy), description, offloaded=offloaded)
+        return cls(copy.deepcopy(policy), _AS_IT_WAS, offloaded=offloaded)
 
     def to(self, device: torch.device) -> None:
         if not self.offloaded or device.type == "cpu":
@@ -161,6 +162,7 @@ def make_reference(
     name: str | None,
     load: Callable[[str], LoadedModel],
     offloaded: bool = False,
+    shard: Callable[[Policy], None] | None = None,
 ) -> Reference:
     """The reference of a policy that has just been loaded.
 
@@ -171,14 +173,20 @@ def make_reference(
         name: the reference's; None: the policy as it was.
         load: loads a model by its name.
         offloaded: keep a second model in the host's memory, see `FrozenReference`.
+        shard: spreads a second model over all ranks, as the policy has been.
     """
-    if name is None:
-        if loaded.adapter is not None:
-            return AdapterReference(policy, twin=loaded.adapter == "given")
+    if name is None and loaded.adapter is not None:
+        return AdapterReference(policy, twin=loaded.adapter == "given")
+    if name is None and shard is None:
         return FrozenReference.copy_of(policy, offloaded=offloaded)
     if loaded.adapter == "given" and name == adapter_base(policy_name):
         return AdapterReference(policy, twin=False)
-    reference, obstacle = make_policy(load(name).model)
+    # A policy that is sharded already cannot be copied: load it again.
+    reference, obstacle = make_policy(load(name or policy_name).model)
     if obstacle is not None and policy.packed:
         policy.run_padded()
-    return FrozenReference(reference, f"{name}, frozen", name=name, offloaded=offloaded)
+    description = f"{name}, frozen" if name else _AS_IT_WAS
+    frozen = FrozenReference(reference, description, name=name, offloaded=offloaded)
+    if shard is not None:
+        shard(frozen.policy)
+    return frozen

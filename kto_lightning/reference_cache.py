@@ -111,14 +111,21 @@ class CachedReference:
         keys: of all log-probs that will be asked for.
         make_reference: makes what computes the lacking ones; not called where none lacks, so that a
             full cache costs no second model.
+        agree: tells which flags are set on some rank. For a reference that is spread over all
+            ranks, which compute together or not at all; by default every rank decides for itself.
     """
 
     def __init__(
-        self, cache: ReferenceCache, keys: set[bytes], make_reference: Callable[[], Reference]
+        self,
+        cache: ReferenceCache,
+        keys: set[bytes],
+        make_reference: Callable[[], Reference],
+        agree: Callable[[Sequence[bool]], Sequence[bool]] = lambda own: own,
     ) -> None:
-        self.cache = cache
+        self.cache, self._agree = cache, agree
         known = cache.num_known(keys)
-        self.reference = make_reference() if known < len(keys) else None
+        (lacks,) = agree([known < len(keys)])
+        self.reference = make_reference() if lacks else None
         rest = "no model is loaded for it"
         if self.reference is not None:
             rest = f"the others from {self.reference.description}"
@@ -139,6 +146,8 @@ class CachedReference:
             found.mismatched = self._found(batch.mismatched_keys, batch)
         lacks_matched = matched and found.matched is None
         lacks_mismatched = mismatched and found.mismatched is None
+        if self.reference is not None:
+            lacks_matched, lacks_mismatched = self._agree([lacks_matched, lacks_mismatched])
         if lacks_matched or lacks_mismatched:
             self._compute(batch, found, matched=lacks_matched, mismatched=lacks_mismatched)
         return found
