@@ -7,6 +7,11 @@ from kto_lightning.sharding import FSDP2
 from kto_lightning.sharding import NAME as FSDP2_NAME
 
 _SHARD = f"Use --trainer.strategy {FSDP2_NAME}."
+_DEEPSPEED = (
+    "gives away gradients during backward, so that their norm is known only after the step: "
+    "nothing could be clipped, and no step that is not finite left out; and its bfloat16 rounds "
+    f"rotary embeddings away. {_SHARD} What ZeRO-3 spreads over the ranks, that does too."
+)
 _REFUSED = {
     # Beginning of a name: why, and what to do.
     "ddp_spawn": "trains in processes of its own, which end with the weights. Use ddp.",
@@ -17,8 +22,8 @@ _REFUSED = {
     "FSDPStrategy": f"is FSDP1, whose flattened weights cannot be exported here. {_SHARD}",
     "ModelParallelStrategy": "does not add up gradients over the ranks of one machine unless its "
     f"sizes are set, and numbers optimizer states in an order of its own. {_SHARD}",
-    "deepspeed_stage_3": "leaves every rank with parts of the weights, which are not gathered here "
-    f"for an export. {_SHARD}",
+    "deepspeed": _DEEPSPEED,
+    "DeepSpeedStrategy": _DEEPSPEED,
 }
 _UNSHARDED_OPTIMIZERS = ("adafactor", "adamw_8bit")
 

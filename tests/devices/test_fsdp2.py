@@ -177,7 +177,7 @@ def test_half_precision_stays_near(
     [
         (("--trainer.strategy", "fsdp"), "is FSDP1"),
         (("--trainer.strategy", "ddp_spawn"), "Use ddp"),
-        (("--trainer.strategy", "deepspeed_stage_3_offload"), "Use --trainer.strategy fsdp2"),
+        (("--trainer.strategy", "deepspeed_stage_2"), "Use --trainer.strategy fsdp2"),
         (
             (
                 *("--trainer.strategy", "ModelParallelStrategy"),
