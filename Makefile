@@ -5,13 +5,14 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow lint parity wheel-test clean
+.PHONY: help demo test test-slow lint docs parity wheel-test clean
 
 help:
 	@echo "make demo        train a small model from feedback, on CPU or GPU, and show before and after"
 	@echo "make test        the quick tests"
 	@echo "make test-slow   all tests, the full parity product included"
 	@echo "make lint        format, lint, types, spelling, import contracts"
+	@echo "make docs        the documentation as a site, in build/site; broken links are errors"
 	@echo "make parity      the parity table against TRL"
 	@echo "make wheel-test  build the wheel, install it into an environment of its own, train with it"
 
@@ -41,6 +42,9 @@ lint: $(BIN)/.installed
 	$(BIN)/pyright
 	$(BIN)/codespell
 	$(BIN)/lint-imports
+
+docs: $(BIN)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 parity: $(BIN)/.installed
 	$(BIN)/python -m tests.parity.table
