@@ -16,6 +16,8 @@ HUB = {
     "claudesidian",
     "lora_24gb",
     "qlora",
+    "fsdp2_8gpu",
+    "two_machines_slurm",
 }
 ONE_CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
 ONE_CPU += ["--trainer.devices", 1, "--trainer.num_nodes", 1, "--trainer.strategy", "auto"]
