@@ -18,9 +18,12 @@ from transformers.optimization import Adafactor
 
 from kto_lightning.errors import ConfigError
 
+_FUSED_ON = ("cuda", "cpu")
+"""Where all of AdamW is one kernel: a pass over the weights instead of a dozen."""
+
 
 def _adamw(groups: list[dict], learning_rate: float) -> Optimizer:
-    fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    fused = all(p.device.type in _FUSED_ON for group in groups for p in group["params"])
     return AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 
 

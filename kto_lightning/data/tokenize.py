@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import transformers
 from datasets import Dataset, Features, List, Value
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from kto_lightning.data.examples import (
@@ -27,6 +26,7 @@ from kto_lightning.data.examples import (
     Truncation,
     location,
 )
+from kto_lightning.data.token_ids import NO_EOS, NO_TEMPLATE, ids_of_records, token_ids
 from kto_lightning.errors import ConfigError, DataError, ModelError
 
 __all__ = ["Example", "ExampleSet", "TokenizationCounts", "Truncation", "tokenize_records"]
@@ -34,14 +34,11 @@ __all__ = ["Example", "ExampleSet", "TokenizationCounts", "Truncation", "tokeniz
 _FORMAT_VERSION = 1
 """Part of the cache's address: raise it when the columns or the way to the ids change."""
 
-_MANY_RECORDS = 2000
+_MANY_RECORDS = 10000
 """From how many records on starting worker processes is quicker than doing without."""
 
 _MOST_WORKERS = 8
 _MOST_SHOWN = 5
-
-_NO_TEMPLATE = "no chat template"
-_NO_EOS = "no end-of-text token"
 
 _COLUMNS = Features(
     {
@@ -106,18 +103,7 @@ def tokenize_records(
 
 def _tokenize_batch(records: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    for text in records:
-        prompt_ids: list[int] = []
-        text_ids: list[int] = []
-        fault = None
-        try:
-            prompt_ids, text_ids = _token_ids(json.loads(text), tokenizer)
-        except ModelError as error:
-            fault = str(error)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            # All that a template's own code can raise. Kept as a column and not raised here, so
-            # that whichever worker process is first, the first record in file order is named.
-            fault = f"{type(error).__name__}: {error}"
+    for prompt_ids, text_ids, fault in ids_of_records(records, tokenizer):
         start = _common_prefix_length(prompt_ids, text_ids)
         kept = np.asarray(prompt_ids[:start], dtype=np.int32)
         key = blake2b(kept.tobytes(), digest_size=8).digest()
@@ -127,33 +113,6 @@ def _tokenize_batch(records: list[str], tokenizer: PreTrainedTokenizerBase) -> d
         columns["num_lost"].append(len(prompt_ids) - start)
         columns["fault"].append(fault)
     return columns
-
-
-def _token_ids(
-    record: dict[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    """Ids of the prompt alone and of prompt and completion together, by TRL's own calls.
-
-    Raises:
-        ModelError: `_NO_TEMPLATE` or `_NO_EOS`, if the tokenizer lacks what the record needs.
-    """
-    prompt, completion = record["prompt"], record["completion"]
-    if isinstance(completion, str):
-        eos_token: Any = tokenizer.eos_token
-        if eos_token is None:
-            raise ModelError(_NO_EOS)
-        if not completion.endswith(eos_token):
-            completion += eos_token
-        return _ids(tokenizer(prompt)), _ids(tokenizer(prompt + completion))
-    if not tokenizer.chat_template:
-        raise ModelError(_NO_TEMPLATE)
-    settings = {"tools": record.get("tools"), **(record.get("chat_template_kwargs") or {})}
-    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **settings)
-    return _ids(prompt_ids), _ids(tokenizer.apply_chat_template(prompt + completion, **settings))
-
-
-def _ids(encoding: Any) -> list[int]:
-    return encoding["input_ids"]
 
 
 def _common_prefix_length(first: list[int], second: list[int]) -> int:
@@ -203,12 +162,12 @@ def _raise_faults(records: Dataset, tokenized: Dataset, tokenizer: PreTrainedTok
     rows = np.flatnonzero(faults.is_valid().to_numpy())
     where, first = location(records, int(rows[0])), faults[int(rows[0])].as_py()
     name = tokenizer.name_or_path or type(tokenizer).__name__
-    if first == _NO_TEMPLATE:
+    if first == NO_TEMPLATE:
         raise ModelError(
             f"The tokenizer {name!r} has no chat template, and {where} is a conversation. "
             "Give one with --data.chat_template FILE_OR_NAME, or train on plain text."
         )
-    if first == _NO_EOS:
+    if first == NO_EOS:
         raise ModelError(
             f"The tokenizer {name!r} has no end-of-text token, which the completion of {where} "
             "(plain text) must end with. Set its eos_token and save it again."
@@ -232,5 +191,5 @@ def _lost_prompt_end(
     if not num_lost.any():
         return None
     row = int(np.flatnonzero(num_lost)[0])
-    prompt_ids, _ = _token_ids(json.loads(records[row]["record"]), tokenizer)
+    prompt_ids, _ = token_ids(json.loads(records[row]["record"]), tokenizer)
     return str(tokenizer.decode(prompt_ids[-int(num_lost[row]) :]))

@@ -15,6 +15,7 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from kto_lightning.data import tokenize
+from kto_lightning.data.token_ids import ids_of_records, token_ids
 from kto_lightning.data.tokenize import ExampleSet, tokenize_records
 from kto_lightning.errors import ConfigError, DataError, ModelError
 from tests.factories import (
@@ -117,6 +118,27 @@ def test_tools_and_template_settings_have_trls_tokens(template: str, tmp_path: P
     assert ["search something" in prompt for prompt in prompts] == [
         bool(row["tools"]) for row in rows
     ]
+
+
+def test_texts_of_one_call_and_of_calls_of_their_own_have_the_same_ids() -> None:
+    """Text and chat mixed, a text that recurs, and a record that has to go alone."""
+    rows = [row for pair in zip(plain_records(6), chat_records(6), strict=True) for row in pair]
+    rows += [rows[0], rows[1] | {"chat_template_kwargs": {"truncation": True, "max_length": 9}}]
+    tokenizer = make_tokenizer(chat_template="llama3", bos=True)
+    found = list(ids_of_records([json.dumps(row) for row in rows], tokenizer))
+    assert found == [(*token_ids(row, tokenizer), None) for row in rows]
+    assert len(found[-1][0]) == 9 < len(found[1][0])
+
+
+def test_a_text_that_stops_its_call_stops_no_other() -> None:
+    rows = plain_records(4)
+    rows[2]["completion"] = "\ud800"  # half of a character: nothing can encode it
+    tokenizer = make_tokenizer()
+    found = list(ids_of_records([json.dumps(row) for row in rows], tokenizer))
+    prompt_ids, text_ids, fault = found.pop(2)
+    assert fault is not None
+    assert prompt_ids == text_ids == []
+    assert found == [(*token_ids(rows[i], tokenizer), None) for i in (0, 1, 3)]
 
 
 def test_a_record_may_be_text_and_the_next_a_conversation() -> None:
@@ -277,9 +299,9 @@ def test_a_second_process_finds_the_cache(tmp_path: Path) -> None:
 def test_the_cache_knows_data_template_and_tokenizer_but_not_the_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[dict] = []
-    real = tokenize._token_ids
-    monkeypatch.setattr(tokenize, "_token_ids", lambda r, t: seen.append(r) or real(r, t))
+    seen: list[str] = []
+    real = tokenize.ids_of_records
+    monkeypatch.setattr(tokenize, "ids_of_records", lambda r, t: seen.extend(r) or real(r, t))
 
     def num_tokenized(data: Dataset, tokenizer, max_length: int | None = None) -> int:
         seen.clear()
