@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 PAD_TOKEN, EOS_TOKEN = "<|endoftext|>", "<|im_end|>"
 SPECIAL_TOKENS = [PAD_TOKEN, EOS_TOKEN, "<|im_start|>"]
@@ -116,6 +121,27 @@ def texts(value: Any) -> Iterator[str]:
             yield from texts(item)
 
 
+def make_model(
+    shape: Shape, device: str = "cpu", *, dtype: torch.dtype = torch.float32, **settings: Any
+) -> PreTrainedModel:
+    """A model of random weights; `settings` go into its config."""
+    config = AutoConfig.for_model(
+        "qwen2",
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+        bos_token_id=None,
+        **settings,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
 def save_model(
     directory: Path,
     records: list[dict[str, Any]],
@@ -147,22 +173,8 @@ def save_model(
     )
     template = files("trl") / "chat_templates" / f"{CHAT_TEMPLATE}.jinja"
     tokenizer.chat_template = template.read_text(encoding="utf-8")
-    config = AutoConfig.for_model(
-        "qwen2",
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        vocab_size=shape.vocabulary,
-        tie_word_embeddings=shape.tied,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = make_model(shape, device, dtype=dtype, **tokens)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     if adapter is not None:

@@ -12,9 +12,11 @@ LEAST_STRETCH = 8
 
 Lengths = Int64[np.ndarray, " records"]
 Labels = Bool[np.ndarray, " records"]
+FileLabels = Bool[np.ndarray, " file_records"]
+"""Of all records in the file: those that `max_length` drops are not measured."""
 
 
-def shapes_of(prompt: Lengths, completion: Lengths, measured: Labels, labels: Labels) -> Shapes:
+def shapes_of(prompt: Lengths, completion: Lengths, measured: Labels, labels: FileLabels) -> Shapes:
     """Histograms of lengths, and how the labels are spread over the file.
 
     Args:
