@@ -184,7 +184,9 @@ class DataReportFile(Callback):
         )
         path = Path(trainer.default_root_dir) / "data_report.json"
         write_report(path, report)
-        data.report_line = f"{path}, {len(report.findings)} findings (`inspect` shows them)"
+        count = len(report.findings)
+        found = f"{count} finding{'' if count == 1 else 's'}"
+        data.report_line = f"{path}, {found} (report.html shows them)"
         sentence = length_finding(report)
         if sentence is not None:
             data.warnings.append(sentence[0].lower() + sentence[1:])
@@ -204,7 +206,10 @@ class Summary(Callback):
         rows = [*_data_rows(data), *_model_rows(module, data)]
         for name, value in rows:
             table.add_row(name, value)
-        console.print(table)
+        with console.capture() as captured:
+            console.print(table)
+        # A table fills its lines with spaces, which litter a pipe.
+        console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
         warnings = list(data.warnings)
         if isinstance(module.reference, FollowingReference):
             warnings += module.reference.warnings(module.num_training_steps())
@@ -213,7 +218,7 @@ class Summary(Callback):
         content = RunFile(
             planned_steps=module.num_training_steps(),
             summary=[list(row) for row in rows],
-            warnings=list(data.warnings),
+            warnings=warnings,
         )
         write_run_file(trainer.default_root_dir, content)
 

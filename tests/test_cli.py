@@ -259,7 +259,9 @@ def test_other_architectures_run(
     # AdamW would make whole steps of what rounding leaves of a gradient that is 0, such as a key
     # bias's.
     whole = fit(policy, train, tmp_path / "whole", "--model.optimizer", "sgd")
-    assert f"attention    {attention}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"attention    {attention}" in printed
+    assert all(line == line.rstrip() for line in printed.splitlines())
     AutoModelForCausalLM.from_pretrained(whole / "model")
     if architecture != "qwen2_moe":  # its auxiliary loss is a mean over micro-batches
         options = ("--model.optimizer", "sgd", "--data.max_tokens", 150)
