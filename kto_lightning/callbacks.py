@@ -1,7 +1,6 @@
 """What happens around the steps: checkpoints, progress, the summary before the first one."""
 
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -20,10 +19,10 @@ from kto_lightning.data.weights import effective_ratio
 from kto_lightning.errors import ConfigError, StoppedRun
 from kto_lightning.following import FollowingReference
 from kto_lightning.metrics_file import MetricsFile
+from kto_lightning.output import checkpoints_of, list_checkpoints
 from kto_lightning.report import length_finding, report_of_training_set, write_report
 from kto_lightning.run_file import RunFile, write_run_file
 
-_NAME = re.compile(r"step=(\d+)\.ckpt")
 _SHOWN = {"loss": "train/loss", "z0": "train/z0", "margin": "train/reward/margin"}
 
 
@@ -43,7 +42,7 @@ class Checkpoints(Checkpoint):
         self._saved_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set aside what another run, or a later part of this one, left here: `last` is ours."""
+        """Set aside what lies behind the checkpoint that was gone on from: `last` is ours."""
         if not trainer.is_global_zero:
             return
         for step, path in list_checkpoints(trainer.default_root_dir):
@@ -54,7 +53,7 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        if self._is_due(trainer) and not _validates_now(trainer):
+        if self._is_due(trainer) and not validates_now(trainer):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,33 +91,28 @@ class Checkpoints(Checkpoint):
                 trainer.strategy.remove_checkpoint(old)
 
 
-def _validates_now(trainer: Trainer) -> bool:
+def validates_now(trainer: Trainer) -> bool:
     """Whether Lightning runs a validation between this optimizer step and the next."""
     loop = trainer.fit_loop.epoch_loop
     return loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # pyright: ignore[reportArgumentType]
 
 
-def checkpoints_of(output_dir: str | Path) -> Path:
-    return Path(output_dir) / "checkpoints"
-
-
-def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
-    """The checkpoints of a run and their steps, oldest first."""
-    found = [
-        (int(match.group(1)), path)
-        for path in checkpoints_of(output_dir).glob("step=*.ckpt")
-        if (match := _NAME.fullmatch(path.name))
-    ]
-    return sorted(found)
-
-
 class MetricsStart(Callback):
     """Opens `metrics.csv` once the run knows at which step it begins."""
 
+    def __init__(self) -> None:
+        self._begun = False
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begun = True
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.begin(after_step=trainer.global_step)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that was stopped in its last validation has no step left to take."""
+        if not self._begun:
+            self.on_train_start(trainer, pl_module)
 
 
 class StepSeed(Callback):
@@ -200,10 +194,10 @@ class Summary(Callback):
         module: Any = pl_module
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        rows = [*_data_rows(data), *_model_rows(module, data)]
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold")
         table.add_column(overflow="fold")
-        rows = [*_data_rows(data), *_model_rows(module, data)]
         for name, value in rows:
             table.add_row(name, value)
         with console.capture() as captured:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import textwrap
 import warnings
@@ -14,6 +15,7 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils import logging as transformers_logging
 
 from kto_lightning.assembly import reassemble
@@ -25,25 +27,28 @@ from kto_lightning.callbacks import (
     ProgressLines,
     StepSeed,
     Summary,
-    checkpoints_of,
-    list_checkpoints,
 )
-from kto_lightning.checkpoint_io import AtomicCheckpointIO, is_whole
+from kto_lightning.checkpoint_io import AtomicCheckpointIO
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.diagnostics import Diagnostics
 from kto_lightning.errors import ConfigError, KTOError, StoppedRun
 from kto_lightning.export import save_policy
 from kto_lightning.generations import Generations
-from kto_lightning.metrics_file import MetricsFile
+from kto_lightning.metrics_file import WATCHABLE, MetricsFile
 from kto_lightning.module import KTOModule
+from kto_lightning.output import check_not_read, check_unused, find_checkpoint
 from kto_lightning.policy import Policy
+from kto_lightning.preemption import Preempted, Preemption
 from kto_lightning.ranks import gathered, wait_for_each_other
 from kto_lightning.rewards_file import write_rewards
 from kto_lightning.run_file import mark_finished
 from kto_lightning.run_report import report_of_run
 from kto_lightning.sharding import FSDP2
 from kto_lightning.strategies import check_strategy
-from kto_lightning.usage import PROG, Parser, check_trainer_options, reason_of
+from kto_lightning.usage import PROG, Parser, check_monitors, check_trainer_options, reason_of
+
+_INTERRUPTED = 128 + signal.SIGINT
+_TERMINATED = 128 + signal.SIGTERM
 
 
 class KTOCLI(LightningCLI):
@@ -108,7 +113,7 @@ class KTOCLI(LightningCLI):
         check_strategy(trainer.strategy, config.model)
         config.output_dir = os.path.expanduser(config.output_dir) or "."
         if self.subcommand == "fit":
-            _check_output(config.output_dir, config.model)
+            check_not_read(config.output_dir, config.model)
         else:
             self.save_config_callback = None  # OUTPUT's config.yaml is that of its training
         if trainer.precision is None:
@@ -116,7 +121,12 @@ class KTOCLI(LightningCLI):
             trainer.precision = "bf16-mixed" if on_gpu else "32-true"
         if trainer.max_epochs is None:
             trainer.max_epochs = 1 if trainer.max_steps == -1 else -1
-        config.ckpt_path = self._checkpoint(config.ckpt_path, config.output_dir)
+        checkpoint = None
+        if config.ckpt_path is not None:
+            checkpoint = find_checkpoint(config.ckpt_path, config.output_dir)
+            config.ckpt_path = str(checkpoint)
+        if self.subcommand == "fit":
+            check_unused(config.output_dir, checkpoint)
 
     def instantiate_classes(self) -> None:
         """Settings that Lightning or a class it makes refuses are a message too."""
@@ -131,23 +141,6 @@ class KTOCLI(LightningCLI):
             raise ConfigError(f"--seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
         super()._set_seed()
 
-    @staticmethod
-    def _checkpoint(path: str | None, output_dir: str) -> str | None:
-        if path is None:
-            return None
-        if path != "last":
-            if not Path(path).exists():
-                raise KTOError(f"--ckpt_path {path}: there is no such checkpoint. Check the path.")
-            return path
-        for _, found in reversed(list_checkpoints(output_dir)):
-            if is_whole(found):
-                return str(found)
-            print(f"warning: {found} is damaged; looking for the one before it.", file=sys.stderr)
-        raise KTOError(
-            f"--ckpt_path last: there is no whole checkpoint in {checkpoints_of(output_dir)}. "
-            "Check --output_dir, or leave --ckpt_path out to begin anew."
-        )
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self.config_init[str(self.subcommand)].trainer
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
@@ -156,13 +149,18 @@ class KTOCLI(LightningCLI):
         own = MetricsFile(output_dir)
         kwargs["logger"] = [own, *(logger for logger in loggers if _is_logger(logger))]
         progress = ProgressBar() if sys.stdout.isatty() else ProgressLines()
+        callbacks = trainer.callbacks or []
+        if self.subcommand == "fit":
+            validates = self._parts()[1].validation is not None
+            check_monitors(callbacks, validates=validates, known=WATCHABLE)
         kwargs["callbacks"] = [
-            *(trainer.callbacks or []),
+            *callbacks,
             MetricsStart(),
             StepSeed(),
             DataReportFile(),
             Summary(),
             Diagnostics(),
+            Preemption(),
         ]
         if trainer.enable_progress_bar is not False:
             kwargs["callbacks"].append(progress)
@@ -240,21 +238,6 @@ def _report(output: Path) -> None:
     print(textwrap.fill(verdict, width=79))
 
 
-def _check_output(output_dir: str, model: Any) -> None:
-    """Refuse to end a run by overwriting what it began with."""
-    output = Path(output_dir)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output_dir {output_dir} is a file. Name a directory.")
-    written = [(output / name).resolve() for name in ("model", "adapter")]
-    for key in ("policy", "reference"):
-        name = model[key]
-        if name is not None and Path(name).resolve() in written:
-            raise ConfigError(
-                f"--model.{key} {name} would be overwritten by this run's own model. "
-                "Choose another --output_dir."
-            )
-
-
 def _warn_of_identical_reference(module: KTOModule) -> None:
     print(
         f"warning: every reward is 0: the policy {module.policy_name} and its reference are the "
@@ -292,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command. Errors that a person can mend are one message on stderr, not a traceback.
 
     Returns:
-        The exit status: 0; 1 for data or run; 2 for usage.
+        The exit status: 0; 1 for data or run; 2 for usage; 128 + a signal that ended the run.
     """
     _quieten()
     try:
@@ -301,8 +284,9 @@ def main(argv: list[str] | None = None) -> int:
         _print_error(str(error))
         return 2
     except StoppedRun as stopped:
-        if rank_zero_only.rank == 0:  # all ranks say the same
-            print(f"error: {stopped}", file=sys.stderr)
+        if getattr(rank_zero_only, "rank", 0) == 0:  # all ranks say the same
+            asked = isinstance(stopped, Preempted)  # which is no error
+            print(stopped if asked else f"error: {stopped}", file=sys.stderr)
         return stopped.status
     except KTOError as error:
         _print_error(str(error))
@@ -311,6 +295,12 @@ def main(argv: list[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         _print_error(f"{where}{error.strerror or error}. Check path and disk.")
         return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except SIGTERMException:  # Lightning's, outside training
+        return _TERMINATED
     except SystemExit as leave:
+        if isinstance(leave.__context__, KeyboardInterrupt):  # which Lightning makes an exit of 1
+            return _INTERRUPTED
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     return 0

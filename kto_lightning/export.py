@@ -155,6 +155,10 @@ class _whole_directory:
             os.replace(self._part, self._target)
             return
         shutil.rmtree(self._part, ignore_errors=True)
-        if issubclass(kind, OSError):
-            message = f"{self._target} cannot be written: {error}. Make room and export again."
+        # What is written in Rust (weights, tokenizers) raises errors of its own kinds.
+        if issubclass(kind, OSError) or "(os error " in str(error):
+            message = (
+                f"{self._target} cannot be written: {error}. Make room, then the same command "
+                "writes it: `export`, or `fit` with --ckpt_path last."
+            )
             raise KTOError(message) from error

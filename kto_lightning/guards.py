@@ -6,13 +6,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from lightning import Trainer
 
 from kto_lightning.errors import ModelError, StoppedRun
 from kto_lightning.optimization import require_one_of
+from kto_lightning.ranks import gathered
 from kto_lightning.scoring import BatchScorer, MicroLogps
 from kto_lightning.types import PackedBatch, StepBatch
 
@@ -106,7 +106,7 @@ class NonFiniteGuard:
         if is_finite(metrics):
             self._num_in_a_row = 0
             return True
-        findings = _over_ranks(trainer, examine(batch, scored, partial(_location, trainer)))
+        findings = sorted(gathered(examine(batch, scored, partial(_location, trainer))))
         _warn(trainer, self._judge(trainer.global_step + 1, metrics, findings))
         return False
 
@@ -145,15 +145,6 @@ class NonFiniteGuard:
 def _location(trainer: Trainer, index: int) -> str:
     train_set = getattr(trainer.datamodule, "train_set", None)  # pyright: ignore[reportAttributeAccessIssue]
     return train_set.location(index) if train_set is not None else f"example:{index}"
-
-
-def _over_ranks(trainer: Trainer, found: list[Finding]) -> list[Finding]:
-    """Those of all ranks, in the order of the data set."""
-    if trainer.world_size == 1:
-        return sorted(found)
-    gathered: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, found)
-    return sorted(item for part in gathered for item in part)
 
 
 def _warn(trainer: Trainer, warning: str | None) -> None:

@@ -3,12 +3,15 @@
 import csv
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from kto_lightning.errors import KTOError
 from kto_lightning.measures import MEASURED
 
 TRAIN_METRICS = (
@@ -50,6 +53,8 @@ COLUMNS = (
     *(f"train/{name}" for name in (*DIAGNOSTICS, *MEASURED)),
     *(f"val/{name}" for name in DIAGNOSTICS),
 )
+WATCHABLE = tuple(name for name in COLUMNS if name.startswith("val/"))
+"""What a callback can wait for: EarlyStopping, say."""
 
 
 class MetricsFile(Logger):
@@ -89,7 +94,12 @@ class MetricsFile(Logger):
         if after_step and self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
                 kept = [row for row in csv.DictReader(file) if _is_kept(row, after_step)]
-        self._directory.mkdir(parents=True, exist_ok=True)
+        with self._written():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._begin_with(kept)
+            self._open()
+
+    def _begin_with(self, kept: list[dict[str, str]]) -> None:
         part = self.path.with_suffix(".csv.part")
         with part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
@@ -100,7 +110,21 @@ class MetricsFile(Logger):
                 writer.writerow(kept[-1])
                 self._row = kept[-1] | {"step": int(kept[-1]["step"])}
         os.replace(part, self.path)
-        self._open()
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """Turn what the disk says into an error that says which file and what to do."""
+        try:
+            yield
+        except OSError as error:
+            file, self._file = self._file, None
+            if file is not None:
+                with suppress(OSError):  # the same once more
+                    file.close()
+            raise KTOError(
+                f"{self.path} cannot be written: {error}. Make room, then go on with "
+                "--ckpt_path last."
+            ) from error
 
     def _open(self) -> None:
         self.close()
@@ -113,16 +137,17 @@ class MetricsFile(Logger):
                 return  # no run has begun: `validate` and `predict` write no steps
             self._open()
         assert self._file is not None
-        if self._row.get("step") == step:
-            self._row.update(metrics)
-        else:
-            self._row = {"step": step or 0, **metrics}
-            self._row_start = self._file.seek(0, os.SEEK_END)
-        self._file.seek(self._row_start)
-        writer = csv.DictWriter(self._file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writerow(self._row)
-        self._file.truncate()
-        self._file.flush()
+        with self._written():
+            if self._row.get("step") == step:
+                self._row.update(metrics)
+            else:
+                self._row = {"step": step or 0, **metrics}
+                self._row_start = self._file.seek(0, os.SEEK_END)
+            self._file.seek(self._row_start)
+            writer = csv.DictWriter(self._file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+            writer.writerow(self._row)
+            self._file.truncate()
+            self._file.flush()
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Settings are in `config.yaml`."""

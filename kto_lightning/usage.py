@@ -4,8 +4,10 @@ nothing or harm here. Each answer names the key, what it may be and what was got
 import difflib
 import re
 import sys
+from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
 from kto_lightning.errors import ConfigError
@@ -156,6 +158,28 @@ def check_trainer_options(trainer: Any, *, trains: bool) -> None:
     _check_precision(trainer.precision)
     if trains:
         _check_length(trainer)
+
+
+def check_monitors(callbacks: Iterable[Any], *, validates: bool, known: Collection[str]) -> None:
+    """Refuse callbacks that watch what is never there, before the model is loaded; Lightning finds
+    out when the first epoch ends.
+
+    Args:
+        callbacks: those of the trainer.
+        validates: whether there are records to validate on.
+        known: the metrics of a validation.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    for callback in callbacks:
+        if not isinstance(callback, (EarlyStopping, ModelCheckpoint)) or callback.monitor is None:
+            continue
+        who = f"{type(callback).__name__} watches {callback.monitor}"
+        if callback.monitor not in known:
+            raise ConfigError(f"{who}, which is none of what it can: {', '.join(sorted(known))}.")
+        if not validates:
+            raise ConfigError(f"{who}, but nothing is validated. Add --data.validation.")
 
 
 def _check_precision(precision: int | str | None) -> None:

@@ -385,3 +385,21 @@ def test_modules_that_a_model_does_not_have(
     options = ("--model.lora.r", 4, "--model.lora.target_modules", "nothing")
     fit(policy, train, tmp_path, *options, status=1)
     assert "--model.lora.target_modules nothing" in message(capsys)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "data", "part"),
+    [
+        ("val/loss", (), "EarlyStopping watches val/loss, but nothing is validated. Add --data."),
+        ("val/los", ("--data.validation", 0.2), "watches val/los, which is none of what it can"),
+        ("train/loss", ("--data.validation", 0.2), "watches train/loss, which is none of what"),
+    ],
+)
+def test_a_callback_that_watches_what_is_never_there(
+    monitor: str, data: tuple[Any, ...], part: str, tmp_path: Path, capsys
+):
+    """Before any record is read or model loaded."""
+    absent = tmp_path / "absent"
+    stopping = ("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", monitor)
+    fit(absent, absent, tmp_path / "run", *stopping, *data, status=2)
+    assert part in message(capsys)

@@ -75,3 +75,16 @@ def test_a_logger_of_ones_own_gets_what_the_file_does(
         for name, value in row.items():
             assert sent.get((step, name)) == (None if math.isnan(value) else value)
     assert (1, "train/tokens_per_second") in sent
+
+
+def test_other_loggers_get_every_nth_step_where_asked_and_the_file_all(
+    policy: Path, train: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "lines.txt"
+    logger = ("--trainer.logger", "tests.loggers.Lines", "--trainer.logger.path", log)
+    options = ("--trainer.log_every_n_steps", 4, "--data.validation", train)
+    output = fit(policy, train, tmp_path / "run", *logger, *options)
+    assert len(rows(output)) == 6
+    lines = [line.split() for line in log.read_text().splitlines()]
+    assert {int(step) for step, name, _ in lines if name.startswith("train/")} == {4}
+    assert {int(step) for step, name, _ in lines if name.startswith("val/")} == {6}

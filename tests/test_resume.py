@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from kto_lightning import checkpoint_io
-from kto_lightning.callbacks import Checkpoints, list_checkpoints
+from kto_lightning.callbacks import Checkpoints
 from kto_lightning.module import KTOModule
+from kto_lightning.output import list_checkpoints
 from tests.cli import ROOT, fit, rows, run_cli, small_data, small_model, weights
 
 EVERY_STEP = ("--checkpoint.every_n_steps", 1)

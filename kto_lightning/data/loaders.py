@@ -1,5 +1,7 @@
 """From tokenized examples to the loader whose item is one optimizer step."""
 
+import os
+import signal
 from dataclasses import dataclass
 from typing import Literal
 
@@ -116,4 +118,13 @@ class Batching:
             sampler=plans,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_leave_signals_to_the_run if os.name == "posix" else None,
         )
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C in a terminal and most schedulers' signals go to a whole group of processes; a worker
+    that ends by one would take the run with it before it is saved."""
+    os.setsid()
+    for signum in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
