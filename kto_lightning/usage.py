@@ -26,7 +26,7 @@ _MISSING_PACKAGE = re.compile(
     r"class_path '(?:\w+\.)*(?P<name>\w+)'.*`pip install -U '(?P<package>[\w-]+)", re.DOTALL
 )
 _TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-_ONLY = {
+REFUSED = {
     # Trainer option: (values that change nothing, why another one is refused and what to do)
     "gradient_clip_val": ((None,), "does nothing here. Use --model.gradient_clip_norm."),
     "gradient_clip_algorithm": ((None,), "does nothing here. Use --model.gradient_clip_norm."),
@@ -152,7 +152,7 @@ def check_trainer_options(trainer: Any, *, trains: bool) -> None:
     Raises:
         ConfigError: with the key to use instead.
     """
-    for name, (harmless, reason) in _ONLY.items():
+    for name, (harmless, reason) in REFUSED.items():
         if trainer.get(name) not in harmless:
             raise ConfigError(f"--trainer.{name} {reason}")
     _check_precision(trainer.precision)

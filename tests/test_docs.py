@@ -1,64 +1,136 @@
-"""The documentation says what there is: keys, TRL's fields, links and commands."""
+"""The documentation names what exists: keys, metrics, tests, and commands that parse."""
 
-import contextlib
-import io
+import inspect
 import re
-from collections.abc import Iterator
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import yaml
 from transformers import TrainingArguments
-from trl import KTOConfig
+from trl.trainer import kto_trainer
+from trl.trainer.kto_config import KTOConfig
 
+from docs.hooks import key_tables
+from docs.keys import keys
 from kto_lightning.metrics_file import COLUMNS
-from tests.cli import ROOT, run_cli
+from tests.cli import run_cli
 
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-COMING = (ROOT / "docs/coming_from_trl.md").read_text(encoding="utf-8")
+TEXTS = {path.stem: path.read_text(encoding="utf-8") for path in [*PAGES, ROOT / "README.md"]}
+INHERITED = re.findall(
+    r"\w+",
+    """
+    output_dir per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
+    learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay max_grad_norm optim
+    adam_beta1 adam_beta2 adam_epsilon num_train_epochs max_steps bf16 fp16 gradient_checkpointing
+    save_steps save_strategy save_total_limit logging_steps report_to run_name eval_strategy
+    eval_steps seed data_seed resume_from_checkpoint deepspeed fsdp use_liger_kernel torch_compile
+    dataloader_num_workers dataloader_drop_last load_best_model_at_end push_to_hub use_cpu
+    disable_tqdm train_sampling_strategy
+""",
+)
+LOGGED_BY_TRAINER = {"loss", "grad_norm", "learning_rate"}
 
 
 @pytest.fixture(scope="module")
-def known_keys() -> set[str]:
-    """Every option of `fit`, as `--print_config` with all groups has them."""
-    settings = ["--model.policy", "m", "--data.train", "d"]
-    settings += ["--model.lora.r", "4", "--model.follow.alpha", "0.6"]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert run_cli("fit", *settings, "--print_config") == 0
-    return set(_flat(yaml.safe_load(printed.getvalue())))
+def known() -> set[str]:
+    return {key.name for key in keys()}
 
 
-def _flat(group: dict, prefix: str = "") -> Iterator[str]:
-    for key, value in group.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+def first_column(page: str) -> set[str]:
+    """All names in backticks in the first column of a page's tables."""
+    cells = re.findall(r"^\| (.*?) \|", TEXTS[page], re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda path: path.stem)
-def test_keys_exist(page: Path, known_keys: set[str]):
-    named = set(re.findall(r"--((?:model|data|trainer|checkpoint)\.[\w.]*\w)", page.read_text()))
-    assert named <= known_keys
-
-
-def test_every_field_of_trl_has_its_row_once():
-    table = COMING.split("## Metrics")[0]
-    rows = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-    named = [row for row in rows if row != "KTOConfig"]
+def test_every_key_of_kto_config_has_a_row():
     inherited = {field.name for field in fields(TrainingArguments)}
     own = {field.name for field in fields(KTOConfig)} - inherited
-    assert len(named) == len(set(named))
-    assert own <= set(named)
-    assert set(named) <= own | inherited
+    changed = set(KTOConfig.__annotations__)
+    assert {"beta", "sync_ref_model"} <= own
+    assert "learning_rate" in changed
+    assert (own | changed | set(INHERITED)) - first_column("coming_from_trl") == set()
 
 
-def test_our_metrics_exist():
-    named = set(re.findall(r"`((?:train|val)/[\w/]+)`", "".join(p.read_text() for p in PAGES)))
-    assert named
-    assert named <= set(COLUMNS)
+def test_no_key_has_two_rows():
+    rows = re.findall(r"^\| `(\w+)`", TEXTS["coming_from_trl"], re.MULTILINE)
+    keys = set(KTOConfig.__dataclass_fields__)
+    found = [row for row in rows if row in keys and row not in LOGGED_BY_TRAINER]
+    assert len(found) == len(set(found)) > 40
 
 
-def test_pages_are_all_in_the_navigation():
-    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    assert {target for entry in nav for target in entry.values()} == {p.name for p in PAGES}
+def test_every_config_is_on_the_page_of_configs():
+    assert all(path.name in TEXTS["configs"] for path in (ROOT / "configs").iterdir())
+
+
+def test_every_metric_of_trl_has_a_row():
+    logged = set(re.findall(r'_metrics\[mode\]\["([^"]+)"\]', inspect.getsource(kto_trainer)))
+    assert {"kl", "rewards/chosen", "entropy"} <= logged
+    assert (logged | LOGGED_BY_TRAINER) - first_column("coming_from_trl") == set()
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_key_that_a_page_names_exists(page: str, known: set[str]):
+    named = set(
+        re.findall(
+            r"--((?:model|data|trainer|checkpoint|report)\.[a-z_0-9.]*[a-z_0-9])", TEXTS[page]
+        )
+    )
+    through = {name for name in named if name.startswith(("trainer.logger.", "trainer.strategy."))}
+    assert named - through - known == set()
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_metric_that_a_page_names_exists(page: str):
+    named = set(re.findall(r"\b(?:train|val)/[a-z_0-9/]*[a-z_0-9]", TEXTS[page]))
+    groups = {column.rpartition("/")[0] for column in COLUMNS}  # `train/gradient_left/…`
+    assert named - set(COLUMNS) - groups == set()
+
+
+def test_every_metric_is_on_the_page_of_metrics():
+    assert set(COLUMNS) - first_column("metrics") == set()
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_file_and_test_that_a_page_names_exists(page: str):
+    pattern = r"\b((?:tests|benchmarks|configs|kto_lightning)/[\w/]+\.(?:py|yaml|md))(?:::(\w+))?"
+    for path, function in re.findall(pattern, TEXTS[page]):
+        assert (ROOT / path).is_file(), path
+        if function:
+            assert f"def {function}(" in (ROOT / path).read_text(encoding="utf-8"), function
+
+
+def commands() -> list[list[str]]:
+    """All `fit`, `validate` and `predict` commands of the pages' code, whole on a line or over
+    several."""
+    found = []
+    for text in TEXTS.values():
+        for block in re.findall(r"```(?:bash|console)\n(.*?)```", text, re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                _, is_ours, rest = line.partition("-m kto_lightning ")
+                words = shlex.split(rest.rstrip(" …"), comments=True) if is_ours else []
+                if words and words[0] in ("fit", "validate", "predict"):
+                    found.append(words)
+    return found
+
+
+def test_every_command_parses(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert len(commands()) >= 5
+    for words in commands():
+        given = [] if "--model.policy" in words else ["--model.policy", "some/model"]
+        status = run_cli(words[0], *given, *words[1:], "--print_config")
+        assert status == 0, f"{shlex.join(words)}: {capsys.readouterr().err}"
+
+
+def test_the_page_of_keys_has_every_key(known: set[str]):
+    rows = set(re.findall(r"^\| `--([^`]+)` \|", key_tables(), re.MULTILINE))
+    assert rows == known
+    assert {"model.beta", "model.lora.r", "data.batch_size", "trainer.max_steps"} <= rows
+    assert {"output_dir", "seed_everything", "ckpt_path", "config"} <= rows
+
+
+def test_every_key_says_what_it_means():
+    assert [key.name for key in keys() if not key.meaning] == []
