@@ -47,6 +47,7 @@ class Recipe:
     lora: LoRA | None
     dropout: bool
     activation_checkpointing: bool
+    activation_offloading: bool
     reference_cache: str | None
     """A directory; None: no log-prob is kept."""
     follow: Follow | None
@@ -79,6 +80,11 @@ class Recipe:
                 "--model.reference_cache keeps the log-probs of a reference that stays as it is, "
                 "and with --model.follow it changes. Leave one of the two out."
             )
+        if self.offload_reference and self.quantization is not None:
+            raise ConfigError(
+                "--model.offload_reference does not move quantized weights. Leave one of it and "
+                "--model.quantization out."
+            )
         if self.offload_reference and frozen_base and self.reference is None:
             raise ConfigError(
                 "--model.offload_reference has nothing to move: with an adapter the reference is "
@@ -94,6 +100,21 @@ class Assembly:
     reference: Reference
     packing_obstacle: str | None
     """Why the policy runs padded; None: it runs packed."""
+
+
+def check_device(recipe: Recipe, device: torch.device) -> None:
+    """Refuse to move to the host's memory what is there already, before anything is loaded.
+
+    Raises:
+        ConfigError: if the run trains on the CPU and asks for it.
+    """
+    for name in ("activation_offloading", "offload_reference"):
+        if getattr(recipe, name) and device.type == "cpu":
+            raise ConfigError(
+                f"--model.{name} frees memory of a device by using the host's, and this run has no "
+                "other than the host's. Leave it out; --model.activation_checkpointing saves "
+                "memory here too."
+            )
 
 
 def assemble(
@@ -128,6 +149,7 @@ def assemble(
         obstacle = "its reference cannot be packed"
     if recipe.activation_checkpointing:
         policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.offloads_activations = recipe.activation_offloading
     return Assembly(policy=policy, reference=reference, packing_obstacle=obstacle)
 
 

@@ -9,7 +9,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from kto_lightning.assembly import Recipe, assemble
+from kto_lightning.assembly import Recipe, assemble, check_device
 from kto_lightning.checkpoint_io import check_weights_fit, without_frozen
 from kto_lightning.data.weights import resolve_weights
 from kto_lightning.export import remembered_reference, whole_name
@@ -67,6 +67,7 @@ class KTOModule(LightningModule):
         lora: train a new low-rank adapter on the frozen policy instead of all its weights.
         dropout: keep the model's dropout on in training.
         activation_checkpointing: compute activations again in backward instead of keeping them.
+        activation_offloading: keep what backward needs of them in the host's memory until then.
         reference_cache: a directory that keeps the reference's log-probs from run to run.
         follow: let the reference follow the policy (TR-DPO, arXiv:2404.09656); full fine-tuning
             only; null: it stays what it is.
@@ -97,6 +98,7 @@ class KTOModule(LightningModule):
         lora: LoRA | None = None,
         dropout: bool = False,
         activation_checkpointing: bool = False,
+        activation_offloading: bool = False,
         reference_cache: str | None = None,
         follow: Follow | None = None,
         offload_reference: bool = False,
@@ -126,6 +128,7 @@ class KTOModule(LightningModule):
             lora=lora,
             dropout=dropout,
             activation_checkpointing=activation_checkpointing,
+            activation_offloading=activation_offloading,
             reference_cache=reference_cache,
             follow=follow,
             offload_reference=offload_reference,
@@ -157,7 +160,9 @@ class KTOModule(LightningModule):
             return
         shard = getattr(self.trainer.strategy, "shard", None)
         recipe, data = replace(self.recipe, shard=shard), self._data
-        if recipe.reference is None and self.trainer.state.fn != "fit":
+        if self.trainer.state.fn == "fit":
+            check_device(recipe, self.trainer.strategy.root_device)
+        elif recipe.reference is None:
             recipe = replace(recipe, reference=remembered_reference(self.policy_name))
         models = assemble(
             recipe,
@@ -184,7 +189,7 @@ class KTOModule(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         if isinstance(self.reference, CachedReference):
-            self.reference.cache.refresh()
+            self.reference.refresh()
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None

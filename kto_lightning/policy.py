@@ -5,7 +5,7 @@ language model head, so that DDP and FSDP2 wrap one module.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from kto_lightning.attention import (
     interleaved_ranges,
 )
 from kto_lightning.head import effective_head, logit_scale
+from kto_lightning.offloading import OffloadedActivations
 from kto_lightning.types import Logps, PackedBatch, Sequences
 
 
@@ -42,6 +43,8 @@ class Policy(nn.Module):
         self.model = model
         self.own_attention: str = self.causal_lm.config._attn_implementation or "eager"
         self.packed = packed
+        self.offloads_activations = False
+        """Whether what backward needs waits in the host's memory (`offloading.py`)."""
         if packed:
             self.causal_lm.set_attn_implementation(PACKED)
         config = self.causal_lm.config.get_text_config()
@@ -73,12 +76,18 @@ class Policy(nn.Module):
         hidden = store = None
         if matched:
             store = self._store_of_matched(batch) if mismatched and batch.shares_prompts else None
-            hidden, logps.auxiliary_loss = self._run(batch.matched, store)
-            logps.matched = self._score(hidden, batch.matched, batch.matched.scored.rows)
+            with self._kept_for_backward():
+                hidden, logps.auxiliary_loss = self._run(batch.matched, store)
+                logps.matched = self._score(hidden, batch.matched, batch.matched.scored.rows)
         if mismatched:
             with torch.no_grad():
                 logps.mismatched = self._score_mismatched(batch, hidden, store)
         return logps
+
+    def _kept_for_backward(self) -> AbstractContextManager[Any]:
+        if self.offloads_activations and torch.is_grad_enabled():
+            return OffloadedActivations(self.parameters())
+        return nullcontext()
 
     def _score_mismatched(
         self, batch: PackedBatch, hidden: Tensor | None, store: PromptStore | None
@@ -98,8 +107,9 @@ class Policy(nn.Module):
 
     def _store_of_matched(self, batch: PackedBatch) -> PromptStore:
         """Where autograd holds all keys and values anyway, keep them as they are; without a
-        gradient or with checkpointing nothing else does: copy the prompts' rows alone."""
-        if torch.is_grad_enabled() and not self._checkpoints_activations():
+        gradient, with checkpointing or offloading nothing else does: copy the prompts' rows."""
+        elsewhere = self.offloads_activations or self._checkpoints_activations()
+        if torch.is_grad_enabled() and not elsewhere:
             return PromptStore(
                 starts=_starts(batch.matched.lengths), num_rows=len(batch.matched.input_ids)
             )

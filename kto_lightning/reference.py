@@ -95,7 +95,7 @@ def _on_device(policy: Policy, device: torch.device | None) -> Iterator[None]:
         return
     kept = [(tensor, tensor.data) for tensor in _tensors(policy)]
     for tensor, host in kept:
-        tensor.data = host.to(device, non_blocking=True)
+        tensor.data = host.to(device, non_blocking=True, copy=True)
     try:
         yield
     finally:

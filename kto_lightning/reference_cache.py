@@ -122,7 +122,7 @@ class CachedReference:
         make_reference: Callable[[], Reference],
         agree: Callable[[Sequence[bool]], Sequence[bool]] = lambda own: own,
     ) -> None:
-        self.cache, self._agree = cache, agree
+        self.cache, self._keys, self._agree = cache, keys, agree
         known = cache.num_known(keys)
         (lacks,) = agree([known < len(keys)])
         self.reference = make_reference() if lacks else None
@@ -134,6 +134,14 @@ class CachedReference:
     def to(self, device: torch.device) -> None:
         if self.reference is not None:
             self.reference.to(device)
+
+    def refresh(self) -> None:
+        """Take in what other processes have written; once nothing is lacking, let go of the model
+        that would compute it."""
+        self.cache.refresh()
+        (lacks,) = self._agree([self.cache.num_known(self._keys) < len(self._keys)])
+        if not lacks:
+            self.reference = None
 
     def logps(self, batch: PackedBatch, *, matched: bool = True, mismatched: bool = True) -> Logps:
         """See `Reference.logps`; the batch carries its keys."""

@@ -65,9 +65,14 @@ class BatchScorer:
         return [self._logps_without_gradient(micro_batch) for micro_batch in micro_batches]
 
     def all_logps(self, micro_batch: PackedBatch) -> MicroLogps:
-        """Everything that can be known of a micro-batch, in one run of policy and reference."""
+        """Everything that can be known of a micro-batch, in one run of policy and reference.
+
+        The reference goes first: what it needs while it runs is free again before the policy's
+        activations begin to wait for backward.
+        """
         self.at_hand = micro_batch
-        return MicroLogps(self._policy(micro_batch), self._reference.logps(micro_batch))
+        reference = self._reference.logps(micro_batch)
+        return MicroLogps(self._policy(micro_batch), reference)
 
     @torch.no_grad()
     def _logps_without_gradient(self, micro_batch: PackedBatch) -> MicroLogps:

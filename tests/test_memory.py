@@ -1,0 +1,165 @@
+"""What a run holds: tokens per forward, and how many models."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning import Callback, Trainer
+from torch import nn
+
+from kto_lightning.data.batches import StepPlan
+from kto_lightning.data.collate import StepBatches
+from kto_lightning.data.datamodule import KTODataModule
+from kto_lightning.data.packing import example_costs, plan_micro_batches
+from kto_lightning.models import LoRA
+from kto_lightning.module import KTOModule
+from kto_lightning.reference import FrozenReference
+from kto_lightning.scoring import BatchScorer
+from kto_lightning.types import StepBatch
+from tests.cli import small_data, small_model
+from tests.test_module import Examples, models
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
+
+LENGTHS = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 40)), min_size=1, max_size=7)
+
+
+def planned(
+    examples: Examples, *, paired: bool, packed: bool, max_tokens: int, max_length: int | None
+) -> tuple[StepBatch, np.ndarray]:
+    """A step as the data module plans it on one rank, and the tokens of each of its examples."""
+    chosen = np.arange(len(examples))
+    partner = np.roll(chosen, 1) if paired else None
+    costs = example_costs(
+        examples.prompt_lengths, examples.completion_lengths, partner, max_length=max_length
+    )
+    (micro_batches,) = plan_micro_batches(
+        costs, max_tokens=max_tokens, world_size=1, padded=not packed
+    )
+    plan = StepPlan(examples=chosen, partners=partner, micro_batches=micro_batches, step_in_epoch=0)
+    batches = StepBatches(
+        examples=examples,
+        desirable_weight=1.0,
+        undesirable_weight=1.0,
+        max_length=max_length,
+        can_share_prompts=packed,
+    )
+    return batches[plan], costs
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=LENGTHS,
+    max_tokens=st.integers(1, 150),
+    max_length=st.none() | st.integers(2, 50),
+    paired=st.booleans(),
+    kind=st.sampled_from(["llama", "gemma2"]),  # packed, padded
+)
+def test_no_forward_sees_more_than_max_tokens(
+    lengths: list[tuple[int, int]],
+    max_tokens: int,
+    max_length: int | None,
+    paired: bool,
+    kind: str,
+) -> None:
+    """Not run 1, run 2, the pass for z0 or the reference's, unless a single example is longer."""
+    policy, other = models(kind)
+    assert policy.packed == (kind == "llama")
+    examples = Examples(lengths, [True] * len(lengths))
+    batch, costs = planned(
+        examples, paired=paired, packed=policy.packed, max_tokens=max_tokens, max_length=max_length
+    )
+    scorer = BatchScorer(
+        policy,
+        FrozenReference(other, "another model"),
+        beta=0.1,
+        loss_name="kto" if paired else "apo_zero_unpaired",
+        sum_over_ranks=lambda values: values,
+    )
+    seen: list[int] = []
+    hooks = [
+        model.causal_lm.get_input_embeddings().register_forward_pre_hook(
+            lambda _, ids: seen.append(ids[0].numel())
+        )
+        for model in (policy, other)
+    ]
+    try:
+        known = scorer.logps_before_backward(batch.micro_batches)
+        before = list(seen)
+        for micro_batch, logps in zip(batch.micro_batches, known, strict=True):
+            alone = int(costs[micro_batch.indices].max()) if len(micro_batch) == 1 else 0
+            seen.clear()
+            scorer.with_matched(micro_batch, logps)
+            assert max(seen, default=0) <= max(max_tokens, alone, 1)
+            scorer._logps_without_gradient(micro_batch)
+            assert max(seen) <= max(max_tokens, alone, 1)
+        assert max(before, default=0) <= max(max_tokens, int(costs.max()), 1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Held(Callback):
+    """Bytes of parameters that the process holds after each step, beyond those at the start."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        self._before = _all_parameters()
+        self.steps: list[int] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        gc.collect()
+        now = _all_parameters()
+        new = [p for number, p in now.items() if number not in self._before]
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in new}
+        self.steps.append(sum(storages.values()))
+
+
+def _all_parameters() -> dict[int, nn.Parameter]:
+    return {id(o): o for o in gc.get_objects() if isinstance(o, nn.Parameter)}
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl", 12)
+
+
+def held(policy: Path, train: Path, **options: Any) -> list[float]:
+    """Parameters' bytes after each step of two epochs of three steps, in policies."""
+    held = Held()
+    module = KTOModule(str(policy), learning_rate=1e-3, **options)
+    data = KTODataModule(train=str(train), batch_size=4, preprocessing_workers=1)
+    Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[held],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    ).fit(module, datamodule=data)
+    assert module.policy is not None
+    own = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in module.policy.parameters()}
+    size = sum(storage.nbytes() for storage in own.values())
+    return [step / size for step in held.steps]
+
+
+def test_a_second_model_only_where_nothing_else_will_do(
+    policy: Path, train: Path, tmp_path: Path
+) -> None:
+    cached = {"reference_cache": str(tmp_path / "cache")}
+    assert held(policy, train) == [2.0] * 6
+    assert held(policy, train, lora=LoRA(r=2)) == [1.0] * 6
+    # Filled in the first epoch: from the second on nothing is computed, and nothing held for it.
+    assert held(policy, train, **cached) == [2.0] * 3 + [1.0] * 3
+    assert held(policy, train, **cached) == [1.0] * 6
