@@ -2,17 +2,27 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from kto_lightning.errors import ConfigError
-from kto_lightning.following import Follow, FollowingReference
+from kto_lightning.following import (
+    Follow,
+    FollowingReference,
+    reference_state,
+    restore_reference,
+)
 from kto_lightning.models import LoRA
 from kto_lightning.module import KTOModule
 from kto_lightning.packing_probe import make_policy
@@ -164,6 +174,45 @@ def test_another_shape_cannot_follow() -> None:
         other = make_policy(make_model(architecture, vocab_size=VOCABULARY, **overrides))[0]
         with pytest.raises(ConfigError, match=r"reference other has others than the policy \(\d+"):
             FollowingReference(FrozenReference(other, "", name="other"), Follow(), policy)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def shard(policy: Policy, mesh: DeviceMesh) -> None:
+    for layer in policy.causal_lm.base_model.layers:  # pyright: ignore[reportGeneralTypeIssues]
+        fully_shard(layer, mesh=mesh)
+    fully_shard(policy, mesh=mesh)
+
+
+def test_sharded_weights_follow_too(mesh: DeviceMesh) -> None:
+    policy, whole = make_pair(every_n_steps=1, alpha=0.6)
+    start = state(whole.policy)
+    sharded = copy.deepcopy(whole)
+    for model in (policy, sharded.policy):
+        shard(model, mesh)
+    (micro_batch,) = step_batch().micro_batches
+    sharded.logps(micro_batch)  # after which FSDP leaves the root's own weights whole
+    sharded.after_step(1, policy)
+    assert all(isinstance(p, DTensor) for p in sharded.policy.parameters())
+    followed = {name: p.full_tensor() for name, p in sharded.policy.named_parameters()}  # pyright: ignore[reportCallIssue]
+    plain, _ = make_pair()
+    whole.after_step(1, plain)
+    assert all(torch.equal(followed[name], p) for name, p in whole.policy.named_parameters())
+    assert not any(torch.equal(followed[name], start[name]) for name in start)
+    saved = reference_state(sharded)
+    assert not any(isinstance(value, DTensor) for value in saved["reference"].values())
+    origin = {"kto": {"reference": "policy", "follow": {}}}
+    _, other = make_pair()
+    shard(other.policy, mesh)
+    restore_reference(saved | origin, other, named=None, trains=True)
+    for name, p in other.policy.named_parameters():
+        assert torch.equal(p.full_tensor(), followed[name])  # pyright: ignore[reportCallIssue]
 
 
 FOLLOW = ("--model.follow.every_n_steps", 4, "--model.follow.alpha", 0.75)

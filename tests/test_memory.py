@@ -9,19 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import Callback, Trainer
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from kto_lightning.attention import PromptStore
 from kto_lightning.data.batches import StepPlan
 from kto_lightning.data.collate import StepBatches
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.data.packing import example_costs, plan_micro_batches
 from kto_lightning.models import LoRA
 from kto_lightning.module import KTOModule
+from kto_lightning.policy import Policy
 from kto_lightning.reference import FrozenReference
 from kto_lightning.scoring import BatchScorer
-from kto_lightning.types import StepBatch
+from kto_lightning.types import PackedBatch, StepBatch
 from tests.cli import small_data, small_model
-from tests.test_module import Examples, models
+from tests.test_module import Examples, fit, models, module_of, step_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 
@@ -163,3 +167,53 @@ def test_a_second_model_only_where_nothing_else_will_do(
     # Filled in the first epoch: from the second on nothing is computed, and nothing held for it.
     assert held(policy, train, **cached) == [2.0] * 3 + [1.0] * 3
     assert held(policy, train, **cached) == [1.0] * 6
+
+
+@pytest.mark.parametrize("kind", ["llama", "lora", "qwen2_moe"])
+@pytest.mark.parametrize("max_tokens", [10**6, 25], ids=["one", "several"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_a_backward_leaves_nothing_of_its_micro_batch(
+    kind: str, max_tokens: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither activations nor logits, nor prompts' keys and values."""
+    module = module_of(kind)
+    assert module.policy is not None
+    if checkpointing:
+        module.policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    kept: list[StorageWeakRef] = []
+    stores: list[PromptStore] = []
+    left: list[int] = []
+    forward, store_of, backward = (
+        Policy.forward,
+        Policy._store_of_matched,
+        KTOModule.manual_backward,
+    )
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():  # the batch's own rows and ids live as long as it does
+            kept.append(StorageWeakRef(tensor.untyped_storage()))
+        return tensor
+
+    def noted_forward(self: Policy, *arguments: Any, **options: Any) -> Any:
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            return forward(self, *arguments, **options)
+
+    def noted_store(self: Policy, batch: PackedBatch) -> PromptStore:
+        stores.append(store_of(self, batch))
+        return stores[-1]
+
+    def noted_backward(self: KTOModule, loss: Tensor) -> None:
+        backward(self, loss)
+        lasting = {p.untyped_storage()._cdata for p in self.parameters()}
+        lasting |= {b.untyped_storage()._cdata for b in self.buffers()}
+        left.append(sum(not s.expired() and s.cdata not in lasting for s in kept))
+        assert len(kept) > 5
+        kept.clear()
+
+    monkeypatch.setattr(Policy, "forward", noted_forward)
+    monkeypatch.setattr(Policy, "_store_of_matched", noted_store)
+    monkeypatch.setattr(KTOModule, "manual_backward", noted_backward)
+    batch = step_batch(max_tokens=max_tokens)
+    fit(module, batch)
+    assert left == [0] * len(batch.micro_batches)
+    assert not any(store.layers for store in stores)
