@@ -207,7 +207,7 @@ def test_a_backward_leaves_nothing_of_its_micro_batch(
         lasting = {p.untyped_storage()._cdata for p in self.parameters()}
         lasting |= {b.untyped_storage()._cdata for b in self.buffers()}
         left.append(sum(not s.expired() and s.cdata not in lasting for s in kept))
-        assert len(kept) > 5
+        assert len(kept) > 2
         kept.clear()
 
     monkeypatch.setattr(Policy, "forward", noted_forward)
