@@ -85,6 +85,11 @@ class Recipe:
                 "--model.offload_reference does not move quantized weights. Leave one of it and "
                 "--model.quantization out."
             )
+        if self.offload_reference and self.shard is not None:
+            raise ConfigError(
+                "--model.offload_reference moves a whole model, and under FSDP2 every device holds "
+                "only its share of the reference. Leave it out."
+            )
         if self.offload_reference and frozen_base and self.reference is None:
             raise ConfigError(
                 "--model.offload_reference has nothing to move: with an adapter the reference is "
