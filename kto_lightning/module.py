@@ -266,10 +266,12 @@ class KTOModule(LightningModule):
                 with self._synchronised(last=index == len(micro_batches) - 1):
                     logps = known[index] = scorer.with_matched(micro_batch, known[index])
                     losses = scorer.add_losses(micro_batch, logps, z0, sums)
-                    loss = losses.sum() / batch.num_examples
                     balance = scorer.auxiliary_loss(micro_batch, logps.policy, batch.num_tokens)
-                    self.manual_backward((loss + balance) * self.trainer.world_size)
+                    loss = losses.sum() / batch.num_examples + balance
+                    self.manual_backward(loss * self.trainer.world_size)
                     auxiliary += balance.detach()
+                    logps.let_go()
+                    del losses, balance, loss  # with what the graph holds even after backward
         assert self.policy is not None
         norm = gradient_norm(self.policy.parameters(), self.optimization.gradient_clip_norm)
         scalars = torch.stack([z0_raw, z0, norm.to(z0)])

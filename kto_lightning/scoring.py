@@ -22,6 +22,14 @@ class MicroLogps:
     policy: Logps
     reference: Logps
 
+    def let_go(self) -> None:
+        """Keep the numbers alone: the graph behind them may hold activations even after its
+        backward, of layers that nothing trained comes before."""
+        if self.policy.matched is not None:
+            self.policy.matched = self.policy.matched.detach()
+        if self.policy.auxiliary_loss is not None:
+            self.policy.auxiliary_loss = self.policy.auxiliary_loss.detach()
+
 
 class BatchScorer:
     """Scores a step's micro-batches against the reference.

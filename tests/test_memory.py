@@ -183,11 +183,14 @@ def test_a_backward_leaves_nothing_of_its_micro_batch(
     kept: list[StorageWeakRef] = []
     stores: list[PromptStore] = []
     left: list[int] = []
-    forward, store_of, backward = (
-        Policy.forward,
-        Policy._store_of_matched,
-        KTOModule.manual_backward,
-    )
+    forward, store_of, update = Policy.forward, Policy._store_of_matched, KTOModule._update
+
+    def look() -> None:
+        """What is left of the forward before: its backward has run."""
+        lasting = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
+        left.append(sum(not s.expired() and s.cdata not in lasting for s in kept))
+        assert len(kept) > 2
+        kept.clear()
 
     def note(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():  # the batch's own rows and ids live as long as it does
@@ -195,24 +198,22 @@ def test_a_backward_leaves_nothing_of_its_micro_batch(
         return tensor
 
     def noted_forward(self: Policy, *arguments: Any, **options: Any) -> Any:
+        if kept:
+            look()
         with saved_tensors_hooks(note, lambda tensor: tensor):
             return forward(self, *arguments, **options)
+
+    def noted_update(self: KTOModule) -> float:
+        look()
+        return update(self)
 
     def noted_store(self: Policy, batch: PackedBatch) -> PromptStore:
         stores.append(store_of(self, batch))
         return stores[-1]
 
-    def noted_backward(self: KTOModule, loss: Tensor) -> None:
-        backward(self, loss)
-        lasting = {p.untyped_storage()._cdata for p in self.parameters()}
-        lasting |= {b.untyped_storage()._cdata for b in self.buffers()}
-        left.append(sum(not s.expired() and s.cdata not in lasting for s in kept))
-        assert len(kept) > 2
-        kept.clear()
-
     monkeypatch.setattr(Policy, "forward", noted_forward)
     monkeypatch.setattr(Policy, "_store_of_matched", noted_store)
-    monkeypatch.setattr(KTOModule, "manual_backward", noted_backward)
+    monkeypatch.setattr(KTOModule, "_update", noted_update)
     batch = step_batch(max_tokens=max_tokens)
     fit(module, batch)
     assert left == [0] * len(batch.micro_batches)
