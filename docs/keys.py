@@ -89,7 +89,7 @@ def _keys_of(parser: Any, command: str) -> Iterator[Key]:
             continue
         yield Key(name=name, default=action.default, meaning=_meaning(action), commands=(command,))
         for kind in get_args(getattr(action, "_typehint", None)):
-            if is_dataclass(kind):
+            if isinstance(kind, type) and is_dataclass(kind):
                 yield from _fields_of(kind, name, command)
 
 

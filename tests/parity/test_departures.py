@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import unpair_preference_dataset
+from trl.data_utils import unpair_preference_dataset
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
@@ -112,14 +112,15 @@ def test_a_nan_is_left_out_of_trls_loss(model: Path, tmp_path: Path):
     whole = theirs._compute_loss(theirs.model, dict(batch), False)
     assert float(whole.detach()) == pytest.approx(0.5)
 
-    forward = theirs.model.forward
+    model_of_theirs: Any = theirs.model
+    forward = model_of_theirs.forward
 
     def one_is_broken(*args: Any, **kwargs: Any) -> Any:
-        outputs = forward(*args, **kwargs)
+        outputs: Any = forward(*args, **kwargs)
         outputs.log_probs = outputs.log_probs.clone()
         outputs.log_probs[0] = torch.nan
         return outputs
 
-    theirs.model.forward = one_is_broken
-    broken = theirs._compute_loss(theirs.model, dict(batch), False)
+    model_of_theirs.forward = one_is_broken
+    broken = theirs._compute_loss(model_of_theirs, dict(batch), False)
     assert float(broken.detach()) == pytest.approx(0.5)
