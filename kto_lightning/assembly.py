@@ -123,15 +123,15 @@ def check_device(recipe: Recipe, device: torch.device) -> None:
 
 
 def assemble(
-    recipe: Recipe, *, precision: str, reference_keys: Callable[[], set[bytes]]
+    recipe: Recipe, *, precision: str, reference_keys: Callable[[], set[bytes] | None]
 ) -> Assembly:
     """Load the policy, and the reference where one is needed beside it.
 
     Args:
         recipe: what is asked for.
         precision: the trainer's, which decides the reference's log-probs too.
-        reference_keys: tells the keys of all reference log-probs that the run can ask for; called
-            only where there is a reference cache.
+        reference_keys: tells the keys of all reference log-probs that the run can ask for, or None
+            where that is not known; called only where there is a reference cache.
     """
     load = partial(
         load_model,

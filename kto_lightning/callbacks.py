@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ from kto_lightning.errors import ConfigError, StoppedRun
 from kto_lightning.following import FollowingReference
 from kto_lightning.metrics_file import MetricsFile
 from kto_lightning.output import checkpoints_of, list_checkpoints
-from kto_lightning.report import length_finding, report_of_training_set, write_report
+from kto_lightning.report import (
+    as_json,
+    length_finding,
+    report_of_training_set,
+    write_report,
+)
 from kto_lightning.run_file import RunFile, write_run_file
 
 _SHOWN = {"loss": "train/loss", "z0": "train/z0", "margin": "train/reward/margin"}
@@ -67,7 +73,15 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        settle_progress(checkpoint["loops"]["fit_loop"], trainer.num_training_batches)
+        loops, per_epoch = checkpoint["loops"]["fit_loop"], trainer.num_training_batches
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        place = data.place_in_stream()
+        if place is not None:
+            settle_progress(loops, num_epochs=place.epoch, num_in_epoch=place.step)
+        else:
+            num_steps = loops["epoch_loop.batch_progress"]["total"]["processed"]
+            num_epochs, num_in_epoch = divmod(num_steps, int(per_epoch))
+            settle_progress(loops, num_epochs=num_epochs, num_in_epoch=num_in_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
@@ -147,13 +161,16 @@ class ProgressLines(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        num_steps = pl_module.num_training_steps()  # pyright: ignore[reportCallIssue]
-        every = max(1, num_steps // self._num_lines)
+        num_steps: Any = pl_module.num_training_steps()  # pyright: ignore[reportCallIssue]
         step = trainer.global_step
+        if num_steps is None:  # a stream's: 1, 2, … 9, 10, 20, … 90, 100, 200, …
+            every, of_all = 10 ** (len(str(step)) - 1), ""
+        else:
+            every, of_all = max(1, num_steps // self._num_lines), f"/{num_steps}"
         if trainer.is_global_zero and (step % every == 0 or step == num_steps):
             shown = "  ".join(f"{k} {v}" for k, v in shown_metrics(pl_module).items())
             elapsed = time.monotonic() - self._started
-            print(f"step {step}/{num_steps}  {shown}  {elapsed:.0f} s", flush=True)
+            print(f"step {step}{of_all}  {shown}  {elapsed:.0f} s", flush=True)
 
 
 def shown_metrics(module: Any) -> dict[str, str]:
@@ -163,11 +180,15 @@ def shown_metrics(module: Any) -> dict[str, str]:
 
 
 class DataReportFile(Callback):
-    """Writes `OUTPUT/data_report.json` before the first step."""
+    """Writes `OUTPUT/data_report.json` before the first step; of a stream, which is not read by
+    then, what was counted until the run ended."""
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if data.stream is not None:
+            _write_stream_report(trainer)
+            return
         report = report_of_training_set(
             data.train,
             data.train_set.records,
@@ -185,6 +206,19 @@ class DataReportFile(Callback):
         if sentence is not None:
             data.warnings.append(sentence[0].lower() + sentence[1:])
 
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.datamodule.stream is not None:  # pyright: ignore[reportAttributeAccessIssue]
+            _write_stream_report(trainer)
+
+
+def _write_stream_report(trainer: Any) -> None:
+    stream = trainer.datamodule.stream
+    sources = [stream.source] if isinstance(stream.source, str) else stream.source
+    content = {"sources": sources, "streamed": True} | asdict(stream.counts)
+    path = Path(trainer.default_root_dir) / "data_report.json"
+    path.write_text(as_json(content) + "\n", encoding="utf-8")
+
 
 class Summary(Callback):
     """What is about to be trained, on what and against what, before the first step."""
@@ -194,7 +228,8 @@ class Summary(Callback):
         module: Any = pl_module
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-        rows = [*_data_rows(data), *_model_rows(module, data)]
+        data_rows = _data_rows(data) if data.stream is None else _stream_rows(data)
+        rows = [*data_rows, *_model_rows(module, data)]
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold")
         table.add_column(overflow="fold")
@@ -205,16 +240,23 @@ class Summary(Callback):
         # A table fills its lines with spaces, which litter a pipe.
         console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
         warnings = list(data.warnings)
-        if isinstance(module.reference, FollowingReference):
-            warnings += module.reference.warnings(module.num_training_steps())
+        num_steps = module.num_training_steps()
+        if isinstance(module.reference, FollowingReference) and num_steps is not None:
+            warnings += module.reference.warnings(num_steps)
         for warning in warnings:
             console.print(f"warning: {warning}", style="yellow")
         content = RunFile(
-            planned_steps=module.num_training_steps(),
+            planned_steps=num_steps,
             summary=[list(row) for row in rows],
             warnings=warnings,
         )
         write_run_file(trainer.default_root_dir, content)
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if data.stream is not None:
+            print(f"stream    {data.stream.counts}", flush=True)
 
 
 def _data_rows(data: Any) -> list[tuple[str, str]]:
@@ -250,10 +292,19 @@ def _data_rows(data: Any) -> list[tuple[str, str]]:
     return rows
 
 
+def _stream_rows(data: Any) -> list[tuple[str, str]]:
+    weights = data.class_weights
+    return [
+        ("records", f"streamed; partners from among {data.stream.buffer_size} neighbours"),
+        ("weights", f"desirable {weights.desirable:g}, undesirable {weights.undesirable:g}"),
+    ]
+
+
 def _model_rows(module: Any, data: Any) -> list[tuple[str, str]]:
     parameters = list(module.policy.parameters())
     total = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
+    num_steps = module.num_training_steps() or "as many as the stream gives"
     attention = "packed, prompts shared by both completions"
     if module.packing_obstacle is not None:
         attention = f"padded, because {module.packing_obstacle}"
@@ -261,5 +312,5 @@ def _model_rows(module: Any, data: Any) -> list[tuple[str, str]]:
         ("model", f"{module.policy_name}: {trained:,} of {total:,} parameters trained"),
         ("reference", module.reference.description),
         ("attention", attention),
-        ("steps", f"{module.num_training_steps()}, {data.batch_size} examples each"),
+        ("steps", f"{num_steps}, {data.batch_size} examples each"),
     ]

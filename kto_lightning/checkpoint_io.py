@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there at all."""
 
-import math
 import os
 import zlib
 from collections.abc import Callable
@@ -112,7 +111,7 @@ def _weight_of(name: str) -> str | None:
     return f"{weight}.weight" if dot else None
 
 
-def settle_progress(fit_loop: dict[str, Any], steps_per_epoch: int | float) -> None:
+def settle_progress(fit_loop: dict[str, Any], *, num_epochs: int, num_in_epoch: int) -> None:
     """Write where a run is in the one form from which Lightning 2.6 goes on rightly: within an
     epoch, its steps so far complete; after an epoch's last step, within the next, before its first.
 
@@ -121,13 +120,11 @@ def settle_progress(fit_loop: dict[str, Any], steps_per_epoch: int | float) -> N
 
     Args:
         fit_loop: the state of the loops in a checkpoint.
-        steps_per_epoch: infinite where that is not known; the counts stay as they are then.
+        num_epochs: whole epochs that are done.
+        num_in_epoch: steps of the next one that are done, fewer than it has.
     """
-    if math.isinf(steps_per_epoch):
-        return
     batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
     num_steps = batches["total"]["processed"]
-    num_epochs, num_in_epoch = divmod(num_steps, int(steps_per_epoch))
     batches["total"] = dict.fromkeys(batches["total"], num_steps)
     batches["current"] = dict.fromkeys(batches["current"], num_in_epoch)
     batches["is_last_batch"] = False

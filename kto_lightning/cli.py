@@ -211,6 +211,8 @@ class KTOCLI(LightningCLI):
     def after_predict(self) -> None:
         module, data = self._parts()
         assert data.predict_set is not None
+        for warning in data.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
         parts = self.trainer.predict_loop.predictions
         predictions = gathered([prediction for part in parts for prediction in part])
         if not self.trainer.is_global_zero:

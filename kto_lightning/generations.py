@@ -49,6 +49,12 @@ class Generations(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.generate and stage == "fit":
             require_whole_model(trainer.strategy)
+            data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+            if data.stream is not None and data.validation_set is None:
+                raise ConfigError(
+                    "--report.generate takes prompts from records that are kept, and with "
+                    "--data.streaming true there are none. Give --data.validation FILE."
+                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:  # a resumed run keeps what was answered before its first step

@@ -143,8 +143,8 @@ class NonFiniteGuard:
 
 
 def _location(trainer: Trainer, index: int) -> str:
-    train_set = getattr(trainer.datamodule, "train_set", None)  # pyright: ignore[reportAttributeAccessIssue]
-    return train_set.location(index) if train_set is not None else f"example:{index}"
+    locate = getattr(trainer.datamodule, "location", None)  # pyright: ignore[reportAttributeAccessIssue]
+    return locate(index) if locate is not None else f"example:{index}"
 
 
 def _warn(trainer: Trainer, warning: str | None) -> None:

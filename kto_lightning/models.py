@@ -206,16 +206,25 @@ def _require_model_files(name: str) -> None:
         )
     if directory.is_dir() and not any(directory.glob("*.safetensors")):
         if any(directory.glob("*.bin")):
-            raise ModelError(
-                f"{name} has its weights as pickles only, which can run code when they are loaded. "
-                "Save it again as safetensors: model.save_pretrained does."
-            )
+            raise _pickled(name)
         raise ModelError(f"{name} has no weights (*.safetensors). Copy them there.")
     if directory.is_file():
         raise ModelError(f"{name} is a file. Give a Hugging Face model directory or a hub id.")
 
 
+def _pickled(name: str) -> ModelError:
+    return ModelError(
+        f"{name} has its weights as pickles only, which can run code when they are loaded. "
+        "Save it again as safetensors: model.save_pretrained does."
+    )
+
+
 def _reason(name: str, error: BaseException) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            "it comes with code of its own, which has not been run. Read that code; if you trust "
+            "it, give --model.trust_remote_code true."
+        )
     if Path(name).exists() or "connect" not in str(error):
         return _first_line(error)
     return f"there is no directory {name} here, and the hub cannot be reached. Check the path."
@@ -264,6 +273,9 @@ def _add_adapter(model: PreTrainedModel, lora: LoRA) -> nn.Module:
 
 def _load_adapter(model: PreTrainedModel, name: str) -> nn.Module:
     """The adapter to train on, and the same once more, frozen, as the reference."""
+    directory = Path(name)
+    if any(directory.glob("*.bin")) and not any(directory.glob("*.safetensors")):
+        raise _pickled(name)
     try:
         with _tied_head_allowed():
             adapted = PeftModel.from_pretrained(model, name, is_trainable=True)

@@ -197,8 +197,8 @@ class KTOModule(LightningModule):
             self.policy.named_parameters(), num_steps=self.num_training_steps()
         )
 
-    def num_training_steps(self) -> int:
-        """Optimizer steps of the whole run, over which a schedule stretches.
+    def num_training_steps(self) -> int | None:
+        """Optimizer steps of the whole run, over which a schedule stretches; None: not known.
 
         Counted here because `trainer.estimated_stepping_batches` builds the loaders too early for a
         resumed run.

@@ -115,9 +115,10 @@ class Optimization:
         self._scheduler(SGD([torch.zeros(1)], lr=self.learning_rate), num_steps=1000)
 
     def configure(
-        self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, num_steps: int
+        self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, num_steps: int | None
     ) -> dict[str, Any]:
         """Optimizer and schedule, as Lightning's `configure_optimizers` returns them."""
+        self.require_length(num_steps)
         optimizer = make_optimizer(
             self.optimizer,
             named_parameters,
@@ -126,9 +127,23 @@ class Optimization:
         )
         return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer, num_steps)}
 
-    def _scheduler(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:
+    def require_length(self, num_steps: int | None) -> None:
+        """Refuse a schedule that stretches over the whole run where its length is not known.
+
+        Raises:
+            ConfigError: if `num_steps` is None and the learning rate is to change.
+        """
+        if num_steps is not None or (self.lr_schedule == "constant" and not self.warmup_ratio):
+            return
+        raise ConfigError(
+            f"--model.lr_schedule {self.lr_schedule} with --model.warmup_ratio "
+            f"{self.warmup_ratio:g} stretches over all steps, whose number is not known before a "
+            "stream ends. Give --trainer.max_steps, or leave the learning rate constant."
+        )
+
+    def _scheduler(self, optimizer: Optimizer, num_steps: int | None) -> LRScheduler:
         return make_scheduler(
-            self.lr_schedule, optimizer, warmup_ratio=self.warmup_ratio, num_steps=num_steps
+            self.lr_schedule, optimizer, warmup_ratio=self.warmup_ratio, num_steps=num_steps or 0
         )
 
 
@@ -166,15 +181,15 @@ def check_same_optimizer(then: dict[str, Any], now: dict[str, Any]) -> None:
 
 def count_steps(
     *,
-    steps_per_epoch: int,
+    steps_per_epoch: int | None,
     limit_train_batches: int | float,
     max_steps: int,
     max_epochs: int | None,
-) -> int:
-    """Optimizer steps of a whole run, from its data and the trainer's limits.
+) -> int | None:
+    """Optimizer steps of a whole run, from its data and the trainer's limits; None: not known.
 
     Args:
-        steps_per_epoch: that the data give.
+        steps_per_epoch: that the data give; None: not known, because they are streamed.
         limit_train_batches: of them those that are made: a share as a float, a number as an int.
         max_steps: not positive: unbounded.
         max_epochs: None or negative: unbounded.
@@ -183,13 +198,17 @@ def count_steps(
         ConfigError: if nothing ends the run.
     """
     share = limit_train_batches
-    per_epoch = (
-        int(steps_per_epoch * share) if isinstance(share, float) else min(steps_per_epoch, share)
-    )
+    per_epoch = steps_per_epoch
+    if not isinstance(share, float):
+        per_epoch = share if steps_per_epoch is None else min(steps_per_epoch, share)
+    elif steps_per_epoch is not None:
+        per_epoch = int(steps_per_epoch * share)
     limit = max_steps if max_steps > 0 else None
     if max_epochs is None or max_epochs < 0:
         if limit is None:
             raise ConfigError("Give --trainer.max_steps or --trainer.max_epochs.")
+        return limit
+    if per_epoch is None:
         return limit
     return max_epochs * per_epoch if limit is None else min(limit, max_epochs * per_epoch)
 

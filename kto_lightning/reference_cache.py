@@ -108,7 +108,7 @@ class CachedReference:
 
     Args:
         cache: the log-probs of the reference.
-        keys: of all log-probs that will be asked for.
+        keys: of all log-probs that will be asked for; None: not known before they are.
         make_reference: makes what computes the lacking ones; not called where none lacks, so that a
             full cache costs no second model.
         agree: tells which flags are set on some rank. For a reference that is spread over all
@@ -118,11 +118,18 @@ class CachedReference:
     def __init__(
         self,
         cache: ReferenceCache,
-        keys: set[bytes],
+        keys: set[bytes] | None,
         make_reference: Callable[[], Reference],
         agree: Callable[[Sequence[bool]], Sequence[bool]] = lambda own: own,
     ) -> None:
         self.cache, self._keys, self._agree = cache, keys, agree
+        if keys is None:
+            self.reference: Reference | None = make_reference()
+            self.description = (
+                f"log-probs from the cache ({len(cache):,} are there), the others from "
+                f"{self.reference.description}"
+            )
+            return
         known = cache.num_known(keys)
         (lacks,) = agree([known < len(keys)])
         self.reference = make_reference() if lacks else None
@@ -137,8 +144,10 @@ class CachedReference:
 
     def refresh(self) -> None:
         """Take in what other processes have written; once nothing is lacking, let go of the model
-        that would compute it."""
+        that would compute it, unless it is not known what will be asked for."""
         self.cache.refresh()
+        if self._keys is None:
+            return
         (lacks,) = self._agree([self.cache.num_known(self._keys) < len(self._keys)])
         if not lacks:
             self.reference = None

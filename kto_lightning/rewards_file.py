@@ -6,7 +6,36 @@ from pathlib import Path
 from typing import Any
 
 from kto_lightning.data.examples import ExampleSet
+from kto_lightning.data.sources import expand
+from kto_lightning.errors import DataError
 from kto_lightning.types import Prediction
+
+SUFFIX = ".rewards.jsonl"
+
+
+def without_rewards(source: str | list[str]) -> tuple[list[str], list[str]]:
+    """The files of a source but for those that `write_rewards` wrote beside them, and these.
+
+    A pattern such as `*.jsonl` finds both. Whoever names such a file, or a pattern that ends like
+    one, gets it.
+
+    Raises:
+        DataError: as `sources.expand`, or if a pattern finds nothing else.
+    """
+    kept: list[str] = []
+    left_out: list[str] = []
+    for item in [source] if isinstance(source, str) else source:
+        names = expand(item)
+        found_by_chance = names != [item] and not item.endswith(SUFFIX)
+        rewards = [name for name in names if found_by_chance and name.endswith(SUFFIX)]
+        kept += [name for name in names if name not in rewards]
+        left_out += rewards
+    if not kept:
+        raise DataError(
+            f"'{source}' finds only rewards that `predict` wrote: {', '.join(left_out[:3])}. "
+            "Check the pattern, or name the files."
+        )
+    return kept, left_out
 
 
 def write_rewards(
@@ -27,7 +56,7 @@ def write_rewards(
         lines.setdefault(record["file"], []).append(_line(record, by_row.get(row)))
     written = []
     for name, texts in lines.items():
-        beside = Path(f"{name}.rewards.jsonl")
+        beside = Path(f"{name}{SUFFIX}")
         path = beside if Path(name).exists() else Path(output_dir) / beside.name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(texts), encoding="utf-8")

@@ -5,7 +5,7 @@ records and a seed of their own, and never by the batch. So each (x, y') recurs 
 its reference log-prob can be kept (invariant 3).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from zlib import crc32
 
@@ -75,7 +75,7 @@ def pair_rotate(num_examples: int, batch_size: int) -> Pairing:
 
 
 def pair_distinct_prompts(
-    prompt_keys: Int64[np.ndarray, " examples"], *, seed: int | None
+    prompt_keys: Int64[np.ndarray, " examples"], *, seed: int | Sequence[int] | None
 ) -> Pairing:
     """Join examples with different prompts in rings of two, and one of three if they are odd.
 
@@ -173,18 +173,19 @@ def _rings(
 
 
 def epoch_order(
-    pairing: Pairing, *, shuffle: bool, seed: int, epoch: int
+    pairing: Pairing, *, shuffle: bool, seed: int, epoch: int, buffer: int = 0
 ) -> Int64[np.ndarray, " examples"]:
     """The examples in the order in which an epoch sees them, a permutation.
 
     A pure function of its arguments on every platform. Units are shuffled as wholes; without
     `shuffle` they come by their first member, which for TRL's blocks is the order of the file.
+    Each buffer of a stream has an order of its own; the first has that of a whole data set.
     """
     if not shuffle:
         return pairing.members.copy()
     num_shuffled = len(pairing) - pairing.num_fixed
     units = pairing.members[:num_shuffled].reshape(-1, pairing.unit_size)
-    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, buffer])))
     order = generator.permutation(len(units))
     return np.concatenate([units[order].ravel(), pairing.members[num_shuffled:]])
 
@@ -227,6 +228,8 @@ class PlanSampler(Sampler[StepPlan]):
     world_size: int = 1
     padded: bool = False
     """Whether forwards pad their micro-batches."""
+    buffer: int = 0
+    """Which part of a stream the examples are."""
     epoch: int = field(default=0, init=False)
     start: int = field(default=0, init=False)
     """The step of `epoch` at which iteration begins."""
@@ -239,7 +242,8 @@ class PlanSampler(Sampler[StepPlan]):
         return -(-len(self.pairing) // self.batch_size)
 
     def __iter__(self) -> Iterator[StepPlan]:
-        order = epoch_order(self.pairing, shuffle=self.shuffle, seed=self.seed, epoch=self.epoch)
+        settings = {"seed": self.seed, "epoch": self.epoch, "buffer": self.buffer}
+        order = epoch_order(self.pairing, shuffle=self.shuffle, **settings)
         for step in range(self.start, len(self)):
             examples = order[step * self.batch_size : (step + 1) * self.batch_size]
             plan = plan_micro_batches(
@@ -261,12 +265,14 @@ class PlanSampler(Sampler[StepPlan]):
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
-    def state_dict(self, *, num_steps_done: int) -> dict[str, int]:
+    def state_dict(self, *, num_steps_done: int, ends_epoch: bool = False) -> dict[str, int]:
         """What a checkpoint needs to go on after `num_steps_done` steps of this epoch.
 
-        The trainer knows that number; the sampler does not, because workers fetch ahead of it.
+        The trainer knows that number, and whether it ends the epoch there (`limit_train_batches`);
+        the sampler does not, because workers fetch ahead of it.
         """
-        return {"epoch": self.epoch, "start": num_steps_done} | self._order_settings()
+        epoch, start = (self.epoch + 1, 0) if ends_epoch else (self.epoch, num_steps_done)
+        return {"epoch": epoch, "start": start} | self._order_settings()
 
     def load_state(self, state: Mapping[str, int]) -> None:
         """Go on where `state_dict` was taken.

@@ -98,7 +98,7 @@ class ExampleSet:
         self._open()
         table = tokenized.data
         full_prompts, completions = self._prompts.lengths(), self._completions.lengths()
-        prompts, dropped = _truncate(full_prompts, completions, max_length, truncation)
+        prompts, dropped = truncate_prompts(full_prompts, completions, max_length, truncation)
         empty = full_prompts + completions == 0
         given = records.select_columns(["desirable", "weight"]).with_format("numpy")[:]
 
@@ -218,7 +218,7 @@ def _limit(max_length: int | None) -> int:
     return np.iinfo(np.int64).max if max_length is None else max_length
 
 
-def _truncate(
+def truncate_prompts(
     prompts: Int64[np.ndarray, " records"],
     completions: Int64[np.ndarray, " records"],
     max_length: int | None,

@@ -3,11 +3,11 @@
 import os
 import signal
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int64
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kto_lightning.data.batches import (
     Pairing,
@@ -58,8 +58,10 @@ class Batching:
                 got = getattr(self, name)
                 raise ConfigError(f"--data.{name} must be at least {least}, got {got}.")
 
-    def pair(self, prompt_keys: Int64[np.ndarray, " examples"], *, needs_partners: bool) -> Pairing:
-        """Whose completion each example of a set gets as its mismatched one.
+    def pair(
+        self, prompt_keys: Int64[np.ndarray, " examples"], *, needs_partners: bool, buffer: int = 0
+    ) -> Pairing:
+        """Whose completion each example of a set, or of a stream's buffer, is mismatched with.
 
         Raises:
             ConfigError, DataError: as `pair_rotate` and `pair_distinct_prompts`.
@@ -68,7 +70,9 @@ class Batching:
             return unpaired(len(prompt_keys))
         if self.pairing == "rotate":
             return pair_rotate(len(prompt_keys), self.batch_size)
-        return pair_distinct_prompts(prompt_keys, seed=self.pairing_seed if self.shuffle else None)
+        # A seed of [s, 0] is that of s: the first buffer is paired as a whole set is.
+        seed = [self.pairing_seed, buffer] if self.shuffle else None
+        return pair_distinct_prompts(prompt_keys, seed=seed)
 
     def plans(
         self,
@@ -78,6 +82,7 @@ class Batching:
         *,
         shuffle: bool,
         seed: int,
+        buffer: int = 0,
     ) -> PlanSampler:
         """One rank's plan for every step of an epoch; `seed` draws the orders of the epochs."""
         costs = example_costs(
@@ -96,6 +101,7 @@ class Batching:
             rank=placement.rank,
             world_size=placement.world_size,
             padded=not placement.packed,
+            buffer=buffer,
         )
 
     def batches(
@@ -111,7 +117,7 @@ class Batching:
             with_keys=placement.with_keys,
         )
 
-    def loader(self, batches: StepBatches, plans: PlanSampler) -> DataLoader[StepBatch]:
+    def loader(self, batches: Dataset[StepBatch], plans: Sampler) -> DataLoader[StepBatch]:
         return DataLoader(
             batches,
             batch_size=None,
@@ -128,3 +134,20 @@ def _leave_signals_to_the_run(worker: int) -> None:
     os.setsid()
     for signum in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
+
+
+def check_validation_interval(trainer: Any, num_steps: int | None) -> None:
+    """Before the model is loaded; Lightning finds out when the first epoch begins.
+
+    Raises:
+        ConfigError: if an epoch of `num_steps` is over before validation comes round.
+    """
+    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    if num_steps is None or not isinstance(interval, int) or every is None:
+        return
+    if interval > num_steps:
+        raise ConfigError(
+            f"--trainer.val_check_interval {interval} is more than the {num_steps} steps of an "
+            "epoch. Lower it, or count steps over all epochs with "
+            "--trainer.check_val_every_n_epoch null."
+        )

@@ -28,13 +28,16 @@ FEATURES = datasets.Features(
 )
 
 
-def read_records(source: str | list[str]) -> Iterator[Record | BadRecord]:
+def read_records(
+    source: str | list[str], *, streaming: bool = False
+) -> Iterator[Record | BadRecord]:
     """The records of files, globs or hub data sets, in their order, one at a time.
 
     Memory stays constant, but for a `.json` file, which is read whole.
 
     Args:
         source: a path, a glob, a hub data set's id, or a list of those.
+        streaming: whether hub data sets are read as they are fetched, and not first to the disk.
 
     Raises:
         DataError: if a source is missing, of unknown kind, unreadable or if there is no record.
@@ -42,7 +45,7 @@ def read_records(source: str | list[str]) -> Iterator[Record | BadRecord]:
     names = expand(source)
     empty = True
     for name in names:
-        for row in read_rows(name):
+        for row in read_rows(name, streaming=streaming):
             empty = False
             if isinstance(row, BadRecord):
                 yield row

@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -115,16 +116,17 @@ def content_hash(name: str) -> str:
         _raise_unreadable(name, error)
 
 
-def read_rows(name: str) -> Iterator[Row | BadRecord]:
+def read_rows(name: str, *, streaming: bool = False) -> Iterator[Row | BadRecord]:
     """The rows of one of `expand`'s names, in order; those that cannot be parsed as `BadRecord`.
 
-    Only a `.json` file is held in memory whole.
+    Only a `.json` file is held in memory whole. With `streaming` a hub data set is read as it is
+    fetched, and never written to the disk as a whole.
 
     Raises:
         DataError: if the file or the hub data set cannot be read at all.
     """
     if not Path(name).is_file():
-        yield from _hub_rows(name)
+        yield from _streamed_hub_rows(name) if streaming else _hub_rows(name)
         return
     try:
         yield from READERS[Path(name).suffix.lower()](name)
@@ -257,18 +259,23 @@ def _known(columns: list[str]) -> list[str]:
 
 
 def _hub_dataset(name: str) -> datasets.Dataset:
-    try:
+    with _hub_errors(name):
         dataset = datasets.load_dataset(name, split="train")
-    except (
-        Exception
-    ) as error:  # network, permissions, formats: the hub's errors have no common base
+    assert isinstance(dataset, datasets.Dataset)
+    return dataset
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Network, permissions, formats: the hub's errors have no common base."""
+    try:
+        yield
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else ""
         raise DataError(
             f"'{name}' is neither a file here nor a data set that could be fetched from the hub "
             f"({type(error).__name__}: {reason}). Check the path, or the id and the connection."
         ) from error
-    assert isinstance(dataset, datasets.Dataset)
-    return dataset
 
 
 def _hub_rows(name: str) -> Iterator[Row]:
@@ -276,6 +283,19 @@ def _hub_rows(name: str) -> Iterator[Row]:
     dataset = dataset.select_columns(_known(dataset.column_names))
     for line, value in enumerate(dataset, start=1):
         yield Row(file=name, line=line, value=value, cells=True)
+
+
+def _streamed_hub_rows(name: str) -> Iterator[Row]:
+    with _hub_errors(name):
+        rows = iter(datasets.load_dataset(name, split="train", streaming=True))
+    for line in itertools.count(1):
+        with _hub_errors(name):
+            value = next(rows, None)
+        if value is None:
+            return
+        assert isinstance(value, dict)
+        record = {key: value[key] for key in _known(list(value))}
+        yield Row(file=name, line=line, value=record, cells=True)
 
 
 READERS = {

@@ -6,16 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from kto_lightning.errors import ModelError
 
 NO_TEMPLATE = "no chat template"
 NO_EOS = "no end-of-text token"
-
-_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
-"""All that a template's own code can raise."""
 
 _OF_TOKENIZING = frozenset(
     (
@@ -40,7 +36,7 @@ def ids_of_records(
     texts = [_faultless(partial(_texts, json.loads(record), tokenizer)) for record in records]
     try:
         ids = _ids_of_texts((text for text, _ in texts if text is not None), tokenizer)
-    except _FAULTS:
+    except Exception:
         ids = {}
     for record, (text, fault) in zip(records, texts, strict=True):
         found: tuple[list[int], list[int]] | None = None
@@ -52,7 +48,7 @@ def ids_of_records(
 
 
 def _faultless(attempt: Callable[[], _Result]) -> tuple[_Result | None, str | None]:
-    """The result, or what was wrong.
+    """The result, or what was wrong: a template is somebody's program and can raise anything.
 
     Kept as a column and not raised here, so that whichever worker process is first, the first
     record in file order is named.
@@ -61,7 +57,7 @@ def _faultless(attempt: Callable[[], _Result]) -> tuple[_Result | None, str | No
         return attempt(), None
     except ModelError as error:
         return None, str(error)
-    except _FAULTS as error:
+    except Exception as error:
         return None, f"{type(error).__name__}: {error}"
 
 

@@ -84,7 +84,7 @@ def tokenize_records(
     if len(records) == 0:
         raise DataError("There is no record to train on. Check --data.train.")
     tokenized = records.map(
-        _tokenize_batch,
+        tokenize_texts,
         batched=True,
         input_columns=["record"],
         remove_columns=records.column_names,
@@ -101,7 +101,8 @@ def tokenize_records(
     )
 
 
-def _tokenize_batch(records: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
+def tokenize_texts(records: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
+    """The columns of the cache for records as JSON; what cannot be tokenized says so in `fault`."""
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     for prompt_ids, text_ids, fault in ids_of_records(records, tokenizer):
         start = _common_prefix_length(prompt_ids, text_ids)
@@ -155,6 +156,24 @@ def _num_processes(num_records: int, num_workers: int | None) -> int | None:
     return num_workers if num_workers > 1 else None
 
 
+def lacking_in_tokenizer(
+    fault: str, where: str, tokenizer: PreTrainedTokenizerBase
+) -> ModelError | None:
+    """The error to raise if a fault is the tokenizer's, so that no record of that kind can do."""
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    if fault == NO_TEMPLATE:
+        return ModelError(
+            f"The tokenizer {name!r} has no chat template, and {where} is a conversation. "
+            "Give one with --data.chat_template FILE_OR_NAME, or train on plain text."
+        )
+    if fault == NO_EOS:
+        return ModelError(
+            f"The tokenizer {name!r} has no end-of-text token, which the completion of {where} "
+            "(plain text) must end with. Set its eos_token and save it again."
+        )
+    return None
+
+
 def _raise_faults(records: Dataset, tokenized: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
     faults = tokenized.data.column("fault")
     if faults.null_count == len(faults):
@@ -162,16 +181,9 @@ def _raise_faults(records: Dataset, tokenized: Dataset, tokenizer: PreTrainedTok
     rows = np.flatnonzero(faults.is_valid().to_numpy())
     where, first = location(records, int(rows[0])), faults[int(rows[0])].as_py()
     name = tokenizer.name_or_path or type(tokenizer).__name__
-    if first == NO_TEMPLATE:
-        raise ModelError(
-            f"The tokenizer {name!r} has no chat template, and {where} is a conversation. "
-            "Give one with --data.chat_template FILE_OR_NAME, or train on plain text."
-        )
-    if first == NO_EOS:
-        raise ModelError(
-            f"The tokenizer {name!r} has no end-of-text token, which the completion of {where} "
-            "(plain text) must end with. Set its eos_token and save it again."
-        )
+    lacking = lacking_in_tokenizer(first, where, tokenizer)
+    if lacking is not None:
+        raise lacking
     shown = [
         f"  {location(records, int(row))}: {faults[int(row)].as_py()}" for row in rows[:_MOST_SHOWN]
     ]

@@ -173,6 +173,11 @@ def _generation_sections(run: Run) -> Iterator[Section]:
 def _data_sections(run: Run) -> Iterator[Section]:
     if run.data is None:
         return
+    if run.data.get("streamed"):
+        yield Section(
+            title="Data", text=["The records were streamed; `inspect` shows what is in them."]
+        )
+        return
     try:
         report = DataReport.from_dict(run.data)
     except ValueError:
