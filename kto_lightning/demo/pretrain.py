@@ -81,10 +81,10 @@ def encode(
     return input_ids, labels
 
 
-def learning_rate(step: int) -> float:
+def learning_rate(step: int, num_steps: int = NUM_STEPS) -> float:
     """Linear warm-up, then linear decay to nothing; `step` counts from 0."""
     warm = min(1.0, (step + 1) / NUM_WARMUP_STEPS)
-    return PEAK_LEARNING_RATE * warm * (1 - step / NUM_STEPS)
+    return PEAK_LEARNING_RATE * warm * (1 - step / num_steps)
 
 
 def pretrain(
@@ -92,11 +92,12 @@ def pretrain(
     held_out: list[Problem],
     device: torch.device,
     report: Callable[[int, float], None],
+    num_steps: int = NUM_STEPS,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A model that answers well about half of the time, and its tokenizer.
+    """A model that answers well about half of the time after NUM_STEPS steps, and its tokenizer.
 
     No solution of a `held_out` problem is ever shown to it. `report(step, loss)` is called after
-    each of NUM_STEPS steps, from 1.
+    each of `num_steps` steps, from 1.
     """
     exclude = frozenset(problem.solution for problem in held_out)
 
@@ -109,11 +110,11 @@ def pretrain(
     torch.nn.Module.to(model, device)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    for step in range(NUM_STEPS):
+    for step in range(num_steps):
         input_ids, labels = (ids.to(device) for ids in encode(tokenizer, draw_pairs(BATCH_SIZE)))
         logits = model(input_ids=input_ids[:, :-1]).logits
         loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
-        optimizer.param_groups[0]["lr"] = learning_rate(step)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
