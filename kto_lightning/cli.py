@@ -121,12 +121,18 @@ class KTOCLI(LightningCLI):
             trainer.precision = "bf16-mixed" if on_gpu else "32-true"
         if trainer.max_epochs is None:
             trainer.max_epochs = 1 if trainer.max_steps == -1 else -1
-        checkpoint = None
-        if config.ckpt_path is not None:
-            checkpoint = find_checkpoint(config.ckpt_path, config.output_dir)
-            config.ckpt_path = str(checkpoint)
-        if self.subcommand == "fit":
-            check_unused(config.output_dir, checkpoint)
+        self._settle_checkpoint(config)
+
+    def _settle_checkpoint(self, config: Any) -> None:
+        """Put the file that is meant in the place of `--ckpt_path last`."""
+        asked = config.ckpt_path
+        trains = self.subcommand == "fit"
+        checkpoint = None if asked is None else find_checkpoint(asked, config.output_dir)
+        if asked is not None and checkpoint is None and not trains:
+            raise KTOError(f"--ckpt_path last: there is no checkpoint in {config.output_dir} yet.")
+        if trains:
+            check_unused(config.output_dir, checkpoint, goes_on=asked is not None)
+        config.ckpt_path = None if checkpoint is None else str(checkpoint)
 
     def instantiate_classes(self) -> None:
         """Settings that Lightning or a class it makes refuses are a message too."""

@@ -26,16 +26,22 @@ def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def find_checkpoint(path: str, output_dir: str) -> Path:
+def find_checkpoint(path: str, output_dir: str) -> Path | None:
     """What `--ckpt_path` means.
 
     Args:
         path: of a checkpoint; `last`: the latest whole one of `output_dir`.
         output_dir: of the run that goes on.
 
+    Returns:
+        None for the `last` of a run that was killed before its first: it begins anew.
+
     Raises:
         KTOError: if there is none, or the one given is damaged.
     """
+    if path == "last" and results_of(output_dir) == ["metrics.csv"]:
+        print(f"warning: {output_dir} has no checkpoint yet: beginning anew.", file=sys.stderr)
+        return None
     if path == "last":
         return _last_checkpoint(output_dir)
     if not Path(path).exists():
@@ -82,7 +88,7 @@ def check_not_read(output_dir: str, model: Any) -> None:
             )
 
 
-def check_unused(output_dir: str, checkpoint: Path | None) -> None:
+def check_unused(output_dir: str, checkpoint: Path | None, *, goes_on: bool) -> None:
     """Refuse to begin a run where another one's results lie; to go on with that one is allowed.
 
     What a run leaves that ended before its first step is no result.
@@ -90,6 +96,7 @@ def check_unused(output_dir: str, checkpoint: Path | None) -> None:
     Args:
         output_dir: of the run that begins.
         checkpoint: what it goes on from; None: from nothing.
+        goes_on: whether it was asked to go on.
 
     Raises:
         ConfigError: with what was found, and what to do.
@@ -97,9 +104,10 @@ def check_unused(output_dir: str, checkpoint: Path | None) -> None:
     if checkpoint is not None and checkpoint.resolve().parent == _resolved(output_dir):
         return
     found = results_of(output_dir)
-    if not found:
+    if not found or (goes_on and checkpoint is None):
         return
-    go_on = "go on with it by --ckpt_path last, " if list_checkpoints(output_dir) else ""
+    can_go_on = list_checkpoints(output_dir) or found == ["metrics.csv"]
+    go_on = "go on with it by --ckpt_path last, " if can_go_on else ""
     raise ConfigError(
         f"--output_dir {output_dir} holds an earlier run: {', '.join(found)}. Give another "
         f"--output_dir, {go_on}or remove {output_dir} first."

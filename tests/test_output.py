@@ -13,7 +13,7 @@ from kto_lightning import cli
 from kto_lightning.checkpoint_io import is_whole
 from kto_lightning.module import KTOModule
 from kto_lightning.output import list_checkpoints
-from tests.cli import fit, rows, small_data, small_model, weights
+from tests.cli import fit, fit_arguments, rows, run_cli, small_data, small_model, weights
 
 LAST = ("--ckpt_path", "last")
 EVERY_STEP = ("--checkpoint.every_n_steps", 1)
@@ -66,7 +66,18 @@ def test_any_part_of_a_run_makes_a_directory_used(
     fit(policy, train, tmp_path, status=2)
     error = capsys.readouterr().err
     assert f"holds an earlier run: {left}." in error
-    assert "--ckpt_path" not in error
+    assert ("--ckpt_path last" in error) == (left == "metrics.csv")
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(
+    policy: Path, train: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,0.5\n")
+    assert run_cli("validate", *fit_arguments(policy, train, tmp_path, *LAST)) == 1
+    assert "there is no checkpoint in" in capsys.readouterr().err
+    fit(policy, train, tmp_path, *LAST)
+    assert f"warning: {tmp_path} has no checkpoint yet: beginning anew." in capsys.readouterr().err
+    assert rows(tmp_path) == rows(whole)
 
 
 def test_a_run_that_ended_before_its_first_step_does_not_block_the_next(
