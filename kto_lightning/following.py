@@ -13,11 +13,10 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
 
 from kto_lightning.errors import ConfigError
 from kto_lightning.policy import Policy
-from kto_lightning.reference import FrozenReference, Reference
+from kto_lightning.reference import FrozenReference, Reference, reshard
 
 CHECKPOINT_KEY = "reference"
 
@@ -93,9 +92,8 @@ class FollowingReference(FrozenReference):
         """
         if step % self.follow.every_n_steps:
             return
-        for model in (self.policy, policy):
-            if isinstance(model, FSDPModule):
-                model.reshard()  # its root stays whole after a forward without a backward
+        reshard(self.policy)
+        reshard(policy)
         pairs = zip(self.policy.parameters(), policy.parameters(), strict=True)
         for own, new in pairs:  # tied weights come once
             own.lerp_(new.to(own.device), self.follow.alpha)

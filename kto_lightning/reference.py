@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from kto_lightning.models import REFERENCE_ADAPTER, LoadedModel, adapter_base
 from kto_lightning.packing_probe import make_policy
@@ -18,6 +19,13 @@ from kto_lightning.policy import Policy
 from kto_lightning.types import Logps, PackedBatch
 
 _AS_IT_WAS = "a frozen copy of the policy as it was"
+
+
+def reshard(policy: Policy) -> None:
+    """Let go of gathered weights under FSDP2, whose root keeps its own after a forward without a
+    backward."""
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
 
 
 @runtime_checkable
@@ -125,9 +133,13 @@ class AdapterReference:
     def logps(self, batch: PackedBatch, *, matched: bool = True, mismatched: bool = True) -> Logps:
         training = self._policy.training
         self._policy.eval()  # an adapter's dropout belongs to training
+        # Switching sets what requires a gradient, and would set it on gathered weights alone.
+        reshard(self._policy)
         try:
             with self._switched():
-                return self._policy(batch, matched=matched, mismatched=mismatched)
+                logps = self._policy(batch, matched=matched, mismatched=mismatched)
+                reshard(self._policy)
+                return logps
         finally:
             self._policy.train(training)
 

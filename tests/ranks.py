@@ -159,7 +159,7 @@ def fit_on_ranks(
     devices = ("--trainer.devices", ranks, "--trainer.strategy", strategy)
     arguments = ("fit", *fit_arguments(policy, train, output, *devices, *options))
     ended = run_ranks(*arguments, ranks=ranks, **job_options)
-    assert [rank.status for rank in ended] == [0] * ranks, "\n".join(r.err for r in ended)
+    assert [rank.status for rank in ended] == [0] * ranks, "\n".join(r.err + r.out for r in ended)
     return output
 
 
