@@ -1,12 +1,11 @@
 """What `diagnosis` finds in a run, said on stderr while it goes on."""
 
-import sys
-from functools import partial
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
 from kto_lightning.diagnosis import RunningDiagnosis
+from kto_lightning.ranks import warn
 
 
 class Diagnostics(Callback):
@@ -24,9 +23,6 @@ class Diagnostics(Callback):
         if not trainer.is_global_zero:
             return
         assert self._diagnosis is not None
-        bar = trainer.progress_bar_callback
-        say = print if bar is None else bar.print  # a bar makes way for a line
-        say = partial(say, file=sys.stderr)
         row: Any = pl_module.last_row
         for sentence in self._diagnosis.read(row):
-            say(f"warning: {sentence}")
+            warn(trainer, sentence)

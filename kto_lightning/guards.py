@@ -1,7 +1,6 @@
 """Guard rails of a step: numbers that are not finite, and memory that runs out."""
 
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from lightning import Trainer
 
 from kto_lightning.errors import ModelError, StoppedRun
 from kto_lightning.optimization import require_one_of
-from kto_lightning.ranks import gathered
+from kto_lightning.ranks import gathered, warn
 from kto_lightning.scoring import BatchScorer, MicroLogps
 from kto_lightning.types import PackedBatch, StepBatch
 
@@ -107,7 +106,9 @@ class NonFiniteGuard:
             self._num_in_a_row = 0
             return True
         findings = sorted(gathered(examine(batch, scored, partial(_location, trainer))))
-        _warn(trainer, self._judge(trainer.global_step + 1, metrics, findings))
+        warning = self._judge(trainer.global_step + 1, metrics, findings)
+        if warning is not None:
+            warn(trainer, warning)
         return False
 
     def _judge(
@@ -135,7 +136,7 @@ class NonFiniteGuard:
     def conclude(self, trainer: Trainer) -> None:
         """Say how many steps were skipped, if any."""
         if self._num_skipped:
-            _warn(
+            warn(
                 trainer,
                 f"{self._num_skipped} steps were skipped because their loss or gradient was not "
                 "finite; metrics.csv tells which.",
@@ -145,14 +146,6 @@ class NonFiniteGuard:
 def _location(trainer: Trainer, index: int) -> str:
     locate = getattr(trainer.datamodule, "location", None)  # pyright: ignore[reportAttributeAccessIssue]
     return locate(index) if locate is not None else f"example:{index}"
-
-
-def _warn(trainer: Trainer, warning: str | None) -> None:
-    if warning is None or not trainer.is_global_zero:
-        return
-    bar = trainer.progress_bar_callback
-    say = print if bar is None else bar.print  # a bar makes way for a line
-    say(f"warning: {warning}", file=sys.stderr)
 
 
 def _describe(step: int, metrics: Mapping[str, float | None], findings: Sequence[Finding]) -> str:

@@ -1,5 +1,6 @@
-"""What the processes of one job say to each other beside tensors of a step."""
+"""What the processes of one job say, to each other beside tensors of a step and to the user."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -8,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
+from lightning import Trainer
 from torch import Tensor
 
 T = TypeVar("T")
@@ -50,6 +52,14 @@ def by_rank(value: float, rank: int, num_ranks: int) -> Float[Tensor, " ranks"]:
     vector = torch.zeros(num_ranks, dtype=torch.float64)
     vector[rank] = value
     return vector
+
+
+def warn(trainer: Trainer, message: str) -> None:
+    """A warning on stderr, once for all ranks; a progress bar makes way for it."""
+    if trainer.is_global_zero:
+        bar = trainer.progress_bar_callback
+        say = print if bar is None else bar.print
+        say(f"warning: {message}", file=sys.stderr)
 
 
 def _several() -> bool:

@@ -1,6 +1,6 @@
 """What a run reads before its model is loaded: records, tokenized, paired and weighted."""
 
-import sys
+from functools import partial
 from typing import Any
 
 from lightning import LightningDataModule
@@ -20,6 +20,7 @@ from kto_lightning.data.stream_steps import StreamSampler
 from kto_lightning.data.tokenize import ExampleSet, Truncation
 from kto_lightning.data.weights import ClassWeights, check_weights, resolve_weights
 from kto_lightning.errors import ConfigError, KTOError
+from kto_lightning.ranks import warn
 from kto_lightning.rewards_file import without_rewards
 
 
@@ -148,6 +149,7 @@ class RunData(LightningDataModule):
 
     def _open_stream(self) -> ExampleStream:
         """What it and its settings cannot give is found out before the model is loaded."""
+        assert self.trainer is not None
         module = self._module
         check_stream_settings(self.buffer_size, self.validation, self.trainer)
         module.optimization.require_length(module.num_training_steps())
@@ -160,16 +162,8 @@ class RunData(LightningDataModule):
             truncation=self.reading.truncation,
             buffer_size=self.buffer_size,
             batch_size=self.batch_size,
-            warn=self._warn_now,
+            warn=partial(warn, self.trainer),
         )
-
-    def _warn_now(self, message: str) -> None:
-        """Say what a stream met, once for all ranks, and make the progress bar give way."""
-        assert self.trainer is not None
-        if self.trainer.is_global_zero:
-            bar = self.trainer.progress_bar_callback
-            say = print if bar is None else bar.print
-            say(f"warning: {message}", file=sys.stderr)
 
     def _load_training_set(self) -> None:
         examples = self._examples(self.train, "train")
