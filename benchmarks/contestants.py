@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 import torch
 from common import reset_peak_memory, used_memory_mib
+from silence import quiet
 from step_floor import UnitCosts, floor
-from step_runs import Inputs, quiet, trl_config
+from step_runs import Inputs, trl_config
 
 Reference = Literal["computed", "cached"]
 

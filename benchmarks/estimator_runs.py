@@ -1,8 +1,6 @@
 """Training runs that differ in z0 alone, and the mismatched log-ratios of what was trained."""
 
-import logging
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +9,10 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from datasets import disable_progress_bars
 from jaxtyping import Float, Int64
 from lightning import Trainer
+from silence import be_quiet
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from kto_lightning import loss
 from kto_lightning.data.batches import Pairing, PlanSampler, pair_distinct_prompts
@@ -243,10 +240,7 @@ def _batches_in_order(
         yield plan.examples, batch
 
 
-def be_quiet() -> None:
-    """The tables alone, in this process: no progress bars, none of the libraries' advice."""
+def set_up_process() -> None:
+    """In this process: the tables alone, and one thread."""
     torch.set_num_threads(1)  # models this small gain nothing from a second
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    disable_progress_bars()
-    transformers_logging.disable_progress_bar()
+    be_quiet()

@@ -38,7 +38,7 @@ from estimator_runs import (
     CONTESTANTS,
     MICRO_BATCH_SIZE,
     Settings,
-    be_quiet,
+    set_up_process,
     train,
     trained_log_ratios,
 )
@@ -89,7 +89,7 @@ def runner(processes: int) -> Iterator[Any]:
         yield map
         return
     with ProcessPoolExecutor(
-        processes, mp_context=get_context("spawn"), initializer=be_quiet
+        processes, mp_context=get_context("spawn"), initializer=set_up_process
     ) as pool:
         yield pool.map
 
@@ -161,7 +161,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    be_quiet()
+    set_up_process()
     header = describe(torch.device("cpu")) | {
         "beta": options.beta,
         "learning_rate": options.learning_rate,

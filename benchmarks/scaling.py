@@ -37,7 +37,8 @@ from common import (
 )
 from inputs import SHAPES, make_model
 from lightning.fabric.utilities import move_data_to_device
-from step_runs import counter, quiet
+from silence import quiet
+from step_runs import counter
 
 from kto_lightning.data.collate import pack
 from kto_lightning.metrics import BatchSums

@@ -30,8 +30,9 @@ from typing import Any
 import torch
 from common import describe, print_header, print_table, write_result
 from inputs import made_records, read_jsonl, save_model, write_jsonl
+from silence import quiet
 from step_floor import UnitCosts, floor, mismatched_lengths
-from step_runs import Inputs, Settings, quiet, run_ours, run_trl, sft_cost
+from step_runs import Inputs, Settings, run_ours, run_trl, sft_cost
 from transformers import AutoModelForCausalLM
 
 from kto_lightning.types import StepBatch

@@ -1,21 +1,14 @@
 """Whole training runs whose steps are counted: ours, TRL's, and plain fine-tuning."""
 
-import logging
-import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TQDM_DISABLE", "1")
-
+import silence  # noqa: F401  (sets what the libraries below read when they are imported)
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from inputs import Shape, read_jsonl
 from lightning import Trainer
 from linear_logps import addmm
@@ -26,7 +19,6 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
-from transformers.utils import logging as transformers_logging
 from trl.trainer import utils as trl_utils
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
@@ -36,18 +28,6 @@ from kto_lightning.module import KTOModule
 from kto_lightning.types import StepBatch
 
 ATEN = torch.ops.aten
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars, none of the libraries' advice."""
-    for library in ("lightning.pytorch", "trl"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

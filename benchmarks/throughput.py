@@ -48,7 +48,8 @@ from common import (
 from contestants import Reference, Step, Task
 from inputs import SHAPES, Shape, made_records, read_jsonl, save_model, write_jsonl
 from race import Failed, Line, race
-from step_runs import Inputs, quiet
+from silence import quiet
+from step_runs import Inputs
 
 # Of rounding, which training lets grow. Another pair or order moves log-probs by tens of percent.
 TOLERANCES = {"cpu": {"loss": 1e-3, "logps": 1e-4}, "cuda": {"loss": 2e-2, "logps": 1e-2}}

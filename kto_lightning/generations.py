@@ -1,7 +1,6 @@
 """`OUTPUT/generations.json`: what the policy answers before and after, on a few fixed prompts."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import GenerationConfig
 
 from kto_lightning.data.examples import ExampleSet
 from kto_lightning.errors import ConfigError
+from kto_lightning.whole_file import write_whole
 
 SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
@@ -92,14 +92,12 @@ class Generations(Callback):
                         moment: answer,
                     }
                 )
-        _write(
-            _path(trainer),
-            {
-                "source": "validation" if held_out else "train",
-                "max_new_tokens": self.max_new_tokens,
-                "samples": samples,
-            },
-        )
+        content = {
+            "source": "validation" if held_out else "train",
+            "max_new_tokens": self.max_new_tokens,
+            "samples": samples,
+        }
+        write_whole(_path(trainer), json.dumps(content, indent=2) + "\n", what="the answers")
 
     def _answer(self, model: Any, tokenizer: Any, prompt_ids: np.ndarray) -> str:
         ends = model.generation_config.eos_token_id
@@ -170,9 +168,3 @@ def _answered_before(trainer: Trainer) -> dict[str, str | None]:
         return {sample["prompt"]: sample["before"] for sample in samples}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_suffix(".json.part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)

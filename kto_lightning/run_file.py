@@ -1,12 +1,11 @@
 """`OUTPUT/run.json`: what a run is and how far it was to go, for whoever looks at it later."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kto_lightning.errors import KTOError
+from kto_lightning.whole_file import write_whole
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,15 +26,8 @@ def write_run_file(output_dir: str | Path, content: RunFile) -> None:
     Raises:
         KTOError: if it cannot be written.
     """
-    path = Path(output_dir) / "run.json"
-    part = path.with_suffix(".json.part")
-    try:
-        part.write_text(json.dumps(asdict(content), indent=2) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise KTOError(
-            f"{path} cannot be written: {error.strerror or error}. Check path and disk."
-        ) from error
+    text = json.dumps(asdict(content), indent=2) + "\n"
+    write_whole(Path(output_dir) / "run.json", text, what="the run's record")
 
 
 def read_run_file(output_dir: str | Path) -> RunFile:

@@ -126,7 +126,8 @@ def test_wrong_usage(benchmark: ModuleType, arguments: list[str], capsys):
 
 
 def test_a_run_on_tiny_sizes(benchmark: ModuleType, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "be_quiet", lambda: None)  # this process belongs to all tests
+    # This process belongs to all tests.
+    monkeypatch.setattr(benchmark, "set_up_process", lambda: None)
     tokenizer = make_tokenizer()
     model = save_model(tmp_path / "model", "llama", tokenizer)
     data = write_jsonl(tmp_path / "tiny.jsonl", plain_records(40))

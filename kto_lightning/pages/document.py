@@ -1,9 +1,7 @@
 """A page from its parts: plain values in, one HTML file out. Whatever is text is escaped."""
 
 import itertools
-import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -11,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
-from kto_lightning.errors import KTOError
 from kto_lightning.finding import Finding, begun
 from kto_lightning.pages.charts import Chart, draw
+from kto_lightning.whole_file import write_whole
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -112,17 +110,4 @@ def write_page(page: Page, path: Path) -> None:
     Raises:
         KTOError: if it cannot be written.
     """
-    content = render(page)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A lone surrogate from broken JSON has no UTF-8.
-        part.write_text(content, encoding="utf-8", errors="replace")
-        os.replace(part, path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise KTOError(
-            f"the page {path} cannot be written: {error.strerror or error}. Choose another place, "
-            "or make room."
-        ) from error
+    write_whole(path, render(page), what="the page")
