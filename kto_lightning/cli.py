@@ -34,12 +34,13 @@ from kto_lightning.diagnostics import Diagnostics
 from kto_lightning.errors import ConfigError, KTOError, StoppedRun
 from kto_lightning.export import save_policy
 from kto_lightning.generations import Generations
+from kto_lightning.launched import ended_together
 from kto_lightning.metrics_file import WATCHABLE, MetricsFile
 from kto_lightning.module import KTOModule
 from kto_lightning.output import check_not_read, check_unused, find_checkpoint
 from kto_lightning.policy import Policy
 from kto_lightning.preemption import Preempted, Preemption
-from kto_lightning.ranks import gathered, wait_for_each_other
+from kto_lightning.ranks import gathered, lost_rank_named, wait_for_each_other
 from kto_lightning.rewards_file import write_rewards
 from kto_lightning.run_file import mark_finished
 from kto_lightning.run_report import report_of_run
@@ -174,6 +175,10 @@ class KTOCLI(LightningCLI):
             kwargs["enable_progress_bar"] = False
         kwargs["plugins"] = [*(trainer.plugins or []), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with ended_together(self.trainer), lost_rank_named():
+            super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
         module, data = self._parts()

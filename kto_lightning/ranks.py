@@ -12,8 +12,12 @@ from jaxtyping import Float
 from lightning import Trainer
 from torch import Tensor
 
+from kto_lightning.errors import KTOError
+
 T = TypeVar("T")
 _NO_LIMIT = timedelta(days=1000)
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""How gloo puts it when the rank at the other end is no more; NCCL waits until it is killed."""
 
 
 def gathered(own: list[T]) -> list[T]:
@@ -44,6 +48,24 @@ def wait_for_each_other() -> Iterator[None]:
         if group is not None:
             dist.monitored_barrier(group, timeout=_NO_LIMIT)
             dist.destroy_process_group(group)
+
+
+@contextmanager
+def lost_rank_named() -> Iterator[None]:
+    """Turn what a rank meets whose peer ends in the midst of things into a message.
+
+    Raises:
+        KTOError: for that; what the block raises otherwise is left as it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _several() or not any(words in str(error) for words in _LOST):
+            raise
+        raise KTOError(
+            "another rank has ended while this one waited for it. Look at what that rank says, or "
+            "at what killed it; go on with --ckpt_path last."
+        ) from error
 
 
 def by_rank(value: float, rank: int, num_ranks: int) -> Float[Tensor, " ranks"]:

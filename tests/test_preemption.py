@@ -140,22 +140,38 @@ def ask_rank(*ranks: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole_run_on_two(policy: Path, train: Path, tmp_path_factory) -> Path:
-    return fit_on_ranks(policy, train, tmp_path_factory.mktemp("whole"))
+def whole_runs_on_two(policy: Path, train: Path, tmp_path_factory) -> Callable[[str], Path]:
+    """Uninterrupted runs of two ranks under a strategy, each made once."""
+    made: dict[str, Path] = {}
+
+    def run(strategy: str) -> Path:
+        if strategy not in made:
+            output = tmp_path_factory.mktemp("whole")
+            made[strategy] = fit_on_ranks(policy, train, output, strategy=strategy)
+        return made[strategy]
+
+    return run
 
 
-@pytest.mark.parametrize("asked", [(1,), (0, 1)])
+@pytest.mark.parametrize(
+    ("strategy", "asked"), [("ddp", (1,)), ("ddp", (0, 1)), ("fsdp2", (0,)), ("fsdp2", (0, 1))]
+)
 def test_ranks_stop_together_whichever_is_asked(
-    asked: tuple[int, ...], policy: Path, train: Path, whole_run_on_two: Path, tmp_path: Path
+    strategy: str,
+    asked: tuple[int, ...],
+    policy: Path,
+    train: Path,
+    whole_runs_on_two: Callable[[str], Path],
+    tmp_path: Path,
 ):
-    options = ("--trainer.devices", 2, "--trainer.strategy", "ddp")
+    options = ("--trainer.devices", 2, "--trainer.strategy", strategy)
     arguments = ("fit", *fit_arguments(policy, train, tmp_path, *options))
     ended = run_ranks(*arguments, prepare=partial(ask_rank, *asked))
     assert [rank.status for rank in ended] == [143, 143], "\n".join(rank.err for rank in ended)
     assert "stopped by SIGTERM after step 3" in ended[0].err
     assert [saved for saved, _ in list_checkpoints(tmp_path)] == [3]
-    fit_on_ranks(policy, train, tmp_path, *LAST)
-    assert_equal_runs(tmp_path, whole_run_on_two)
+    fit_on_ranks(policy, train, tmp_path, *LAST, strategy=strategy)
+    assert_equal_runs(tmp_path, whole_runs_on_two(strategy))
 
 
 def ask_the_group() -> None:

@@ -1,0 +1,136 @@
+"""Ranks that end without a word, by `kill -9` or an error of their own: none is left hanging, and
+the run goes on bit for bit."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from kto_lightning.errors import ModelError
+from kto_lightning.output import list_checkpoints
+from tests.cli import fit_arguments, small_data, small_model
+from tests.ranks import Ended, fit_on_ranks, job, run_ranks
+from tests.test_preemption import call_in_step
+from tests.test_resume import EVERY_STEP, assert_equal_runs
+
+EVERY_OTHER = ("--checkpoint.every_n_steps", 2, "--model.lr_schedule", "cosine")
+MANY_STEPS = ("--trainer.max_epochs", 20, *EVERY_STEP, "--model.lr_schedule", "cosine")
+LAST = ("--ckpt_path", "last")
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model(tmp_path_factory.mktemp("policy"), "gpt2")
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole_runs(policy: Path, train: Path, tmp_path_factory) -> Callable[..., Path]:
+    """Undisturbed runs of two ranks under a strategy and with these options, each made once."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def run(strategy: str, *options: Any) -> Path:
+        key = strategy, *options
+        if key not in made:
+            output = tmp_path_factory.mktemp("whole")
+            made[key] = fit_on_ranks(policy, train, output, *options, strategy=strategy)
+        return made[key]
+
+    return run
+
+
+def kill_in_step_four(*ranks: int) -> None:
+    """In a process of a job: some ranks are no more from there on."""
+    if int(os.environ["RANK"]) in ranks:
+        call_in_step(partial(os.kill, os.getpid(), signal.SIGKILL), 4, "training_step")
+
+
+def arguments(policy: Path, train: Path, output: Path, strategy: str, *options: Any) -> list[Any]:
+    devices = ("--trainer.devices", 2, "--trainer.strategy", strategy)
+    return ["fit", *fit_arguments(policy, train, output, *devices, *options)]
+
+
+def assert_says_that_it_lost_another(survivor: Ended) -> None:
+    assert survivor.status == 1
+    assert "error: another rank has ended while this one waited for it" in survivor.err
+    assert "Traceback" not in survivor.err
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("ddp", (0, 1)), ("ddp", (1,)), ("fsdp2", (0,))])
+def test_killed_ranks_leave_none_hanging_and_the_run_goes_on(
+    strategy: str, ranks: tuple[int, ...], policy: Path, train: Path, whole_runs, tmp_path: Path
+):
+    command = arguments(policy, train, tmp_path, strategy, *EVERY_OTHER)
+    ended = run_ranks(*command, prepare=partial(kill_in_step_four, *ranks))
+    for rank, left in enumerate(ended):
+        if rank in ranks:
+            assert left.status == -signal.SIGKILL
+        else:
+            assert_says_that_it_lost_another(left)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
+    assert not (tmp_path / "model").exists()
+    fit_on_ranks(policy, train, tmp_path, *EVERY_OTHER, *LAST, strategy=strategy)
+    assert_equal_runs(tmp_path, whole_runs(strategy, *EVERY_OTHER))
+
+
+def last_step(output: Path) -> int:
+    return max((step for step, _ in list_checkpoints(output)), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "seed"), [("ddp", 0), ("ddp", 1), ("ddp", 2), ("fsdp2", 3), ("fsdp2", 4)]
+)
+def test_kill_minus_nine_at_random_moments(
+    strategy: str, seed: int, policy: Path, train: Path, whole_runs, tmp_path: Path
+):
+    """Both ranks or one of them, some milliseconds after the first new checkpoint, five times."""
+    random = Random(seed)
+    resume: tuple[Any, ...] = ()
+    for _ in range(5):
+        before = last_step(tmp_path)
+        command = arguments(policy, train, tmp_path, strategy, *MANY_STEPS, *resume)
+        with job(*command) as running:
+            running.wait_for(lambda before=before: last_step(tmp_path) > before)
+            time.sleep(random.uniform(0.0, 0.3))
+            ranks = random.choice([(0, 1), (0,), (1,)])
+            running.signal(signal.SIGKILL, *ranks)
+            ended = running.wait()
+        assert all(ended[rank].status == -signal.SIGKILL for rank in ranks)
+        for rank in {0, 1} - set(ranks):
+            assert_says_that_it_lost_another(ended[rank])
+        resume = LAST
+    assert not (tmp_path / "model").exists()
+    fit_on_ranks(policy, train, tmp_path, *MANY_STEPS, *LAST, strategy=strategy)
+    assert_equal_runs(tmp_path, whole_runs(strategy, *MANY_STEPS))
+
+
+def fail_in_step_three(rank: int) -> None:
+    """In a process of a job: one rank meets what the other does not."""
+    if int(os.environ["RANK"]) == rank:
+        call_in_step(_fail, 3, "training_step")
+
+
+def _fail() -> None:
+    raise ModelError("this rank alone fails.")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_alone_ends_the_other(
+    rank: int, policy: Path, train: Path, tmp_path: Path
+):
+    command = arguments(policy, train, tmp_path, "ddp")
+    ended = run_ranks(*command, prepare=partial(fail_in_step_three, rank))
+    assert ended[rank].status == 1
+    assert "error: this rank alone fails." in ended[rank].err
+    assert_says_that_it_lost_another(ended[1 - rank])
