@@ -28,6 +28,8 @@ from kto_lightning.report import (
     write_report,
 )
 from kto_lightning.run_file import RunFile, write_run_file
+from kto_lightning.terminal import trimmed
+from kto_lightning.whole_file import write_whole
 
 _SHOWN = {"loss": "train/loss", "z0": "train/z0", "margin": "train/reward/margin"}
 
@@ -142,10 +144,15 @@ class StepSeed(Callback):
 
 
 class ProgressBar(TQDMProgressBar):
-    """A bar with loss, z0 and margin."""
+    """A bar with loss, z0 and margin, all of which fit into 80 columns."""
+
+    def init_train_tqdm(self) -> Any:
+        bar = super().init_train_tqdm()
+        bar.bar_format = "{desc}{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+        return bar
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        return shown_metrics(pl_module)
+        return shown_metrics(pl_module, digits=3)
 
 
 class ProgressLines(Callback):
@@ -173,10 +180,10 @@ class ProgressLines(Callback):
             print(f"step {step}{of_all}  {shown}  {elapsed:.0f} s", flush=True)
 
 
-def shown_metrics(module: Any) -> dict[str, str]:
+def shown_metrics(module: Any, *, digits: int = 4) -> dict[str, str]:
     """Loss, z0 and margin of the latest step that had them."""
     latest = module.latest_metrics
-    return {name: f"{latest[key]:.4f}" for name, key in _SHOWN.items() if key in latest}
+    return {name: f"{latest[key]:.{digits}f}" for name, key in _SHOWN.items() if key in latest}
 
 
 class DataReportFile(Callback):
@@ -217,7 +224,7 @@ def _write_stream_report(trainer: Any) -> None:
     sources = [stream.source] if isinstance(stream.source, str) else stream.source
     content = {"sources": sources, "streamed": True} | asdict(stream.counts)
     path = Path(trainer.default_root_dir) / "data_report.json"
-    path.write_text(as_json(content) + "\n", encoding="utf-8")
+    write_whole(path, as_json(content) + "\n", what="the data report")
 
 
 class Summary(Callback):
@@ -235,10 +242,8 @@ class Summary(Callback):
         table.add_column(overflow="fold")
         for name, value in rows:
             table.add_row(name, value)
-        with console.capture() as captured:
+        with trimmed(console):
             console.print(table)
-        # A table fills its lines with spaces, which litter a pipe.
-        console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
         warnings = list(data.warnings)
         num_steps = module.num_training_steps()
         if isinstance(module.reference, FollowingReference) and num_steps is not None:

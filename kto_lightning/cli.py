@@ -35,7 +35,7 @@ from kto_lightning.errors import ConfigError, KTOError, StoppedRun
 from kto_lightning.export import save_policy
 from kto_lightning.generations import Generations
 from kto_lightning.launched import ended_together
-from kto_lightning.metrics_file import WATCHABLE, MetricsFile
+from kto_lightning.metrics_file import COLUMNS, WATCHABLE, MetricsFile
 from kto_lightning.module import KTOModule
 from kto_lightning.output import check_not_read, check_unused, find_checkpoint
 from kto_lightning.policy import Policy
@@ -216,8 +216,9 @@ class KTOCLI(LightningCLI):
         metrics = module.latest_metrics
         if not any(metrics.get(f"val/reward/{side}") for side in ("desirable", "undesirable")):
             _warn_of_identical_reference(module)
-        for name, value in module.latest_metrics.items():
-            print(f"{name:24} {value:.6g}")
+        width = max(map(len, metrics), default=0)
+        for name in sorted(metrics, key=COLUMNS.index):
+            print(f"{name:{width}}  {metrics[name]:.6g}")
 
     def after_predict(self) -> None:
         module, data = self._parts()

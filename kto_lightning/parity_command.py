@@ -124,6 +124,7 @@ def _parity(arguments: argparse.Namespace, options: list[str]) -> bool:
 
     from kto_lightning.parity.run import run_parity
     from kto_lightning.parity.view import as_dict, show_report
+    from kto_lightning.terminal import trimmed
 
     report = run_parity(
         arguments.model,
@@ -139,7 +140,9 @@ def _parity(arguments: argparse.Namespace, options: list[str]) -> bool:
     if arguments.json:
         print(json.dumps(as_dict(report), indent=2))
     else:
-        show_report(Console(highlight=False), report)
+        console = Console(highlight=False)
+        with trimmed(console):
+            show_report(console, report)
     return report.agrees
 
 

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from kto_lightning.report.fields import DataReport
 from kto_lightning.report.rows import NOTHING, details_of, sections_of, title_of
+from kto_lightning.terminal import trimmed
 
 NAME_WIDTH = 27
 LEAST_WIDTH = 22
@@ -16,15 +17,12 @@ LEAST_WIDTH = 22
 def show_reports(console: Console, reports: list[DataReport]) -> None:
     """Print reports side by side, as many as fit, and then the findings of each."""
     at_once = max((console.width - NAME_WIDTH - 2) // (LEAST_WIDTH + 2), 1)
-    with console.capture() as captured:
+    with trimmed(console):
         for start in range(0, len(reports), at_once):
             console.print(_table(reports[start : start + at_once]))
             console.print()
         for report in reports:
             _show_findings(console, report)
-    # Tables fill their lines with spaces, which wrap in a narrower window and litter a pipe.
-    lines = [line.rstrip() for line in captured.get().rstrip().splitlines()]
-    console.file.write("\n".join(lines) + "\n")
 
 
 def _table(reports: list[DataReport]) -> Table:
