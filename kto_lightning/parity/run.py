@@ -86,7 +86,7 @@ def run_parity(
     Raises:
         KTOError: if a side cannot be run.
     """
-    with _quiet(), tempfile.TemporaryDirectory(prefix="kto_lightning_parity_") as folder:
+    with quiet(), tempfile.TemporaryDirectory(prefix="kto_lightning_parity_") as folder:
         directory = Path(folder)
         records = load_records(data)
         weights = _class_weights(records["desirable"], desirable_weight, undesirable_weight)
@@ -183,8 +183,8 @@ def _write_records(records: datasets.Dataset, path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What both trainers print while they train is not part of the table."""
+def quiet() -> Iterator[None]:
+    """What both trainers print while they train is not part of a table."""
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     trl_logger = logging.getLogger("trl")

@@ -6,7 +6,6 @@ norm, absolute ones of z0 (nats) and rewards, and the largest difference of a we
 largest movement of a weight. There is no table where the second invariant does not hold.
 """
 
-import contextlib
 import math
 import os
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from kto_lightning.parity.agreement import movement
 from kto_lightning.parity.our_trace import our_trace
+from kto_lightning.parity.run import quiet
 from kto_lightning.parity.trace import Inputs, Trace
 from kto_lightning.parity.trl_trace import trl_trace
 from tests.parity.assertions import assert_traces_agree
@@ -79,8 +79,7 @@ if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
     lines = table()
     while True:
-        # What the two trainers say while they train is not part of the table.
-        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        with quiet():
             line = next(lines, None)
         if line is None:
             break
