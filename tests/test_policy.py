@@ -255,6 +255,18 @@ def test_a_float32_adapter_on_a_bfloat16_head_is_not_rounded_to_it() -> None:
     torch.testing.assert_close((after - before).sum(), expected, rtol=0.05, atol=0.0)
 
 
+def test_an_adapter_that_adds_nothing_to_a_bfloat16_head_gives_no_reward() -> None:
+    settings = LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(model_of("llama").bfloat16(), settings)
+    policy, batch = Policy(model), pack_triples(triples_of())
+    with torch.no_grad():
+        on = policy(batch)
+        with model.disable_adapter():
+            off = policy(batch)
+    assert torch.equal(on.matched, off.matched)
+    assert torch.equal(on.mismatched, off.mismatched)
+
+
 def with_bias(model: Any) -> Any:
     generator = torch.Generator().manual_seed(3)
     model.lm_head.bias = nn.Parameter(torch.randn(VOCABULARY, generator=generator))
