@@ -164,10 +164,10 @@ class KTOCLI(LightningCLI):
             *callbacks,
             MetricsStart(),
             StepSeed(),
-            DataReportFile(),
-            Summary(),
             Diagnostics(),
             Preemption(),
+            DataReportFile(),  # which may take a while, in which a signal is noted
+            Summary(),
         ]
         if trainer.enable_progress_bar is not False:
             kwargs["callbacks"].append(progress)

@@ -42,6 +42,7 @@ class Preemption(Callback):
 
     Lightning's own handlers are covered for as long as the training lasts: with several ranks they
     communicate inside the handler, which hangs, and on SLURM they write checkpoints of their own.
+    Outside training, where nothing is to be saved, several ranks end at once.
 
     A validation that was due or not complete is not waited for: the run that goes on makes it
     before its first step.
@@ -71,6 +72,12 @@ class Preemption(Callback):
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         self._stop_if_asked(trainer, validation_due=True)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _end_at_once_by_sigterm(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _end_at_once_by_sigterm(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_if_asked(trainer, validation_due=False)
@@ -123,6 +130,13 @@ class Preemption(Callback):
         if found:
             where = f"the last checkpoint is {found[-1][1]}. {GO_ON}"
         print(f"stopped by Ctrl-C after step {trainer.global_step}; {where}", file=sys.stderr)
+
+
+def _end_at_once_by_sigterm(trainer: Trainer) -> None:
+    """Until Lightning puts back what its own handler covers, at the end of `validate` or so."""
+    outside_training = trainer.state.fn != "fit" and trainer.world_size > 1
+    if outside_training and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _validate(trainer: Trainer) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 from kto_lightning.errors import ModelError
 from kto_lightning.module import KTOModule
@@ -53,10 +54,10 @@ def act_in_step_three(given: str) -> None:
     actions = dict(part.split("=") for part in given.split(","))
     step = KTOModule.training_step
 
-    def training_step(self: KTOModule, *args: object) -> None:
+    def training_step(self: KTOModule, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step == 2 and str(self.global_rank) in actions:
             ACTIONS[actions[str(self.global_rank)]]()
-        step(self, *args)  # pyright: ignore[reportArgumentType]
+        step(self, batch, batch_idx)
 
     KTOModule.training_step = training_step
 

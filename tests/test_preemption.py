@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from kto_lightning.callbacks import Summary
 from kto_lightning.module import KTOModule
 from kto_lightning.output import list_checkpoints
 from kto_lightning.preemption import SIGNALS
@@ -172,6 +174,38 @@ def test_ranks_stop_together_whichever_is_asked(
     assert [saved for saved, _ in list_checkpoints(tmp_path)] == [3]
     fit_on_ranks(policy, train, tmp_path, *LAST, strategy=strategy)
     assert_equal_runs(tmp_path, whole_runs_on_two(strategy))
+
+
+def ask_the_first_in(method: str, owner: type) -> None:
+    """In a process of a job: the first rank gets SIGTERM in a method, in which it takes a while."""
+    original = getattr(owner, method)
+
+    def asked(*arguments: Any) -> None:
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.0)
+        original(*arguments)
+
+    setattr(owner, method, asked)
+
+
+def test_ranks_stop_together_when_asked_before_the_first_step(
+    policy: Path, train: Path, tmp_path: Path
+):
+    arguments = ("fit", *fit_arguments(policy, train, tmp_path, "--trainer.devices", 2))
+    ended = run_ranks(*arguments, prepare=partial(ask_the_first_in, "on_train_start", Summary))
+    assert [rank.status for rank in ended] == [143, 143], "\n".join(rank.err for rank in ended)
+    assert "stopped by SIGTERM after step 1" in ended[0].err
+
+
+def test_outside_training_all_ranks_end_at_once(policy: Path, train: Path, tmp_path: Path):
+    options = ["--model.policy", policy, "--data.validation", train, "--output_dir", tmp_path]
+    options += ["--trainer.accelerator", "cpu", "--trainer.devices", 2]
+    prepare = partial(ask_the_first_in, "validation_step", KTOModule)
+    first, second = run_ranks("validate", *options, prepare=prepare)
+    assert first.status == -signal.SIGTERM
+    assert second.status == 1
+    assert "another rank has ended" in second.err
 
 
 def ask_the_group() -> None:

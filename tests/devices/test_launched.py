@@ -137,7 +137,8 @@ def ranks_of(output: Path) -> list[int]:
 def test_no_rank_is_left(
     actions: str, status: int, said: str, policy: Path, train: Path, tmp_path: Path
 ):
-    process = start(actions, "fit", *fit_arguments(policy, train, tmp_path, *DEVICES))
+    options = (*DEVICES, "--data.num_workers", 1)
+    process = start(actions, "fit", *fit_arguments(policy, train, tmp_path, *options))
     _, error = process.communicate(timeout=300)  # which ends when all have closed the pipe
     assert process.returncode == status
     assert said in error
