@@ -46,7 +46,14 @@ from kto_lightning.run_file import mark_finished
 from kto_lightning.run_report import report_of_run
 from kto_lightning.sharding import FSDP2
 from kto_lightning.strategies import check_strategy
-from kto_lightning.usage import PROG, Parser, check_monitors, check_trainer_options, reason_of
+from kto_lightning.usage import (
+    PROG,
+    Parser,
+    check_monitors,
+    check_trainer_options,
+    reason_of,
+    spelled_out,
+)
 
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
@@ -293,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     _quieten()
     try:
-        KTOCLI(argv)
+        KTOCLI(spelled_out(sys.argv[1:] if argv is None else argv))
     except (ConfigError, MisconfigurationException) as error:
         _print_error(str(error))
         return 2

@@ -53,7 +53,15 @@ REFUSED = {
         "would share batches out twice: that is done already. Leave it out.",
     ),
 }
+SHORT = {"--generate": "--report.generate"}
+"""Options that have a shorter name too."""
 _PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16")
+
+
+def spelled_out(arguments: Iterable[str]) -> list[str]:
+    """The arguments, short names of options replaced by those that the parser knows."""
+    parts = (argument.partition("=") for argument in arguments)
+    return ["".join((SHORT.get(name, name), equals, value)) for name, equals, value in parts]
 
 
 class Parser(LightningArgumentParser):

@@ -15,7 +15,7 @@ from kto_lightning.generations import chosen, require_whole_model
 from tests import cli
 from tests.pages import read_page
 
-ASKED = ("--report.generate", 3, "--report.max_new_tokens", 6)
+ASKED = ("--generate", 3, "--report.max_new_tokens", 6)
 
 
 @pytest.fixture(scope="module")
