@@ -108,7 +108,7 @@ def main() -> int:
         from kto_lightning.data.batches import pair_distinct_prompts
         from kto_lightning.data.records import load_records
         from kto_lightning.data.tokenize import tokenize_records
-        from kto_lightning.models import load_tokenizer
+        from kto_lightning.tokenizer import load_tokenizer
 
         path = Path(scratch) / "lines.jsonl"
         write_lines(path, options.lines)

@@ -26,7 +26,6 @@ from kto_lightning.callbacks import (
     ProgressBar,
     ProgressLines,
     StepSeed,
-    Summary,
 )
 from kto_lightning.checkpoint_io import AtomicCheckpointIO
 from kto_lightning.data.datamodule import KTODataModule
@@ -46,6 +45,7 @@ from kto_lightning.run_file import mark_finished
 from kto_lightning.run_report import report_of_run
 from kto_lightning.sharding import FSDP2
 from kto_lightning.strategies import check_strategy
+from kto_lightning.summary import Summary
 from kto_lightning.usage import (
     PROG,
     Parser,

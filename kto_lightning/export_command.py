@@ -92,7 +92,7 @@ def _to_cpu(storage: Any, _: str) -> Any:
 
 
 def _load_tokenizer(origin: dict[str, Any]) -> Any:
-    from kto_lightning.models import load_tokenizer
+    from kto_lightning.tokenizer import load_tokenizer
 
     name = origin["data"]["tokenizer"] or origin["policy"]
     tokenizer = load_tokenizer(name, trust_remote_code=origin["trust_remote_code"])

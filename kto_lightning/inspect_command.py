@@ -122,7 +122,7 @@ def _load_tokenizer(arguments: argparse.Namespace):
     import datasets
     from transformers.utils import logging
 
-    from kto_lightning.models import load_tokenizer
+    from kto_lightning.tokenizer import load_tokenizer
 
     logging.set_verbosity_error()  # it warns of every text longer than a model it does not know
     if not sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""Loading: a directory or hub id to a model, its tokenizer and its adapters."""
+"""Loading: a directory or hub id to a model and its adapters."""
 
 import math
 import re
@@ -18,16 +18,13 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from kto_lightning.errors import ConfigError, ModelError
 from kto_lightning.quantization import Quantization, loading_options
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 REFERENCE_ADAPTER = "reference"
 """The frozen twin of an adapter that training starts from."""
 
@@ -139,7 +136,7 @@ def weight_directories(name: str) -> list[Path]:
     try:
         return [Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))]
     except (OSError, ValueError) as error:
-        raise ModelError(f"the model {name} cannot be had: {_first_line(error)}") from error
+        raise ModelError(f"the model {name} cannot be had: {first_line(error)}") from error
 
 
 def adapter_base(name: str) -> str:
@@ -168,7 +165,7 @@ def load_causal_lm(
 
     `from_pretrained` returns eval mode, in which activation checkpointing would silently be off.
     """
-    _require_model_files(name)
+    require_model_files(name)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -179,7 +176,9 @@ def load_causal_lm(
             **loading_options(quantization, dtype),
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"the model {name} cannot be loaded: {_reason(name, error)}") from error
+        raise ModelError(
+            f"the model {name} cannot be loaded: {reason_of_failure(name, error)}"
+        ) from error
     except Exception as error:  # safetensors raises its own type for a damaged file
         if type(error).__name__ != "SafetensorError":
             raise
@@ -195,7 +194,7 @@ def load_causal_lm(
     return model.train()
 
 
-def _require_model_files(name: str) -> None:
+def require_model_files(name: str) -> None:
     directory = Path(name)
     if not directory.exists() and not _HUB_ID.fullmatch(name):
         raise ModelError(f"there is no directory {name}, and it cannot be a hub id (owner/name).")
@@ -219,18 +218,18 @@ def _pickled(name: str) -> ModelError:
     )
 
 
-def _reason(name: str, error: BaseException) -> str:
+def reason_of_failure(name: str, error: BaseException) -> str:
     if "trust_remote_code" in str(error):
         return (
             "it comes with code of its own, which has not been run. Read that code; if you trust "
             "it, give --model.trust_remote_code true."
         )
     if Path(name).exists() or "connect" not in str(error):
-        return _first_line(error)
+        return first_line(error)
     return f"there is no directory {name} here, and the hub cannot be reached. Check the path."
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
@@ -266,7 +265,7 @@ def _add_adapter(model: PreTrainedModel, lora: LoRA) -> nn.Module:
             adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(
-            f"--model.lora.target_modules {lora.target_modules}: {_first_line(error)}"
+            f"--model.lora.target_modules {lora.target_modules}: {first_line(error)}"
         ) from error
     return adapted.train()
 
@@ -281,66 +280,19 @@ def _load_adapter(model: PreTrainedModel, name: str) -> nn.Module:
             adapted = PeftModel.from_pretrained(model, name, is_trainable=True)
             adapted.load_adapter(name, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        message = f"{name}: the adapter does not fit its base: {_first_line(error)}"
+        message = f"{name}: the adapter does not fit its base: {first_line(error)}"
         raise ModelError(message) from error
     adapted.set_adapter("default")
     return adapted.train()
 
 
-def load_tokenizer(
-    name: str, *, chat_template: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; an adapter directory without one uses its base's.
-
-    Args:
-        name: a directory or a hub id.
-        chat_template: a file with a Jinja chat template that replaces the tokenizer's own.
-
-    Raises:
-        ModelError: if there is no tokenizer, or no such template file.
-    """
-    if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
-        name = adapter_base(name)
-    if not Path(name).is_dir():
-        _require_model_files(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        raise ModelError(
-            f"{name} has no tokenizer that loads: {_reason(name, error).rstrip('.')}. "
-            "Save one there with tokenizer.save_pretrained, or name another with --data.tokenizer."
-        ) from error
-    if _knows_no_text(name, tokenizer):
-        raise ModelError(
-            f"{name} has no tokenizer files. Save its tokenizer there with "
-            "tokenizer.save_pretrained, or name another with --data.tokenizer."
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            message = f"--data.chat_template {chat_template}: {_first_line(error)}"
-            raise ModelError(message) from error
-    return tokenizer
-
-
-def _knows_no_text(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """transformers makes an empty tokenizer, of the model's kind, where there is none."""
-    if not Path(name).is_dir() or any(f for p in _VOCABULARIES for f in Path(name).glob(p)):
-        return False
-    ids = tokenizer("some text", add_special_tokens=False)["input_ids"]
-    return set(ids) <= set(tokenizer.all_special_ids)
-
-
 def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int:
     """How many token ids a model knows, read from its config alone."""
     base = adapter_base(name) if is_adapter(name) else name
-    _require_model_files(base)
+    require_model_files(base)
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        reason = _reason(base, error)
+        reason = reason_of_failure(base, error)
         raise ModelError(f"--model.policy {name} cannot be loaded: {reason}") from error
     return config.get_text_config().vocab_size

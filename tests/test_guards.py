@@ -12,9 +12,9 @@ from kto_lightning.data.packing import example_costs
 from kto_lightning.data.records import load_records
 from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.guards import MOST_IN_A_ROW, by_file
-from kto_lightning.models import load_tokenizer
 from kto_lightning.output import list_checkpoints
 from kto_lightning.policy import Policy
+from kto_lightning.tokenizer import load_tokenizer
 from kto_lightning.types import Logps, PackedBatch
 from tests.cli import fit, numbers, rows, run_cli, small_data, small_model, weights
 

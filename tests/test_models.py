@@ -16,9 +16,9 @@ from kto_lightning.models import (
     disable_dropout,
     load_causal_lm,
     load_model,
-    load_tokenizer,
     vocabulary_size,
 )
+from kto_lightning.tokenizer import load_tokenizer
 from tests.factories import make_model, make_tokenizer, save_model
 from tests.parity.cases import save_adapter
 

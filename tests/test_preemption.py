@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from kto_lightning.callbacks import Summary
 from kto_lightning.module import KTOModule
 from kto_lightning.output import list_checkpoints
 from kto_lightning.preemption import SIGNALS
+from kto_lightning.summary import Summary
 from tests.cli import fit, fit_arguments, rows, small_data, small_model, weights
 from tests.ranks import fit_on_ranks, run_ranks
 

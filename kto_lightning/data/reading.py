@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerBase
 from kto_lightning.data.records import load_records
 from kto_lightning.data.tokenize import ExampleSet, Truncation, tokenize_records
 from kto_lightning.errors import ConfigError, ModelError
-from kto_lightning.models import load_tokenizer, vocabulary_size
+from kto_lightning.models import vocabulary_size
+from kto_lightning.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

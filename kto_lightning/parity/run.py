@@ -26,12 +26,12 @@ from kto_lightning.models import (
     disable_dropout,
     is_adapter,
     load_causal_lm,
-    load_tokenizer,
 )
 from kto_lightning.parity.agreement import Comparison, Movement, compare, movement
 from kto_lightning.parity.our_trace import our_trace
 from kto_lightning.parity.trace import Inputs, Settings
 from kto_lightning.parity.trl_trace import trl_trace
+from kto_lightning.tokenizer import load_tokenizer
 
 SHARPEST_LOSS = 1e-2
 """Below it, the rounding of TRL's 1 − σ(u) is more than the first steps' tolerance."""

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from kto_lightning.callbacks import list_checkpoints
 from kto_lightning.module import KTOModule
+from kto_lightning.output import list_checkpoints
 from tests.agreement import assert_numbers_agree, assert_weights_agree
 from tests.cli import fit, numbers, rows, run_cli, small_data, small_model, weights
 from tests.factories import plain_records, write_jsonl
