@@ -170,7 +170,8 @@ def _held_out(run: Run) -> Iterator[Finding]:
                 grade="warning",
                 what=f"The held-out AUC was highest at step {run.steps[best]:,} ({aucs.max():.2f}) "
                 f"and is {aucs[-1]:.2f} at the end",
-                meaning="from there on the policy learnt its training records by heart",
+                meaning="from there on the policy learnt its training records by heart, unless the "
+                "held-out records are so few that this is chance",
                 action="train that many steps only (--trainer.max_steps), or lower "
                 "--model.learning_rate",
             )
