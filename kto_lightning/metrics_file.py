@@ -132,6 +132,9 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        metrics = {name: value for name, value in metrics.items() if name in COLUMNS}
+        if not metrics:
+            return  # of a callback that counts steps its own way, such as LearningRateMonitor
         if self._file is None:
             if not self._row:
                 return  # no run has begun: `validate` and `predict` write no steps

@@ -88,3 +88,13 @@ def test_other_loggers_get_every_nth_step_where_asked_and_the_file_all(
     lines = [line.split() for line in log.read_text().splitlines()]
     assert {int(step) for step, name, _ in lines if name.startswith("train/")} == {4}
     assert {int(step) for step, name, _ in lines if name.startswith("val/")} == {6}
+
+
+@pytest.mark.parametrize("name", ["LearningRateMonitor", "DeviceStatsMonitor"])
+def test_the_file_has_no_rows_of_other_callbacks(
+    policy: Path, train: Path, tmp_path: Path, name: str
+) -> None:
+    callback = ("--trainer.callbacks+", f"lightning.pytorch.callbacks.{name}")
+    table = rows(fit(policy, train, tmp_path / "run", *callback))
+    assert [row["step"] for row in table] == ["1", "2", "3", "4", "5", "6"]
+    assert all(row["train/loss"] for row in table)
