@@ -28,6 +28,10 @@ def export_main(argv: list[str]) -> int:
     except KTOError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:  # a directory that cannot be made, a file closed to us
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}. Check path and disk.", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -75,12 +79,17 @@ def _export(checkpoint_path: Path, directory: Path, *, merge: bool) -> None:
 
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:
-    from kto_lightning.checkpoint_io import AtomicCheckpointIO
+    from kto_lightning.checkpoint_io import AtomicCheckpointIO, is_whole
 
     if not path.exists():
         raise KTOError(f"there is no checkpoint {path}. Check the path.")
     if path.is_dir():
         raise KTOError(f"{path} is a directory. Give a checkpoint file, as `fit` writes.")
+    if not is_whole(path):  # else unpickling any other file may raise anything
+        raise KTOError(
+            f"{path} is no checkpoint that can be read, or it is damaged. Give another that `fit` "
+            "wrote."
+        )
     checkpoint = AtomicCheckpointIO().load_checkpoint(path, map_location=_to_cpu)
     if "kto" not in checkpoint:
         raise KTOError(f"{path} was not written by kto_lightning. Give a checkpoint of `fit`.")

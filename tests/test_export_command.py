@@ -58,5 +58,16 @@ def test_what_cannot_be_exported_is_said(inputs, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "damaged.ckpt" in error
     assert "Traceback" not in error
+    (tmp_path / "other.bin").write_bytes(b"a.")  # which unpickling takes from an empty stack
+    assert run_cli("export", tmp_path / "other.bin", tmp_path / "exported") == 1
+    assert "other.bin is no checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "exported").exists()
     assert run_cli("export") == 2
+
+
+def test_a_place_that_cannot_be_written_is_said(inputs, tmp_path, capsys):
+    output = fit(inputs / "model", inputs / "train.jsonl", tmp_path / "output")
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    capsys.readouterr()
+    assert run_cli("export", last_checkpoint(output), tmp_path / "file" / "exported") == 1
+    assert f"{tmp_path / 'file'}" in capsys.readouterr().err
