@@ -57,6 +57,8 @@ class Recipe:
     trust_remote_code: bool
     shard: Callable[[Policy], None] | None = None
     """Spreads a policy over all ranks, in place; None: every rank has the whole."""
+    rounds_weights: bool = False
+    """Whether mixed precision then rounds weights, where autocast rounds what products take in."""
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -87,8 +89,8 @@ class Recipe:
             )
         if self.offload_reference and self.shard is not None:
             raise ConfigError(
-                "--model.offload_reference moves a whole model, and under FSDP2 every device holds "
-                "only its share of the reference. Leave it out."
+                "--model.offload_reference moves a whole model, and under this strategy every "
+                "device holds only its share of the reference. Leave it out."
             )
         if self.offload_reference and frozen_base and self.reference is None:
             raise ConfigError(
@@ -203,8 +205,8 @@ def _cache(recipe: Recipe, precision: str) -> ReferenceCache:
     settings: tuple[str, ...] = (_dtype_name(recipe), precision)
     if recipe.quantization is not None:
         settings += (recipe.quantization,)
-    if recipe.shard is not None and precision != "32-true":
-        settings += ("sharded",)  # whose weights are rounded, where autocast rounds products
+    if recipe.rounds_weights and precision != "32-true":
+        settings += ("sharded",)
     fingerprint = reference_fingerprint(directories, settings)
     return ReferenceCache(Path(recipe.reference_cache) / fingerprint)
 

@@ -54,6 +54,7 @@ from kto_lightning.usage import (
     reason_of,
     spelled_out,
 )
+from kto_lightning.zero import ZeRO
 
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
@@ -192,7 +193,8 @@ class KTOCLI(LightningCLI):
         if data.validation_set is not None and module.validated_step != self.trainer.global_step:
             self.trainer.validate(module, datamodule=data, verbose=False)
         strategy, origin = self.trainer.strategy, module.origin()
-        trained = strategy.lightning_module_state_dict() if isinstance(strategy, FSDP2) else None
+        in_parts = isinstance(strategy, (FSDP2, ZeRO))
+        trained = strategy.lightning_module_state_dict() if in_parts else None
         with wait_for_each_other():
             if self.trainer.is_global_zero:
                 policy = module.policy

@@ -137,7 +137,7 @@ def require_whole_model(strategy: Strategy) -> None:
     Raises:
         ConfigError: if it cuts weights into parts.
     """
-    if isinstance(strategy, SHARDED):
+    if isinstance(strategy, SHARDED) or getattr(strategy, "shard", None) is not None:
         raise ConfigError(
             "--report.generate needs the whole model on one device, and "
             f"{type(strategy).__name__} cuts it into parts. Leave it out, or use "

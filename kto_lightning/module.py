@@ -159,7 +159,9 @@ class KTOModule(LightningModule):
         if self.policy is not None:
             return
         shard = getattr(self.trainer.strategy, "shard", None)
-        recipe, data = replace(self.recipe, shard=shard), self._data
+        rounds_weights = getattr(self.trainer.strategy, "rounds_weights", False)
+        recipe = replace(self.recipe, shard=shard, rounds_weights=rounds_weights)
+        data = self._data
         if self.trainer.state.fn == "fit":
             check_device(recipe, self.trainer.strategy.root_device)
         elif recipe.reference is None:
@@ -272,14 +274,26 @@ class KTOModule(LightningModule):
                     auxiliary += balance.detach()
                     logps.let_go()
                     del losses, balance, loss  # with what the graph holds even after backward
-        assert self.policy is not None
-        norm = gradient_norm(self.policy.parameters(), self.optimization.gradient_clip_norm)
+        norm = self._gradient_norm()
         scalars = torch.stack([z0_raw, z0, norm.to(z0)])
         metrics, peaks = self._read_step(batch, sums, auxiliary, scalars)
         if not self._guard.allows(self.trainer, metrics, batch, known):
-            self.zero_grad(set_to_none=True)  # a step without gradients changes nothing
+            self._drop_gradients()
         metrics["lr"] = self._update()
         self.publish("train", metrics | self._clock.measures(batch.num_tokens, peaks))
+
+    def _gradient_norm(self) -> Tensor:
+        """Before clipping, which is done here or by a strategy that keeps gradients to itself."""
+        own = getattr(self.trainer.strategy, "gradient_norm", None)
+        if own is not None:
+            return own()
+        assert self.policy is not None
+        return gradient_norm(self.policy.parameters(), self.optimization.gradient_clip_norm)
+
+    def _drop_gradients(self) -> None:
+        """A step without gradients changes nothing."""
+        own = getattr(self.trainer.strategy, "drop_gradients", None)
+        own() if own is not None else self.zero_grad(set_to_none=True)
 
     def _update(self) -> float:
         """Step, schedule, follow; the learning rate used."""
@@ -288,7 +302,7 @@ class KTOModule(LightningModule):
         assert not isinstance(optimizer, list)
         learning_rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
-        optimizer.zero_grad()
+        self.zero_grad()  # not the optimizer's, in which a strategy may have put other weights
         scheduler: Any = self.lr_schedulers()
         scheduler.step()
         if isinstance(self.reference, FollowingReference):

@@ -17,6 +17,7 @@ from transformers import SchedulerType, get_scheduler
 from transformers.optimization import Adafactor
 
 from kto_lightning.errors import ConfigError
+from kto_lightning.ranks import whole_shape
 
 _FUSED_ON = ("cuda", "cpu")
 """Where all of AdamW is one kernel: a pass over the weights instead of a dozen."""
@@ -225,7 +226,7 @@ def make_optimizer(
     decayed, kept = [], []
     for parameter_name, parameter in named_parameters:
         if parameter.requires_grad:
-            never = parameter.ndim < 2 or _NEVER_DECAYED.search(parameter_name)
+            never = len(whole_shape(parameter)) < 2 or _NEVER_DECAYED.search(parameter_name)
             (kept if never else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},

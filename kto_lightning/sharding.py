@@ -44,6 +44,8 @@ class FSDP2(ModelParallelStrategy):
     def __init__(self, timeout: timedelta = timedelta(minutes=30)) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout)
 
+    rounds_weights = True
+
     @property
     def lightning_restore_optimizer(self) -> bool:
         return True

@@ -177,7 +177,6 @@ def test_half_precision_stays_near(
     [
         (("--trainer.strategy", "fsdp"), "is FSDP1"),
         (("--trainer.strategy", "ddp_spawn"), "Use ddp"),
-        (("--trainer.strategy", "deepspeed_stage_2"), "Use --trainer.strategy fsdp2"),
         (
             (
                 *("--trainer.strategy", "ModelParallelStrategy"),
