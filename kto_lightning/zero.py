@@ -54,6 +54,9 @@ class ZeRO(DDPStrategy):
         offload_parameters: keep weights of stage 3 there while nothing is computed with them.
         options: more of DeepSpeed's `zero_optimization`, or others than are set here.
         timeout: after which a rank that waits for another gives up.
+
+    Raises:
+        ConfigError: for another stage, or weights to offload that are not spread.
     """
 
     def __init__(
@@ -65,6 +68,13 @@ class ZeRO(DDPStrategy):
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
         super().__init__(timeout=timeout)
+        if stage not in (1, 2, 3):
+            raise ConfigError(f"--trainer.strategy.stage must be 1, 2 or 3, got {stage}.")
+        if offload_parameters and stage < 3:
+            raise ConfigError(
+                f"--trainer.strategy.offload_parameters is for stage 3; stage {stage} keeps all "
+                "weights on every device. Leave it out."
+            )
         self.stage = stage
         zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": _BUCKET_SIZE}
         if offload_optimizer:

@@ -25,8 +25,9 @@ SEVERAL = (*SGD, "--data.max_tokens", 60)
 ADAMW = ("--model.lr_schedule", "cosine", "--model.weight_decay", 0.1, "--data.max_tokens", 60)
 # By itself DeepSpeed leaves weights as small as these whole on every rank.
 IN_PARTS = {"stage3_param_persistence_threshold": 0}
+STAGE = ("--trainer.strategy.stage",)
 STAGE_3 = (
-    *("--trainer.strategy", "kto_lightning.zero.ZeRO", "--trainer.strategy.stage", 3),
+    *("--trainer.strategy", "kto_lightning.zero.ZeRO", *STAGE, 3),
     *("--trainer.strategy.options", json.dumps(IN_PARTS)),
 )
 
@@ -237,6 +238,14 @@ def test_held_out_records_are_scored_together(
         (("--trainer.strategy", "deepspeed"), "Use one of deepspeed_stage_1"),
         (("--trainer.strategy", "deepspeed_stage_3_offload_nvme"), "Use one of deepspeed_stage_1"),
         (("--trainer.strategy", "DeepSpeedStrategy"), "Use one of deepspeed_stage_1"),
+        (("--trainer.strategy", "kto_lightning.zero.ZeRO", *STAGE, 4), "must be 1, 2 or 3"),
+        (
+            (
+                *("--trainer.strategy", "kto_lightning.zero.ZeRO", *STAGE, 2),
+                *("--trainer.strategy.offload_parameters", "true"),
+            ),
+            "is for stage 3",
+        ),
         ((*stage(1), "--model.optimizer", "adafactor"), "Use adamw"),
         (
             (*stage(2), "--model.lora.r", 4, "--model.quantization", "4bit"),
