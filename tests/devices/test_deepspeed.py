@@ -152,6 +152,8 @@ def test_half_precision_stays_near_and_is_held_in_halves(policy: Path, train: Pa
         assert rank.status == 0, rank.err
         assert "policy holds 0.50" in rank.out
         assert "reference holds 0.50" in rank.out
+    said = [dict(json.loads((run / "run.json").read_text())["summary"]) for run in (one, two)]
+    assert said[0]["model"] == said[1]["model"]  # how many parameters are trained
     for mine, theirs in zip(numbers(two), numbers(one), strict=True):
         assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=0.02)
         assert mine["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=0.05)
