@@ -4,6 +4,7 @@ Imported by the fork server before it forks, so that a rank has nothing left to 
 checked as under pytest.
 """
 
+import multiprocessing
 import os
 import sys
 import traceback
@@ -35,6 +36,8 @@ def run_rank(
     for descriptor, path in zip((1, 2), files, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.update(environment)
+    # A process of a fork server starts others by one, too: a launcher's does as Python does.
+    multiprocessing.set_start_method(None, force=True)
     status = 1
     try:
         if prepare is not None:

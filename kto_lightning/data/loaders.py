@@ -1,7 +1,9 @@
 """From tokenized examples to the loader whose item is one optimizer step."""
 
+import multiprocessing
 import os
 import signal
+import threading
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -124,16 +126,27 @@ class Batching:
             sampler=plans,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_leave_signals_to_the_run if os.name == "posix" else None,
+            worker_init_fn=_begin_worker if os.name == "posix" else None,
         )
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     """Ctrl-C in a terminal and most schedulers' signals go to a whole group of processes; a worker
-    that ends by one would take the run with it before it is saved."""
+    that ends by one would take the run with it before it is saved. The run's own end is another
+    matter, however it comes."""
     os.setsid()
     for signum in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+    """PyTorch's workers watch the process that forked them: where that is a fork server (Python
+    3.14), each keeps the other alive when the run is killed."""
+    run = multiprocessing.parent_process()
+    if run is not None:
+        run.join()
+        os._exit(1)
 
 
 def check_validation_interval(trainer: Any, num_steps: int | None) -> None:

@@ -1,6 +1,7 @@
 """Ranks that end without a word, by `kill -9` or an error of their own: none is left hanging, and
 the run goes on bit for bit."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
 import pytest
 
 from kto_lightning.errors import ModelError
@@ -22,11 +24,21 @@ from tests.test_resume import EVERY_STEP, assert_equal_runs
 EVERY_OTHER = ("--checkpoint.every_n_steps", 2, "--model.lr_schedule", "cosine")
 MANY_STEPS = ("--trainer.max_epochs", 20, *EVERY_STEP, "--model.lr_schedule", "cosine")
 LAST = ("--ckpt_path", "last")
+SETTINGS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "validation, a worker": (
+        "ddp",
+        ("--data.validation", 0.2, "--trainer.val_check_interval", 2, "--data.num_workers", 1),
+    ),
+    "lora with dropout": ("ddp", ("--model.lora.r", 4, "--model.lora.dropout", 0.2)),
+    "a reference that follows": ("ddp", ("--model.follow.every_n_steps", 2)),
+    "fsdp2": ("fsdp2", ("--model.dropout", "true")),
+    "fsdp2, a reference that follows": ("fsdp2", ("--model.follow.every_n_steps", 2)),
+}
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("policy"), "gpt2")
+    return small_model(tmp_path_factory.mktemp("policy"), "gpt2", attn_pdrop=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +48,14 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole_runs(policy: Path, train: Path, tmp_path_factory) -> Callable[..., Path]:
-    """Undisturbed runs of two ranks under a strategy and with these options, each made once."""
+    """Undisturbed runs of two ranks by one of `SETTINGS` and with these options, each made once."""
     made: dict[tuple[Any, ...], Path] = {}
 
-    def run(strategy: str, *options: Any) -> Path:
-        key = strategy, *options
+    def run(name: str, *options: Any) -> Path:
+        key, (strategy, settings) = (name, *options), SETTINGS[name]
         if key not in made:
             output = tmp_path_factory.mktemp("whole")
-            made[key] = fit_on_ranks(policy, train, output, *options, strategy=strategy)
+            made[key] = fit_on_ranks(policy, train, output, *settings, *options, strategy=strategy)
         return made[key]
 
     return run
@@ -66,11 +78,20 @@ def assert_says_that_it_lost_another(survivor: Ended) -> None:
     assert "Traceback" not in survivor.err
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), [("ddp", (0, 1)), ("ddp", (1,)), ("fsdp2", (0,))])
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("validation, a worker", (0, 1)),
+        ("lora with dropout", (1,)),
+        ("fsdp2, a reference that follows", (0,)),
+    ],
+)
 def test_killed_ranks_leave_none_hanging_and_the_run_goes_on(
-    strategy: str, ranks: tuple[int, ...], policy: Path, train: Path, whole_runs, tmp_path: Path
+    name: str, ranks: tuple[int, ...], policy: Path, train: Path, whole_runs, tmp_path: Path
 ):
-    command = arguments(policy, train, tmp_path, strategy, *EVERY_OTHER)
+    strategy, settings = SETTINGS[name]
+    options = (*settings, *EVERY_OTHER)
+    command = arguments(policy, train, tmp_path, strategy, *options)
     ended = run_ranks(*command, prepare=partial(kill_in_step_four, *ranks))
     for rank, left in enumerate(ended):
         if rank in ranks:
@@ -79,8 +100,8 @@ def test_killed_ranks_leave_none_hanging_and_the_run_goes_on(
             assert_says_that_it_lost_another(left)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
     assert not (tmp_path / "model").exists()
-    fit_on_ranks(policy, train, tmp_path, *EVERY_OTHER, *LAST, strategy=strategy)
-    assert_equal_runs(tmp_path, whole_runs(strategy, *EVERY_OTHER))
+    fit_on_ranks(policy, train, tmp_path, *options, *LAST, strategy=strategy)
+    assert_equal_runs(tmp_path, whole_runs(name, *EVERY_OTHER))
 
 
 def last_step(output: Path) -> int:
@@ -88,18 +109,18 @@ def last_step(output: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("strategy", "seed"), [("ddp", 0), ("ddp", 1), ("ddp", 2), ("fsdp2", 3), ("fsdp2", 4)]
-)
+@pytest.mark.parametrize("seed", range(len(SETTINGS)))
 def test_kill_minus_nine_at_random_moments(
-    strategy: str, seed: int, policy: Path, train: Path, whole_runs, tmp_path: Path
+    seed: int, policy: Path, train: Path, whole_runs, tmp_path: Path
 ):
     """Both ranks or one of them, some milliseconds after the first new checkpoint, five times."""
-    random = Random(seed)
+    random, name = Random(seed), list(SETTINGS)[seed]
+    strategy, settings = SETTINGS[name]
+    options = (*settings, *MANY_STEPS)
     resume: tuple[Any, ...] = ()
     for _ in range(5):
         before = last_step(tmp_path)
-        command = arguments(policy, train, tmp_path, strategy, *MANY_STEPS, *resume)
+        command = arguments(policy, train, tmp_path, strategy, *options, *resume)
         with job(*command) as running:
             running.wait_for(lambda before=before: last_step(tmp_path) > before)
             time.sleep(random.uniform(0.0, 0.3))
@@ -111,8 +132,8 @@ def test_kill_minus_nine_at_random_moments(
             assert_says_that_it_lost_another(ended[rank])
         resume = LAST
     assert not (tmp_path / "model").exists()
-    fit_on_ranks(policy, train, tmp_path, *MANY_STEPS, *LAST, strategy=strategy)
-    assert_equal_runs(tmp_path, whole_runs(strategy, *MANY_STEPS))
+    fit_on_ranks(policy, train, tmp_path, *options, *LAST, strategy=strategy)
+    assert_equal_runs(tmp_path, whole_runs(name, *MANY_STEPS))
 
 
 def fail_in_step_three(rank: int) -> None:
@@ -134,3 +155,31 @@ def test_a_rank_that_fails_alone_ends_the_other(
     assert ended[rank].status == 1
     assert "error: this rank alone fails." in ended[rank].err
     assert_says_that_it_lost_another(ended[1 - rank])
+
+
+def hang_in_step_two(start_method: str) -> None:
+    """In a process of a job: it waits to be killed."""
+    multiprocessing.set_start_method(start_method, force=True)
+    call_in_step(partial(time.sleep, 600.0), 2, "training_step")
+
+
+@pytest.mark.parametrize(
+    "start_method",  # Python's own up to 3.13, and after; the second imports everything again
+    ["fork", pytest.param("forkserver", marks=pytest.mark.slow)],
+)
+def test_a_killed_rank_takes_its_workers_with_it(
+    start_method: str, policy: Path, train: Path, tmp_path: Path
+):
+    command = arguments(policy, train, tmp_path, "ddp", "--data.num_workers", 2, *EVERY_STEP)
+    with job(*command, prepare=partial(hang_in_step_two, start_method)) as running:
+        ranks = [psutil.Process(process.pid) for process in running.processes]
+
+        def started() -> list[psutil.Process]:
+            return [child for rank in ranks for child in rank.children(recursive=True)]
+
+        running.wait_for(lambda: last_step(tmp_path) == 1 and len(started()) >= 4)
+        workers = started()
+        running.signal(signal.SIGKILL)
+        running.wait()
+    _, left = psutil.wait_procs(workers, timeout=30.0)
+    assert left == []
