@@ -58,6 +58,12 @@ def main(argv: list[str] | None = None) -> int:
         from kto_lightning.parity_command import parity_main
 
         return parity_main(arguments[1:])
+    if not arguments[0].startswith("-") and arguments[0] not in ("fit", "validate", "predict"):
+        sys.stderr.write(
+            f"error: there is no command '{arguments[0]}'. There are: fit, validate, predict, "
+            "inspect, report, export, parity.\nhelp: python -m kto_lightning --help\n"
+        )
+        return 2
     from kto_lightning.cli import main as run
 
     return run(arguments)

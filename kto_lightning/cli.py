@@ -49,6 +49,7 @@ from kto_lightning.summary import Summary
 from kto_lightning.usage import (
     PROG,
     Parser,
+    check_callbacks,
     check_monitors,
     check_trainer_options,
     reason_of,
@@ -158,13 +159,14 @@ class KTOCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self.config_init[str(self.subcommand)].trainer
-        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        loggers = _as_list(trainer.logger)
         output_dir = self.config_init[str(self.subcommand)].output_dir
         kwargs["default_root_dir"] = output_dir
         own = MetricsFile(output_dir)
         kwargs["logger"] = [own, *(logger for logger in loggers if _is_logger(logger))]
         progress = ProgressBar() if sys.stdout.isatty() else ProgressLines()
-        callbacks = trainer.callbacks or []
+        callbacks = _as_list(trainer.callbacks)
+        check_callbacks(callbacks)
         if self.subcommand == "fit":
             validates = self._parts()[1].validation is not None
             check_monitors(callbacks, validates=validates, known=WATCHABLE)
@@ -181,7 +183,7 @@ class KTOCLI(LightningCLI):
             kwargs["callbacks"].append(progress)
         if isinstance(progress, ProgressLines):
             kwargs["enable_progress_bar"] = False
-        kwargs["plugins"] = [*(trainer.plugins or []), AtomicCheckpointIO()]
+        kwargs["plugins"] = [*_as_list(trainer.plugins), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -268,6 +270,13 @@ def _warn_of_identical_reference(module: KTOModule) -> None:
         "weights with --ckpt_path.",
         file=sys.stderr,
     )
+
+
+def _as_list(value: Any) -> list[Any]:
+    """What may be one or several."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _is_logger(logger: Any) -> bool:

@@ -7,7 +7,15 @@ import sys
 from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ProgressBar,
+    Timer,
+)
 from lightning.pytorch.cli import LightningArgumentParser
 
 from kto_lightning.errors import ConfigError
@@ -17,6 +25,8 @@ _UNKNOWN_OPTION = re.compile(
     r"does not accept option '(?P<option>[^']+)'|Key '(?P<key>[^']+)' is not expected"
     r"|[Uu]nrecognized arguments: --(?P<argument>[^\s=]+)|Option '(?P<part>[^']+)' is not accepted"
 )
+_BEFORE_COMMAND = re.compile(r"Option '[^']+' is not accepted before subcommand '(?P<command>\w+)'")
+_REQUIRED = re.compile(r"required: (fit|validate|predict)\.")
 _WRONG_VALUE = re.compile(r'Parser key "(?P<key>[^"]+)":(?P<reason>.*)', re.DOTALL)
 _EXPECTED = re.compile(
     r"Expected an? (?:<class '(?P<type>\w+)'>|typing\.Literal\[(?P<words>.*?)\])"
@@ -26,14 +36,17 @@ _MISSING_PACKAGE = re.compile(
     r"class_path '(?:\w+\.)*(?P<name>\w+)'.*`pip install -U '(?P<package>[\w-]+)", re.DOTALL
 )
 _TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+_BATCHES = (
+    "Use --data.batch_size (examples per optimizer step over all devices) and --data.max_tokens "
+    "(tokens per forward)."
+)
 REFUSED = {
     # Trainer option: (values that change nothing, why another one is refused and what to do)
     "gradient_clip_val": ((None,), "does nothing here. Use --model.gradient_clip_norm."),
     "gradient_clip_algorithm": ((None,), "does nothing here. Use --model.gradient_clip_norm."),
     "accumulate_grad_batches": (
         (None, 1),
-        "does nothing here. Use --data.batch_size (examples per optimizer step over all devices) "
-        "and --data.max_tokens (tokens per forward).",
+        f"does nothing here. {_BATCHES}",
     ),
     "fast_dev_run": ((False, 0), "skips OUTPUT. Use --trainer.max_steps 1."),
     "barebones": ((None, False), "writes no metrics. Leave it out."),
@@ -55,6 +68,13 @@ REFUSED = {
 }
 SHORT = {"--generate": "--report.generate"}
 """Options that have a shorter name too."""
+_REFUSED_CALLBACKS = {
+    BatchSizeFinder: f"cannot change the size of batches here. {_BATCHES}",
+    GradientAccumulationScheduler: f"has nothing to accumulate here. {_BATCHES}",
+    LearningRateFinder: "needs Lightning's own optimization. Use --model.learning_rate.",
+    ProgressBar: "would be a second one: progress is shown already. Leave it out.",
+    Timer: "cannot be written to config.yaml. Use --trainer.max_time.",
+}
 _PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16")
 
 
@@ -68,14 +88,19 @@ class Parser(LightningArgumentParser):
     """Answers a wrong key with the nearest right one, in a line instead of all options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = message.replace("required: fit.", "required: --")
+        message = _REQUIRED.sub("required: --", message)
         if message.endswith("required: save_dir"):
             message = "this logger needs a directory. Add --trainer.logger.save_dir DIR."
         prog = self.prog.replace(" [options]", "")
         dashes = "--"
         if not prog.startswith(PROG):  # a parser within a parser: of what `--model.lora` takes
             prog, dashes = PROG, ""
-        message = self._wrong_key(message) or _wrong_value(message, dashes) or message
+        message = (
+            _wrong_config(message)
+            or self._wrong_key(message)
+            or _wrong_value(message, dashes)
+            or message
+        )
         print(f"error: {message}\nhelp: {prog} --help", file=sys.stderr)
         raise SystemExit(2) from ex
 
@@ -106,6 +131,20 @@ def _nearest(wrong: str, known: list[str]) -> str | None:
         if wrong == key.rpartition(".")[2] or key.startswith(f"{wrong}_"):
             return key
     return next(iter(difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)), None)
+
+
+def _wrong_config(message: str) -> str | None:
+    """A settings file that stands in the wrong place or holds no settings."""
+    match = _BEFORE_COMMAND.search(message)
+    if match is not None:
+        return f"options come after the command. Write `{match['command']} --config FILE`."
+    kind, _, rest = message.partition(": ")
+    if kind == "Problems parsing config":
+        return f"--config is no YAML that can be read: {_joined_lines(rest)}. Mend the file."
+    if kind == "Unexpected config":
+        got = _joined_lines(rest) or "nothing"
+        return f"--config must hold options, such as `model: {{beta: 0.2}}`, got {got}."
+    return None
 
 
 def _wrong_value(message: str, dashes: str) -> str | None:
@@ -166,6 +205,18 @@ def check_trainer_options(trainer: Any, *, trains: bool) -> None:
     _check_precision(trainer.precision)
     if trains:
         _check_length(trainer)
+
+
+def check_callbacks(callbacks: list[Any]) -> None:
+    """Refuse those of Lightning's callbacks that cannot work here, before the model is loaded.
+
+    Raises:
+        ConfigError: with what to use instead.
+    """
+    for callback in callbacks:
+        for kind, reason in _REFUSED_CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise ConfigError(f"--trainer.callbacks {type(callback).__name__} {reason}")
 
 
 def check_monitors(callbacks: Iterable[Any], *, validates: bool, known: Collection[str]) -> None:

@@ -212,7 +212,9 @@ def test_a_wrong_key_is_answered_with_the_nearest(
         ("model:\n  betta: 1\n", "'model.betta'. Did you mean '--model.beta'?"),
         ("modle:\n  beta: 1\n", "'modle.beta'. Did you mean '--model.beta'?"),
         ("model:\n  lora:\n    rank: 8\n", "'rank' here. There are: r, alpha, target_modules"),
-        ("model: [\n", "Problems parsing config"),
+        ("model: [\n", "--config is no YAML that can be read: while parsing a flow"),
+        ("just text\n", "--config must hold options, such as `model: {beta: 0.2}`, got just text."),
+        ("", "--config must hold options, such as `model: {beta: 0.2}`, got nothing."),
     ],
 )
 def test_a_wrong_key_in_a_file_is_answered_too(
@@ -222,6 +224,13 @@ def test_a_wrong_key_in_a_file_is_answered_too(
     config.write_text(text, encoding="utf-8")
     refused("--config", config)
     assert part in message(capsys)
+
+
+def test_a_settings_file_before_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = tmp_path / "settings.yaml"
+    config.write_text("model:\n  beta: 1\n", encoding="utf-8")
+    assert run_cli("--config", config, "fit") == 2
+    assert "Write `fit --config FILE`." in message(capsys)
 
 
 def test_a_settings_file_that_is_not_there(capsys: pytest.CaptureFixture[str]):
@@ -302,6 +311,19 @@ def test_a_wrong_value_is_answered_by_its_key(
 def test_wrong_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]):
     assert run_cli(*arguments) == 2
     assert "help: python -m kto_lightning" in message(capsys)
+
+
+def test_a_wrong_command_is_answered_with_all(capsys: pytest.CaptureFixture[str]):
+    assert run_cli("exprt") == 2
+    error = message(capsys)
+    for command in ("fit", "validate", "predict", "inspect", "report", "export", "parity"):
+        assert command in error
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "predict"])
+def test_a_command_without_a_model(command: str, capsys: pytest.CaptureFixture[str]):
+    assert run_cli(command) == 2
+    assert "required: --model.policy\n" in message(capsys)
 
 
 @pytest.mark.parametrize(
@@ -403,3 +425,29 @@ def test_a_callback_that_watches_what_is_never_there(
     stopping = ("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", monitor)
     fit(absent, absent, tmp_path / "run", *stopping, *data, status=2)
     assert part in message(capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "part"),
+    [
+        ("BatchSizeFinder", (), "cannot change the size of batches here. Use --data.batch_size"),
+        (
+            "GradientAccumulationScheduler",
+            ("--trainer.callbacks.scheduling", "{0: 2}"),
+            "has nothing to accumulate here. Use --data.batch_size",
+        ),
+        ("LearningRateFinder", (), "Use --model.learning_rate."),
+        ("RichProgressBar", (), "would be a second one: progress is shown already."),
+        ("Timer", (), "cannot be written to config.yaml. Use --trainer.max_time."),
+    ],
+)
+def test_a_callback_that_cannot_work_here(
+    name: str, settings: tuple[str, ...], part: str, tmp_path: Path, capsys
+):
+    """Before any record is read or model loaded."""
+    absent = tmp_path / "absent"
+    callback = ("--trainer.callbacks", name, *settings)
+    fit(absent, absent, tmp_path / "run", *callback, status=2)
+    error = message(capsys)
+    assert error.startswith(f"error: --trainer.callbacks {name} ")
+    assert part in error

@@ -98,3 +98,10 @@ def test_the_file_has_no_rows_of_other_callbacks(
     table = rows(fit(policy, train, tmp_path / "run", *callback))
     assert [row["step"] for row in table] == ["1", "2", "3", "4", "5", "6"]
     assert all(row["train/loss"] for row in table)
+
+
+def test_one_callback_needs_no_list(policy: Path, train: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.yaml"
+    kind = "lightning.pytorch.callbacks.LearningRateMonitor"
+    settings.write_text(f"trainer:\n  callbacks:\n    class_path: {kind}\n", encoding="utf-8")
+    assert len(rows(fit(policy, train, tmp_path / "run", "--config", settings))) == 6
