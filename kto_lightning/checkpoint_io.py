@@ -134,6 +134,20 @@ def settle_progress(fit_loop: dict[str, Any], *, num_epochs: int, num_in_epoch: 
         epochs[part] = {**begun, "processed": num_epochs, "completed": num_epochs}
 
 
+def check_epochs_left(checkpoint: dict[str, Any], max_epochs: int | None) -> None:
+    """Refuse to go on from behind where a run is to end.
+
+    Raises:
+        ConfigError: if more epochs are done than `max_epochs`; None or negative: unbounded.
+    """
+    done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    if max_epochs is not None and 0 <= max_epochs < done:
+        raise ConfigError(
+            f"{done} epochs are done where this checkpoint was saved, more than "
+            f"--trainer.max_epochs {max_epochs}. Raise it, or go on from an earlier checkpoint."
+        )
+
+
 def _sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -196,12 +196,15 @@ def load_causal_lm(
 
 def require_model_files(name: str) -> None:
     directory = Path(name)
+    if not name:
+        raise ModelError("the name of a model is empty. Give a directory or hub id.")
     if not directory.exists() and not _HUB_ID.fullmatch(name):
         raise ModelError(f"there is no directory {name}, and it cannot be a hub id (owner/name).")
     if directory.is_dir() and not (directory / "config.json").is_file():
+        within = directory / "model"  # of an OUTPUT
+        found = f"{within}" if within.is_dir() else "the directory that save_pretrained wrote"
         raise ModelError(
-            f"{name} has no config.json, so it is not a Hugging Face model directory. "
-            "Give the directory that save_pretrained wrote."
+            f"{name} has no config.json, so it is not a Hugging Face model directory. Give {found}."
         )
     if directory.is_dir() and not any(directory.glob("*.safetensors")):
         if any(directory.glob("*.bin")):
@@ -256,7 +259,7 @@ def _add_adapter(model: PreTrainedModel, lora: LoRA) -> nn.Module:
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
-        target_modules=lora.target_modules,
+        target_modules=_target_modules(lora.target_modules),
         lora_dropout=lora.dropout,
         task_type="CAUSAL_LM",
     )
@@ -268,6 +271,14 @@ def _add_adapter(model: PreTrainedModel, lora: LoRA) -> nn.Module:
             f"--model.lora.target_modules {lora.target_modules}: {first_line(error)}"
         ) from error
     return adapted.train()
+
+
+def _target_modules(names: str | list[str]) -> str | list[str]:
+    """One module's name as a list of one: peft takes a text for a pattern of whole paths, which a
+    bare name is only of a module at the top."""
+    if isinstance(names, str) and names.isidentifier():
+        return [names]
+    return names
 
 
 def _load_adapter(model: PreTrainedModel, name: str) -> nn.Module:

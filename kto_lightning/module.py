@@ -10,7 +10,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from kto_lightning.assembly import Recipe, assemble, check_device
-from kto_lightning.checkpoint_io import check_weights_fit, without_frozen
+from kto_lightning.checkpoint_io import check_epochs_left, check_weights_fit, without_frozen
 from kto_lightning.data.weights import resolve_weights
 from kto_lightning.export import remembered_reference, whole_name
 from kto_lightning.following import Follow, FollowingReference, reference_state, restore_reference
@@ -367,6 +367,7 @@ class KTOModule(LightningModule):
         check_weights_fit(checkpoint, self)
         trains = self.trainer.state.fn == "fit"
         if trains:
+            check_epochs_left(checkpoint, self.trainer.max_epochs)
             check_same_optimizer(checkpoint.get("kto", {}), self.origin())
         named = whole_name(self.reference_name) if self.reference_name is not None else None
         restore_reference(checkpoint, self.reference, named=named, trains=trains)

@@ -409,6 +409,36 @@ def test_modules_that_a_model_does_not_have(
     assert "--model.lora.target_modules nothing" in message(capsys)
 
 
+def test_a_module_by_its_name(policy: Path, train: Path, tmp_path: Path):
+    options = ("--model.lora.target_modules", "q_proj", "--trainer.max_steps", 1)
+    output = fit(policy, train, tmp_path / "run", *options)
+    config = json.loads((output / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj"]
+
+
+def test_an_output_taken_for_a_model(
+    policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = fit(policy, train, tmp_path / "run", "--trainer.max_steps", 1)
+    capsys.readouterr()
+    assert run_cli("predict", "--model.policy", output, "--data.predict", train) == 1
+    assert f"Give {output / 'model'}.\n" in message(capsys)
+
+
+def test_a_model_without_a_name(train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run_cli("predict", "--model.policy", "", "--data.predict", train) == 1
+    assert "the name of a model is empty" in message(capsys)
+
+
+def test_a_checkpoint_behind_the_end(
+    policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = fit(policy, train, tmp_path / "run", "--trainer.max_epochs", 2)
+    capsys.readouterr()
+    fit(policy, train, output, "--ckpt_path", "last", status=2)
+    assert "2 epochs are done where this checkpoint was saved, more than" in message(capsys)
+
+
 @pytest.mark.parametrize(
     ("monitor", "data", "part"),
     [
