@@ -12,6 +12,7 @@ from torch import Tensor
 from kto_lightning.assembly import Recipe, assemble, check_device
 from kto_lightning.checkpoint_io import check_epochs_left, check_weights_fit, without_frozen
 from kto_lightning.data.weights import resolve_weights
+from kto_lightning.errors import ConfigError
 from kto_lightning.export import remembered_reference, whole_name
 from kto_lightning.following import Follow, FollowingReference, reference_state, restore_reference
 from kto_lightning.guards import NonFiniteGuard, memory_named
@@ -22,6 +23,7 @@ from kto_lightning.metrics_file import MetricsFile
 from kto_lightning.models import LoRA
 from kto_lightning.optimization import (
     Optimization,
+    check_precision,
     check_same_optimizer,
     count_steps,
     gradient_norm,
@@ -154,6 +156,12 @@ class KTOModule(LightningModule):
         require_one_of("loss", self.loss, ("kto", "apo_zero_unpaired"))
         resolve_weights(1, 1, desirable=self.desirable_weight, undesirable=self.undesirable_weight)
 
+    def setup(self, stage: str) -> None:
+        """Refuse what no plain `Trainer` knows to refuse, before any weight is loaded."""
+        check_precision(self.trainer.precision)
+        if stage == "fit":
+            self._require_data()
+
     def configure_model(self) -> None:
         """Load the policy and its reference. Lightning calls this once the data is set up."""
         if self.policy is not None:
@@ -177,6 +185,13 @@ class KTOModule(LightningModule):
     @property
     def _data(self) -> Any:
         return self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _require_data(self) -> None:
+        if self._data is None:
+            raise ConfigError(
+                "KTOModule takes its steps from a KTODataModule. Give the trainer one: "
+                "trainer.fit(module, datamodule=KTODataModule(train=…))."
+            )
 
     def _scorer(self) -> BatchScorer:
         assert self.policy is not None

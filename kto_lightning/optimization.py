@@ -19,6 +19,8 @@ from transformers.optimization import Adafactor
 from kto_lightning.errors import ConfigError
 from kto_lightning.ranks import whole_shape
 
+_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16")
+
 _FUSED_ON = ("cuda", "cpu")
 """Where all of AdamW is one kernel: a pass over the weights instead of a dozen."""
 
@@ -178,6 +180,27 @@ def check_same_optimizer(then: dict[str, Any], now: dict[str, Any]) -> None:
                 "--ckpt_path goes on with, which keeps its optimizer. Give the same, or start "
                 "a new run from the exported model."
             )
+
+
+def check_precision(precision: int | str | None) -> None:
+    """Refuse what would train another model than the one that is asked for.
+
+    Raises:
+        ConfigError: with what to use instead.
+    """
+    if precision is None or str(precision) in _PRECISIONS:
+        return
+    reason = "is not available here"
+    if precision in ("bf16-true", "16-true"):
+        reason = "rounds rotary embeddings and small updates away"
+    elif str(precision) in ("16", "16-mixed"):
+        reason = "scales gradients, which clipping and grad_norm here do not undo"
+    elif str(precision) in ("64", "64-true"):
+        reason = "has no use here: log-probs are float32"
+    raise ConfigError(
+        f"--trainer.precision {precision} {reason}. Use bf16-mixed or 32-true; for a frozen base "
+        "in bfloat16 add --model.lora and --model.dtype bfloat16."
+    )
 
 
 def count_steps(

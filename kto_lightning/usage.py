@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.cli import LightningArgumentParser
 
 from kto_lightning.errors import ConfigError
+from kto_lightning.optimization import check_precision
 
 PROG = "python -m kto_lightning"
 _UNKNOWN_OPTION = re.compile(
@@ -75,7 +76,6 @@ _REFUSED_CALLBACKS = {
     ProgressBar: "would be a second one: progress is shown already. Leave it out.",
     Timer: "cannot be written to config.yaml. Use --trainer.max_time.",
 }
-_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16")
 
 
 def spelled_out(arguments: Iterable[str]) -> list[str]:
@@ -202,7 +202,7 @@ def check_trainer_options(trainer: Any, *, trains: bool) -> None:
     for name, (harmless, reason) in REFUSED.items():
         if trainer.get(name) not in harmless:
             raise ConfigError(f"--trainer.{name} {reason}")
-    _check_precision(trainer.precision)
+    check_precision(trainer.precision)
     if trains:
         _check_length(trainer)
 
@@ -239,22 +239,6 @@ def check_monitors(callbacks: Iterable[Any], *, validates: bool, known: Collecti
             raise ConfigError(f"{who}, which is none of what it can: {', '.join(sorted(known))}.")
         if not validates:
             raise ConfigError(f"{who}, but nothing is validated. Add --data.validation.")
-
-
-def _check_precision(precision: int | str | None) -> None:
-    if precision is None or str(precision) in _PRECISIONS:
-        return
-    reason = "is not available here"
-    if precision in ("bf16-true", "16-true"):
-        reason = "rounds rotary embeddings and small updates away"
-    elif str(precision) in ("16", "16-mixed"):
-        reason = "scales gradients, which clipping and grad_norm here do not undo"
-    elif str(precision) in ("64", "64-true"):
-        reason = "has no use here: log-probs are float32"
-    raise ConfigError(
-        f"--trainer.precision {precision} {reason}. Use bf16-mixed or 32-true; for a frozen base "
-        "in bfloat16 add --model.lora and --model.dtype bfloat16."
-    )
 
 
 def _check_length(trainer: Any) -> None:

@@ -15,6 +15,7 @@ import transformers.utils.import_utils as transformers_imports
 import kto_kernels
 import kto_lightning
 from kto_lightning import KTODataModule, KTOModule, kto_loss, reference_point
+from kto_lightning.errors import ConfigError
 from tests.factories import make_tokenizer, plain_records, save_model, write_jsonl
 
 PUBLIC = {
@@ -96,6 +97,43 @@ def test_a_trainer_runs_the_module_and_the_data_module(tmp_path):
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == 2
     assert module.latest_metrics["train/grad_norm"] > 0
+
+
+def trainer_of(tmp_path, **settings):
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    own = {"accelerator": "cpu", "max_steps": 1, "default_root_dir": tmp_path}
+    return lightning.Trainer(**quiet, **own, **settings)
+
+
+def test_a_trainer_without_our_data_is_told(tmp_path):
+    """Before a model is loaded: there is none of this name."""
+    trainer = trainer_of(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"Give the trainer one: trainer.fit\(module, datamodule="
+    ):
+        trainer.fit(KTOModule("absent"), train_dataloaders=[1, 2], val_dataloaders=[3])
+
+
+def test_data_without_a_trainer_are_told(tmp_path):
+    records = write_jsonl(tmp_path / "records.jsonl", plain_records(12))
+    data = KTODataModule(train=str(records))
+    data.prepare_data()
+    with pytest.raises(
+        ConfigError, match=r"Give it to a trainer: trainer.fit\(module, datamodule="
+    ):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_a_trainer_of_a_precision_that_harms_is_told(precision, tmp_path):
+    records = write_jsonl(tmp_path / "records.jsonl", plain_records(12))
+    save_model(tmp_path / "model", "llama", make_tokenizer())
+    module = KTOModule(str(tmp_path / "model"))
+    trainer = trainer_of(tmp_path, precision=precision)
+    with pytest.raises(ConfigError, match=f"precision {precision} .* Use bf16-mixed or 32-true"):
+        trainer.fit(module, datamodule=KTODataModule(train=str(records)))
 
 
 def test_the_loss_works_on_plain_tensors():

@@ -89,7 +89,11 @@ class RunData(LightningDataModule):
 
     @property
     def _module(self) -> Any:
-        assert self.trainer is not None
+        if self.trainer is None:
+            raise ConfigError(
+                "KTODataModule asks its trainer's KTOModule for tokenizer, loss and weights. Give "
+                "it to a trainer: trainer.fit(module, datamodule=data)."
+            )
         return self.trainer.lightning_module
 
     @property
@@ -110,7 +114,8 @@ class RunData(LightningDataModule):
         An error waits for `setup`, where every process meets it: one that ended here would leave
         the others waiting.
         """
-        assert self.trainer is not None
+        if self.trainer is None:
+            return  # `setup` says so
         try:
             self._load(str(self.trainer.state.fn))
         except KTOError as error:
