@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             "inspect, report, export, parity.\nhelp: python -m kto_lightning --help\n"
         )
         return 2
-    from kto_lightning.cli import main as run
+    from kto_lightning.trainer_command import main as run
 
     return run(arguments)
 

@@ -1,22 +1,15 @@
-"""The command line: LightningCLI with our keys, refusals, exit statuses and output layout."""
+"""LightningCLI with our keys, refusals and output layout."""
 
-import logging
 import os
-import signal
 import sys
 import textwrap
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import disable_progress_bars
 from lightning import Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from transformers.utils import logging as transformers_logging
 
 from kto_lightning.assembly import reassemble
 from kto_lightning.callbacks import (
@@ -30,7 +23,7 @@ from kto_lightning.callbacks import (
 from kto_lightning.checkpoint_io import AtomicCheckpointIO
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.diagnostics import Diagnostics
-from kto_lightning.errors import ConfigError, KTOError, StoppedRun
+from kto_lightning.errors import ConfigError, KTOError
 from kto_lightning.export import save_policy
 from kto_lightning.generations import Generations
 from kto_lightning.launched import ended_together
@@ -38,7 +31,7 @@ from kto_lightning.metrics_file import COLUMNS, WATCHABLE, MetricsFile
 from kto_lightning.module import KTOModule
 from kto_lightning.output import check_not_read, check_unused, find_checkpoint
 from kto_lightning.policy import Policy
-from kto_lightning.preemption import Preempted, Preemption
+from kto_lightning.preemption import Preemption
 from kto_lightning.ranks import gathered, lost_rank_named, wait_for_each_other
 from kto_lightning.rewards_file import write_rewards
 from kto_lightning.run_file import mark_finished
@@ -53,12 +46,8 @@ from kto_lightning.usage import (
     check_monitors,
     check_trainer_options,
     reason_of,
-    spelled_out,
 )
 from kto_lightning.zero import ZeRO
-
-_INTERRUPTED = 128 + signal.SIGINT
-_TERMINATED = 128 + signal.SIGTERM
 
 
 class KTOCLI(LightningCLI):
@@ -281,58 +270,3 @@ def _as_list(value: Any) -> list[Any]:
 
 def _is_logger(logger: Any) -> bool:
     return logger is not None and not isinstance(logger, bool)
-
-
-def _quieten() -> None:
-    """Leave the screen to the summary and the bar: tips and device banners say nothing of a run."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
-    transformers_logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft mends it itself
-    transformers_logging.disable_progress_bar()
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def _print_error(message: str) -> None:
-    """On several ranks every one says what it met, and which it is, but for the first."""
-    rank = getattr(rank_zero_only, "rank", 0)
-    print(f"[rank {rank}] error: {message}" if rank else f"error: {message}", file=sys.stderr)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run a command. Errors that a person can mend are one message on stderr, not a traceback.
-
-    Returns:
-        The exit status: 0; 1 for data or run; 2 for usage; 128 + a signal that ended the run.
-    """
-    _quieten()
-    try:
-        KTOCLI(spelled_out(sys.argv[1:] if argv is None else argv))
-    except (ConfigError, MisconfigurationException) as error:
-        _print_error(str(error))
-        return 2
-    except StoppedRun as stopped:
-        if getattr(rank_zero_only, "rank", 0) == 0:  # all ranks say the same
-            asked = isinstance(stopped, Preempted)  # which is no error
-            print(stopped if asked else f"error: {stopped}", file=sys.stderr)
-        return stopped.status
-    except KTOError as error:
-        _print_error(str(error))
-        return 1
-    except OSError as error:  # a full disk, a directory closed to us
-        where = f"{error.filename}: " if error.filename else ""
-        _print_error(f"{where}{error.strerror or error}. Check path and disk.")
-        return 1
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except SIGTERMException:  # Lightning's, outside training
-        return _TERMINATED
-    except SystemExit as leave:
-        if isinstance(leave.__context__, KeyboardInterrupt):  # which Lightning makes an exit of 1
-            return _INTERRUPTED
-        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
-    return 0

@@ -14,8 +14,8 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 with install_import_hook(["kto_lightning", "kto_kernels"], "beartype.beartype"):
-    import kto_lightning.cli
-    import kto_lightning.export_command  # noqa: F401 - so that no rank imports it again
+    import kto_lightning.export_command
+    import kto_lightning.trainer_command  # noqa: F401 - so that no rank imports it again
     from kto_lightning.__main__ import main
 
 

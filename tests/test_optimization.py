@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from kto_lightning.cli import main
 from kto_lightning.errors import ConfigError
 from kto_lightning.optimization import (
     SCHEDULES,
@@ -17,6 +16,7 @@ from kto_lightning.optimization import (
     make_scheduler,
     require_number,
 )
+from kto_lightning.trainer_command import main
 from tests.factories import make_model
 
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from kto_lightning import cli
+from kto_lightning import trainer_command
 from kto_lightning.demo.curve import read_rewards, write_png
 from kto_lightning.demo.evaluate import Share, answer, share_good
 from kto_lightning.demo.folder import Folder
@@ -186,7 +186,7 @@ def run_fit(story: Story, argv: list[str]) -> int:
     with story.step("fit", "3. KTO on that feedback, with this command"):
         show_command(story.console, argv)
         story.console.print()
-        return cli.main(argv)
+        return trainer_command.main(argv)
 
 
 def look_again(story: Story, before: list[Answer]) -> list[Answer]:
