@@ -28,6 +28,23 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+# What is imported within fixtures waits for pytest's checks of types to be in place.
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model to train, as a directory."""
+    from tests.cli import small_model
+
+    return small_model(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of records to train it on."""
+    from tests.cli import small_data
+
+    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -16,21 +16,11 @@ from hypothesis import strategies as st
 from kto_lightning.data.records import load_records
 from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.errors import DataError
-from tests.cli import fit, rows, run_cli, small_data, small_model
+from tests.cli import fit, rows, run_cli
 from tests.data.test_records import QUICK, ROWS, check_yields
 from tests.factories import chat_records, make_tokenizer, plain_records, save_model, write_jsonl
 
 GOOD_LINES = "".join(json.dumps(record) + "\n" for record in plain_records(3))
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 def message(capsys: pytest.CaptureFixture[str]) -> str:

@@ -27,16 +27,6 @@ DESIGNED = [
 
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
-
-
-@pytest.fixture(scope="module")
 def reference_run(policy: Path, train: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One epoch with the default settings: six steps."""
     return fit(policy, train, tmp_path_factory.mktemp("run"))

@@ -8,18 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cli import fit, run_cli, small_data, small_model
+from tests.cli import fit, run_cli
 from tests.factories import chat_records, make_tokenizer, plain_records, write_jsonl
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 def copy_of(policy: Path, target: Path) -> Path:

@@ -28,7 +28,7 @@ from kto_lightning.module import KTOModule
 from kto_lightning.packing_probe import make_policy
 from kto_lightning.policy import Policy
 from kto_lightning.reference import FrozenReference
-from tests.cli import fit, numbers, rows, run_cli, small_data, small_model, weights
+from tests.cli import fit, numbers, rows, run_cli, small_model, weights
 from tests.factories import make_model
 from tests.test_module import VOCABULARY, Result, module_of, step_batch
 from tests.test_module import fit as fit_module
@@ -216,16 +216,6 @@ def test_sharded_weights_follow_too(mesh: DeviceMesh) -> None:
 
 
 FOLLOW = ("--model.follow.every_n_steps", 4, "--model.follow.alpha", 0.75)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from kto_lightning.output import list_checkpoints
 from kto_lightning.policy import Policy
 from kto_lightning.tokenizer import load_tokenizer
 from kto_lightning.types import Logps, PackedBatch
-from tests.cli import fit, numbers, rows, run_cli, small_data, small_model, weights
+from tests.cli import fit, numbers, rows, run_cli, small_model, weights
 
 EVERY_STEP = ("--checkpoint.every_n_steps", 1)
 SKIP = ("--model.non_finite", "skip")
@@ -25,11 +25,6 @@ SKIP = ("--model.non_finite", "skip")
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_model(tmp_path_factory.mktemp("policy"), "gpt2")
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, example: int, value: float, *, gradient: bool) -> None:

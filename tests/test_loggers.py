@@ -6,17 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli import fit, numbers, rows, small_data, small_model
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
+from tests.cli import fit, numbers, rows
 
 
 def test_tensorboard_gets_every_metric_with_its_step(

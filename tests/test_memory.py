@@ -24,7 +24,7 @@ from kto_lightning.policy import Policy
 from kto_lightning.reference import FrozenReference
 from kto_lightning.scoring import BatchScorer
 from kto_lightning.types import PackedBatch, StepBatch
-from tests.cli import small_data, small_model
+from tests.cli import small_data
 from tests.test_module import Examples, fit, models, module_of, step_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
@@ -125,11 +125,6 @@ class Held(Callback):
 
 def _all_parameters() -> dict[int, nn.Parameter]:
     return {id(o): o for o in gc.get_objects() if isinstance(o, nn.Parameter)}
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture(scope="module")

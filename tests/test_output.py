@@ -13,20 +13,10 @@ from kto_lightning import cli
 from kto_lightning.checkpoint_io import is_whole
 from kto_lightning.module import KTOModule
 from kto_lightning.output import list_checkpoints
-from tests.cli import fit, fit_arguments, rows, run_cli, small_data, small_model, weights
+from tests.cli import fit, fit_arguments, rows, run_cli, small_data, weights
 
 LAST = ("--ckpt_path", "last")
 EVERY_STEP = ("--checkpoint.every_n_steps", 1)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 @pytest.fixture(scope="module")

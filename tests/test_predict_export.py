@@ -11,20 +11,10 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.cli import fit, numbers, rows, run_cli, small_data, small_model
+from tests.cli import fit, numbers, rows, run_cli, small_data
 from tests.factories import chat_records, make_tokenizer, save_model, write_jsonl
 
 LORA = ("--model.lora.r", 4, "--model.learning_rate", 1e-2)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from kto_lightning.module import KTOModule
 from kto_lightning.output import list_checkpoints
 from kto_lightning.preemption import SIGNALS
 from kto_lightning.summary import Summary
-from tests.cli import fit, fit_arguments, rows, small_data, small_model, weights
+from tests.cli import fit, fit_arguments, rows, small_model, weights
 from tests.ranks import fit_on_ranks, run_ranks
 
 LAST = ("--ckpt_path", "last")
@@ -25,11 +25,6 @@ VALIDATION = ("--data.validation", 0.2, "--trainer.val_check_interval", 2)
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_model(tmp_path_factory.mktemp("policy"), "gpt2")
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 @pytest.fixture(scope="module")

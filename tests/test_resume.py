@@ -45,11 +45,6 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
-
-
-@pytest.fixture(scope="module")
 def whole_runs(policy: Path, train: Path, tmp_path_factory: pytest.TempPathFactory):
     """Twelve steps (ten with a part held out) in one go, made once for each of `SETTINGS`."""
     made: dict[str, Path] = {}

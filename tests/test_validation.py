@@ -15,19 +15,9 @@ SHARED += ("logps/desirable", "logps/undesirable", "tokens")
 
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another model, so that rewards and z0 are not 0 from the beginning."""
     return small_model(tmp_path_factory.mktemp("reference"), seed=1)
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 def frozen(reference: Path, *options: Any) -> tuple[Any, ...]:

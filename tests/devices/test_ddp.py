@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.agreement import assert_numbers_agree, assert_weights_agree
-from tests.cli import fit, rows, run_process, small_data, small_model, weights
+from tests.cli import fit, rows, run_process, small_model, weights
 from tests.factories import plain_records, write_jsonl
 from tests.ranks import fit_on_ranks, run_ranks
 
@@ -35,16 +35,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[Any, ...]]] = {
     # Cut into single examples the auxiliary loss is one mean over the same parts.
     "experts": ("qwen2_moe", {"router_aux_loss_coef": 0.1}, (*SGD, "--data.max_tokens", 1)),
 }
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 def compare(policy: Path, train: Path, directory: Path, *options: Any) -> tuple[Path, Path]:

@@ -14,7 +14,7 @@ from kto_lightning.module import KTOModule
 from kto_lightning.policy import Policy
 from kto_lightning.types import Logps, PackedBatch
 from tests.agreement import assert_numbers_agree, assert_weights_agree
-from tests.cli import fit, fit_arguments, numbers, rows, run_cli, small_data, small_model, weights
+from tests.cli import fit, fit_arguments, numbers, rows, run_cli, small_model, weights
 from tests.factories import plain_records, write_jsonl
 from tests.ranks import fit_on_ranks, run_ranks
 
@@ -89,16 +89,6 @@ MORE: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
         (*SEVERAL, "--model.activation_checkpointing", "true"),
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("policy"))
 
 
 def on_ranks(

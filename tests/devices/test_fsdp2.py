@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from kto_lightning.module import KTOModule
 from kto_lightning.output import list_checkpoints
 from tests.agreement import assert_numbers_agree, assert_weights_agree
-from tests.cli import fit, numbers, rows, run_cli, small_data, small_model, weights
+from tests.cli import fit, numbers, rows, run_cli, small_model, weights
 from tests.factories import plain_records, write_jsonl
 from tests.ranks import fit_on_ranks, run_ranks
 
@@ -42,16 +42,6 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     ),
     "lora": ("qwen2", (*SEVERAL, "--model.lora.r", 4, "--data.validation", 0.4)),
 }
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("policy"))
 
 
 @pytest.mark.parametrize("case", CASES)

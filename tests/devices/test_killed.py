@@ -16,7 +16,7 @@ import pytest
 
 from kto_lightning.errors import ModelError
 from kto_lightning.output import list_checkpoints
-from tests.cli import fit_arguments, small_data, small_model
+from tests.cli import fit_arguments, small_model
 from tests.ranks import Ended, fit_on_ranks, job, run_ranks
 from tests.test_preemption import call_in_step
 from tests.test_resume import EVERY_STEP, assert_equal_runs
@@ -39,11 +39,6 @@ SETTINGS: dict[str, tuple[str, tuple[Any, ...]]] = {
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_model(tmp_path_factory.mktemp("policy"), "gpt2", attn_pdrop=0.2)
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 @pytest.fixture(scope="module")

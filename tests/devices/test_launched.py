@@ -17,21 +17,11 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher, su
 
 from kto_lightning import launched
 from kto_lightning.output import list_checkpoints
-from tests.cli import ROOT, fit_arguments, rows, small_data, small_model
+from tests.cli import ROOT, fit_arguments, rows
 from tests.ranks import fit_on_ranks, job
 from tests.test_resume import assert_equal_runs
 
 DEVICES = ("--trainer.devices", 2, "--trainer.strategy", "ddp")
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from kto_lightning.module import KTOModule
 from tests.agreement import assert_numbers_agree, assert_weights_agree
-from tests.cli import fit, fit_arguments, rows, small_data, small_model
+from tests.cli import fit, fit_arguments, rows, small_model
 from tests.ranks import Ended, run_ranks
 from tests.test_guards import SKIP, spoil, trained_weights
 
@@ -20,11 +20,6 @@ FILE_ORDER = ("--data.shuffle", "false")
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_model(tmp_path_factory.mktemp("policy"), "gpt2")
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 def spoil_example_nine(*, gradient: bool) -> None:

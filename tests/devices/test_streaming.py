@@ -11,7 +11,7 @@ import pytest
 
 from kto_lightning.output import list_checkpoints
 from tests.agreement import assert_numbers_agree, assert_weights_agree
-from tests.cli import fit, fit_arguments, rows, small_data, small_model
+from tests.cli import fit, fit_arguments, rows, small_data
 from tests.devices.test_killed import LAST, kill_in_step_four
 from tests.factories import plain_records
 from tests.ranks import fit_on_ranks, run_ranks
@@ -24,11 +24,6 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "file order, workers": ("ddp", (*SGD, "--data.shuffle", "false", "--data.num_workers", 1)),
     "fsdp2": ("fsdp2", SGD),
 }
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture(scope="module")
