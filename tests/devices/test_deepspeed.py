@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kto_lightning.callbacks import list_checkpoints
 from kto_lightning.module import KTOModule
+from kto_lightning.output import list_checkpoints
 from kto_lightning.policy import Policy
 from kto_lightning.types import Logps, PackedBatch
 from tests.agreement import assert_numbers_agree, assert_weights_agree
