@@ -101,9 +101,12 @@ def _model_rows(module: Any, data: Any) -> list[tuple[str, str]]:
     attention = "packed, prompts shared by both completions"
     if module.packing_obstacle is not None:
         attention = f"padded, because {module.packing_obstacle}"
+    per_step = data.batch_size
+    if data.train_set is not None:
+        per_step = min(per_step, len(data.train_set))
     return [
         ("model", f"{module.policy_name}: {trained:,} of {total:,} parameters trained"),
         ("reference", module.reference.description),
         ("attention", attention),
-        ("steps", f"{num_steps}, {data.batch_size} examples each"),
+        ("steps", f"{num_steps}, {per_step} examples each"),
     ]

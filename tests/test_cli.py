@@ -451,3 +451,10 @@ def test_help_and_version_import_nothing_heavy():
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "predict" in ended.stdout
+
+
+def test_the_summary_says_how_many_examples_a_step_has(
+    policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(policy, train, tmp_path / "run", "--data.batch_size", 100)
+    assert "1, 24 examples each" in capsys.readouterr().out
