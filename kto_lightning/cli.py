@@ -40,9 +40,11 @@ from kto_lightning.sharding import FSDP2
 from kto_lightning.strategies import check_strategy
 from kto_lightning.summary import Summary
 from kto_lightning.usage import (
+    ENVIRONMENT,
     PROG,
     Parser,
     check_callbacks,
+    check_environment,
     check_monitors,
     check_trainer_options,
     reason_of,
@@ -70,7 +72,7 @@ class KTOCLI(LightningCLI):
             parser_kwargs={
                 "prog": PROG,
                 "default_env": True,
-                "env_prefix": "KTO",
+                "env_prefix": ENVIRONMENT,
                 "allow_abbrev": False,  # else `--trainer.max_step` is taken for `max_steps`
             },
             args=arguments,
@@ -108,6 +110,7 @@ class KTOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
         trainer = config.trainer
+        check_environment(str(self.subcommand), self._parser(self.subcommand))
         check_trainer_options(trainer, trains=self.subcommand == "fit")
         check_strategy(trainer.strategy, config.model)
         config.output_dir = os.path.expanduser(config.output_dir) or "."

@@ -25,6 +25,7 @@ def _quieten() -> None:
     """Leave the screen to the summary and the bar: tips and device banners say nothing of a run."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # a report asked for
     warnings.filterwarnings("ignore", module="lightning")
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

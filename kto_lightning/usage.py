@@ -2,6 +2,7 @@
 nothing or harm here. Each answer names the key, what it may be and what was got."""
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Collection, Iterable
@@ -22,6 +23,8 @@ from kto_lightning.errors import ConfigError
 from kto_lightning.optimization import check_precision
 
 PROG = "python -m kto_lightning"
+ENVIRONMENT = "KTO"
+"""What names of environment variables begin with that set options: KTO_FIT__MODEL__BETA."""
 _UNKNOWN_OPTION = re.compile(
     r"does not accept option '(?P<option>[^']+)'|Key '(?P<key>[^']+)' is not expected"
     r"|[Uu]nrecognized arguments: --(?P<argument>[^\s=]+)|Option '(?P<part>[^']+)' is not accepted"
@@ -205,6 +208,21 @@ def check_trainer_options(trainer: Any, *, trains: bool) -> None:
     check_precision(trainer.precision)
     if trains:
         _check_length(trainer)
+
+
+def check_environment(command: str, parser: LightningArgumentParser) -> None:
+    """Refuse variables that look like options and are none: jsonargparse passes over them.
+
+    Raises:
+        ConfigError: with the nearest right name.
+    """
+    prefix = f"{ENVIRONMENT}_{command.upper()}__"
+    known = [prefix + action.dest.upper().replace(".", "__") for action in parser._actions]
+    for name in sorted(os.environ):
+        if name.startswith(prefix) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"the environment's {name} is no option of {command}.{hint}")
 
 
 def check_callbacks(callbacks: list[Any]) -> None:

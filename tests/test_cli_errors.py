@@ -471,3 +471,16 @@ def test_a_callback_that_cannot_work_here(
     error = message(capsys)
     assert error.startswith(f"error: --trainer.callbacks {name} ")
     assert part in error
+
+
+def test_a_wrong_variable_is_answered_with_the_nearest(
+    policy: Path, train: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("KTO_FIT__MODEL__BETTA", "0.2")
+    fit(tmp_path / "absent", tmp_path / "absent", tmp_path / "run", status=2)
+    error = message(capsys)
+    assert "KTO_FIT__MODEL__BETTA is no option of fit. Did you mean KTO_FIT__MODEL__BETA?" in error
+    monkeypatch.delenv("KTO_FIT__MODEL__BETTA")
+    monkeypatch.setenv("KTO_FIT__MODEL__BETA", "0.2")
+    output = fit(policy, train, tmp_path / "run", "--trainer.max_steps", 1)
+    assert "beta: 0.2" in (output / "config.yaml").read_text()

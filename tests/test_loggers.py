@@ -1,6 +1,7 @@
 """Lightning's loggers beside `metrics.csv`: the same numbers at the same steps, or a reason."""
 
 import importlib.util
+import logging
 import math
 from pathlib import Path
 
@@ -95,3 +96,16 @@ def test_one_callback_needs_no_list(policy: Path, train: Path, tmp_path: Path) -
     kind = "lightning.pytorch.callbacks.LearningRateMonitor"
     settings.write_text(f"trainer:\n  callbacks:\n    class_path: {kind}\n", encoding="utf-8")
     assert len(rows(fit(policy, train, tmp_path / "run", "--config", settings))) == 6
+
+
+def test_a_profile_that_was_asked_for_is_shown(policy: Path, train: Path, tmp_path: Path) -> None:
+    shown: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())
+    log = logging.getLogger("lightning.pytorch.profilers")
+    log.addHandler(handler)
+    try:
+        fit(policy, train, tmp_path / "run", "--trainer.profiler", "simple")
+    finally:
+        log.removeHandler(handler)
+    assert "run_training_batch" in "".join(shown)
