@@ -219,6 +219,8 @@ def trained_log_ratios(
             with torch.no_grad():
                 after = policy(batch, matched=False).mismatched
                 before = reference.logps(batch, matched=False).mismatched
+            assert after is not None
+            assert before is not None
             log_ratios[chosen] = (after - before).double().numpy()
         found.append((pairing, log_ratios))
     return found

@@ -114,6 +114,7 @@ def make_step(point: Point, device: torch.device) -> StepBatch:
 def sft_step(policy: Policy, step: StepBatch) -> None:
     """Forward and backward of the completions' negative log-likelihood."""
     logps = policy(step.micro_batches[0], mismatched=False).matched
+    assert logps is not None
     (-logps.sum() / step.num_examples).backward()
 
 

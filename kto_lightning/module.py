@@ -31,6 +31,7 @@ from kto_lightning.optimization import (
     require_one_of,
 )
 from kto_lightning.policy import Policy
+from kto_lightning.positions import check_positions
 from kto_lightning.ranks import by_rank
 from kto_lightning.reference import Reference
 from kto_lightning.reference_cache import CachedReference
@@ -181,6 +182,7 @@ class KTOModule(LightningModule):
         )
         self.policy, self.reference = models.policy, models.reference
         self.packing_obstacle = models.packing_obstacle
+        check_positions(models.policy.causal_lm, self.policy_name, data.longest_sequence())
 
     @property
     def _data(self) -> Any:

@@ -46,6 +46,11 @@ def find_checkpoint(path: str, output_dir: str) -> Path | None:
         return _last_checkpoint(output_dir)
     if not Path(path).exists():
         raise KTOError(f"--ckpt_path {path}: there is no such checkpoint. Check the path.")
+    if Path(path).is_dir():
+        raise KTOError(
+            f"--ckpt_path {path} is a directory. Give one of its checkpoints, or --ckpt_path last "
+            "with the --output_dir of the run."
+        )
     if not is_whole(Path(path)):
         raise KTOError(
             f"--ckpt_path {path} is no checkpoint that can be read, or it is damaged. Give one "

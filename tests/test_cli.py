@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.metrics_file import COLUMNS
 from tests.cli import ROOT, fit, numbers, rows, run_cli, small_data, small_model, weights
 from tests.factories import chat_records, make_tokenizer, plain_records, save_model, write_jsonl
@@ -43,6 +44,20 @@ def assert_same_weights(one: Path, other: Path, atol: float) -> None:
     expected = weights(other)
     for name, value in weights(one).items():
         torch.testing.assert_close(value, expected[name], rtol=0.0, atol=atol)
+
+
+def test_records_are_read_where_one_process_of_a_machine_does_it(
+    policy: Path, train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    setup, found = KTODataModule.setup, []
+
+    def look(data: KTODataModule, stage: str) -> None:
+        found.append((str(stage.value), data.train_set is not None))
+        setup(data, stage)
+
+    monkeypatch.setattr(KTODataModule, "setup", look)
+    fit(policy, train, tmp_path / "run", "--trainer.max_steps", 1)
+    assert found == [("fit", True)]
 
 
 def test_output_holds_all_that_design_names_and_nothing_else(reference_run: Path):

@@ -294,11 +294,15 @@ def test_what_cannot_be_gone_on_with_is_refused(
     last = ("--ckpt_path", "last")
     other_model = small_model(tmp_path / "other", "gpt2", n_embd=16)
     other_data = small_data(tmp_path / "other.jsonl", 30)
+    backwards = tmp_path / "backwards.jsonl"
+    backwards.write_text("".join(reversed(train.read_text().splitlines(keepends=True))))
     capsys.readouterr()
     for arguments, status, part in (
         ((policy, train, output, *last, "--model.lora.r", 4), 2, "does not hold the weights of"),
         ((other_model, train, output, *last), 2, "does not hold the weights of this policy"),
         ((policy, other_data, output, *last), 2, "num_examples was 24"),
+        ((policy, backwards, output, *last), 2, "on other records, or on these in another order"),
+        ((policy, train, output, "--ckpt_path", output), 1, "is a directory. Give one of its"),
         ((policy, train, output, *last, "--data.batch_size", 8), 2, "batch_size was 4"),
         ((policy, train, output, *last, "--seed_everything", 1), 2, "seed was 0"),
         ((policy, train, output, *last, "--model.learning_rate", 1.0), 2, "learning_rate is 1.0"),

@@ -68,6 +68,23 @@ def test_validation_does_not_disturb_training(policy: Path, train: Path, tmp_pat
             assert one[name] == other[name]
 
 
+def test_held_out_prompts_that_are_trained_on_are_counted(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    records = [
+        {"prompt": f"Number {i}.", "completion": " yes", "label": bool(i % 2)} for i in range(24)
+    ]
+    kept, held_out = tmp_path / "kept.jsonl", tmp_path / "held_out.jsonl"
+    write_jsonl(kept, records[:12])
+    for first, expected in ((9, ["warning: 3 of 15 held-out records"]), (12, [])):
+        write_jsonl(held_out, records[first:])
+        options = ("--data.validation", held_out, "--trainer.max_steps", 1)
+        fit(policy, kept, tmp_path / str(first), *options)
+        out = capsys.readouterr().out
+        warnings = [line for line in out.splitlines() if "held-out records have prompts" in line]
+        assert [line.partition(" have prompts")[0] for line in warnings] == expected
+
+
 def test_a_fraction_is_held_out_of_training(policy: Path, train: Path, tmp_path: Path):
     options = ("--data.batch_size", 24, "--trainer.max_steps", 1)
     (whole,) = numbers(fit(policy, train, tmp_path / "whole", *options))

@@ -13,6 +13,7 @@ from kto_lightning.data.stream import StreamPlace
 from kto_lightning.data.stream_steps import StreamedBatches, StreamSampler
 from kto_lightning.data.tokenize import ExampleSet
 from kto_lightning.data.weights import ClassWeights
+from kto_lightning.errors import ConfigError
 from kto_lightning.types import StepBatch
 
 
@@ -68,8 +69,10 @@ class KTODataModule(RunData):
             batches = self._batches(self.train_set, self.class_weights)
             shuffle = self.batching.shuffle
             self._sampler = self._plans(self.train_set, self._train_pairing, shuffle=shuffle)
-        if self._state is not None:
-            self._sampler.load_state(self._state)
+        if "sampler" in self._state:
+            self._sampler.load_state(self._state["sampler"])
+        if self.train_set is not None:
+            self._check_records(self.train_set)
         return self.batching.loader(batches, self._sampler)
 
     def val_dataloader(self) -> DataLoader[StepBatch] | list[Any]:
@@ -147,7 +150,10 @@ class KTODataModule(RunData):
         """Where in the data the run is, in completed optimizer steps."""
         if self._sampler is None:
             return {}
-        return {"sampler": self._sampler.state_dict(**self._steps_done())}
+        state: dict[str, Any] = {"sampler": self._sampler.state_dict(**self._steps_done())}
+        if self.train_set is not None:
+            state["records_checksum"] = self.train_set.checksum()
+        return state
 
     def _steps_done(self) -> dict[str, Any]:
         assert self.trainer is not None
@@ -172,7 +178,17 @@ class KTODataModule(RunData):
         return self.train_set.location(index)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._state = state_dict.get("sampler")
+        self._state = state_dict
+
+    def _check_records(self, examples: ExampleSet) -> None:
+        """Refuse to go on with other records than those of which some are done."""
+        now = examples.checksum()
+        if self._state.get("records_checksum", now) != now:
+            raise ConfigError(
+                "the checkpoint was saved in a run on other records, or on these in another order: "
+                "some would be seen twice and others never. Give the same --data.train as then, or "
+                "start a new run from the exported model."
+            )
 
 
 def _run_seed() -> int:

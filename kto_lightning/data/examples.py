@@ -7,6 +7,7 @@ is mapped into memory, so that a million records cost megabytes and loader proce
 import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
@@ -173,6 +174,23 @@ class ExampleSet:
     def location(self, index: int) -> str:
         """Where an example was written, as `file:line`."""
         return location(self._records, int(self.rows[index]))
+
+    def longest(self, *, mismatched: bool) -> int:
+        """At most so many tokens has a sequence.
+
+        Args:
+            mismatched: whether any completion may follow any prompt.
+        """
+        if mismatched:
+            length = int(self.prompt_lengths.max() + self.completion_lengths.max())
+        else:
+            length = int((self.prompt_lengths + self.completion_lengths).max())
+        return min(length, _limit(self.max_length))
+
+    def checksum(self) -> int:
+        """Of which records these are, in their order: labels and lengths of completions, which a
+        prompt with today's date leaves alone."""
+        return crc32(self.completion_lengths.tobytes(), crc32(self.desirable.tobytes()))
 
     def _room(self) -> Int64[np.ndarray, " examples"]:
         """How many tokens of a completion each prompt leaves room for."""

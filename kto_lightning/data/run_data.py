@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 from lightning import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
@@ -84,7 +85,8 @@ class RunData(LightningDataModule):
         self.stream: ExampleStream | None = None
         """What is trained on instead of `train_set`."""
         self._sampler: PlanSampler | StreamSampler | None = None
-        self._state: dict[str, int] | None = None
+        self._state: dict[str, Any] = {}
+        """Of the run that this one goes on with."""
         self._error: KTOError | None = None
 
     @property
@@ -108,16 +110,26 @@ class RunData(LightningDataModule):
         assert self.train_set is not None
         return -(-len(self.train_set) // self.batch_size)
 
+    def longest_sequence(self) -> int | None:
+        """Tokens that a sequence of this run may have; None: any number."""
+        paired = [s for s in (self.train_set, self.validation_set) if s is not None]
+        found = [examples.longest(mismatched=self._needs_partners) for examples in paired]
+        if self.predict_set is not None:
+            found.append(self.predict_set.longest(mismatched=False))
+        if self.stream is None:
+            return max(found)
+        return None if self.max_length is None else max([self.max_length, *found])
+
     def prepare_data(self) -> None:
         """Read and tokenize once per machine; the other processes find it in the cache.
 
         An error waits for `setup`, where every process meets it: one that ended here would leave
         the others waiting.
         """
-        if self.trainer is None:
+        if self.trainer is None or self.trainer.state.fn is None:
             return  # `setup` says so
         try:
-            self._load(str(self.trainer.state.fn))
+            self._load(self.trainer.state.fn.value)
         except KTOError as error:
             self._error = error
 
@@ -146,6 +158,19 @@ class RunData(LightningDataModule):
         if self.validation_set is not None and self._validation_pairing is None:
             # Here, so that a held-out set that cannot be paired is refused before the model loads.
             self._validation_pairing = self._pair(self.validation_set)
+            self._warn_of_shared_prompts()
+
+    def _warn_of_shared_prompts(self) -> None:
+        if self.train_set is None or self.validation_set is None:
+            return
+        held_out = self.validation_set.prompt_keys
+        shared = int(np.isin(held_out, self.train_set.prompt_keys).sum())
+        if shared:
+            self.warnings.append(
+                f"{shared} of {len(held_out)} held-out records have prompts that are trained on "
+                "as well, so that val/… says more of what was learnt by heart than of new prompts. "
+                "Leave them out, or hold a fraction out: prompts are then divided."
+            )
 
     def _to_predict(self) -> list[str]:
         kept, left_out = without_rewards(self._source(self.predict, "predict"))
