@@ -182,7 +182,9 @@ class KTOModule(LightningModule):
         )
         self.policy, self.reference = models.policy, models.reference
         self.packing_obstacle = models.packing_obstacle
-        check_positions(models.policy.causal_lm, self.policy_name, data.longest_sequence())
+        longest = getattr(data, "longest_sequence", None)  # as `facts` below
+        if longest is not None:
+            check_positions(models.policy.causal_lm, self.policy_name, longest())
 
     @property
     def _data(self) -> Any:
