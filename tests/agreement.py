@@ -37,3 +37,11 @@ def assert_weights_agree(found: Path, expected: Path) -> None:
     for name, weight in theirs.items():
         limit = RELATIVE * float(weight.abs().max())
         assert float((mine[name] - weight).abs().max()) <= limit, name
+
+
+def assert_runs_agree(found: Path, expected: Path, *, held_out: bool) -> None:
+    """Numbers of every step, exported weights, and the held-out numbers where there are some."""
+    assert_numbers_agree(found, expected)
+    assert_weights_agree(found, expected)
+    if held_out:
+        assert_numbers_agree(found, expected, stage="val")

@@ -13,7 +13,7 @@ from kto_lightning.module import KTOModule
 from kto_lightning.output import list_checkpoints
 from kto_lightning.policy import Policy
 from kto_lightning.types import Logps, PackedBatch
-from tests.agreement import assert_numbers_agree, assert_weights_agree
+from tests.agreement import assert_numbers_agree, assert_runs_agree, assert_weights_agree
 from tests.cli import fit, fit_arguments, numbers, rows, run_cli, small_model, weights
 from tests.factories import plain_records, write_jsonl
 from tests.ranks import fit_on_ranks, run_ranks
@@ -113,10 +113,7 @@ def test_two_ranks_give_the_numbers_of_one(case: str, train: Path, tmp_path: Pat
     options = (*options, "--trainer.max_steps", 4)
     two = on_ranks(policy, train, tmp_path / "two", strategy, *options)
     one = fit(policy, train, tmp_path / "one", *options)
-    assert_numbers_agree(two, one)
-    assert_weights_agree(two, one)
-    if "--data.validation" in options:
-        assert_numbers_agree(two, one, stage="val")
+    assert_runs_agree(two, one, held_out="--data.validation" in options)
 
 
 def tell_what_is_held() -> None:

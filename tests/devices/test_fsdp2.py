@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from kto_lightning.module import KTOModule
 from kto_lightning.output import list_checkpoints
-from tests.agreement import assert_numbers_agree, assert_weights_agree
+from tests.agreement import assert_numbers_agree, assert_runs_agree, assert_weights_agree
 from tests.cli import fit, numbers, rows, run_cli, small_model, weights
 from tests.factories import plain_records, write_jsonl
 from tests.ranks import fit_on_ranks, run_ranks
@@ -51,10 +51,7 @@ def test_two_ranks_give_the_numbers_of_one(case: str, train: Path, tmp_path: Pat
     options = (*options, "--trainer.max_steps", 4)
     two = fit_on_ranks(policy, train, tmp_path / "two", *options, strategy="fsdp2")
     one = fit(policy, train, tmp_path / "one", *options)
-    assert_numbers_agree(two, one)
-    assert_weights_agree(two, one)
-    if "--data.validation" in options:
-        assert_numbers_agree(two, one, stage="val")
+    assert_runs_agree(two, one, held_out="--data.validation" in options)
 
 
 def tell_what_is_held() -> None:
