@@ -14,7 +14,6 @@ from lightning.fabric.utilities.types import _PATH
 from torch import nn
 
 from kto_lightning.errors import ConfigError, KTOError
-from kto_lightning.ranks import whole_shape
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -80,7 +79,7 @@ def check_weights_fit(checkpoint: dict[str, Any], module: nn.Module) -> None:
     saved = checkpoint.get("state_dict")
     if not saved:
         return  # sharded: each rank loads its own part
-    own = {name: whole_shape(w) for name, w in module.state_dict(keep_vars=True).items()}
+    own = {name: weight.shape for name, weight in module.state_dict().items()}
     trained = [n for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad]
     wrong = [name for name in trained if name not in saved]
     wrong += [n for n, value in saved.items() if n not in own or own[n] != value.shape]

@@ -49,7 +49,6 @@ from kto_lightning.usage import (
     check_trainer_options,
     reason_of,
 )
-from kto_lightning.zero import ZeRO
 
 
 class KTOCLI(LightningCLI):
@@ -187,7 +186,7 @@ class KTOCLI(LightningCLI):
         if data.validation_set is not None and module.validated_step != self.trainer.global_step:
             self.trainer.validate(module, datamodule=data, verbose=False)
         strategy, origin = self.trainer.strategy, module.origin()
-        in_parts = isinstance(strategy, (FSDP2, ZeRO))
+        in_parts = isinstance(strategy, FSDP2)
         trained = strategy.lightning_module_state_dict() if in_parts else None
         with wait_for_each_other():
             if self.trainer.is_global_zero:

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Int64
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     Strategy,
@@ -22,7 +21,7 @@ from kto_lightning.data.examples import ExampleSet
 from kto_lightning.errors import ConfigError
 from kto_lightning.whole_file import write_whole
 
-SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+SHARDED = (FSDPStrategy, ModelParallelStrategy)
 
 
 class Generations(Callback):

@@ -17,7 +17,6 @@ from transformers import SchedulerType, get_scheduler
 from transformers.optimization import Adafactor
 
 from kto_lightning.errors import ConfigError
-from kto_lightning.ranks import whole_shape
 
 _PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16")
 
@@ -249,7 +248,7 @@ def make_optimizer(
     decayed, kept = [], []
     for parameter_name, parameter in named_parameters:
         if parameter.requires_grad:
-            never = len(whole_shape(parameter)) < 2 or _NEVER_DECAYED.search(parameter_name)
+            never = parameter.ndim < 2 or _NEVER_DECAYED.search(parameter_name)
             (kept if never else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},

@@ -4,7 +4,7 @@
 language model head, so that DDP and FSDP2 wrap one module.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any, cast
@@ -45,8 +45,6 @@ class Policy(nn.Module):
         self.packed = packed
         self.offloads_activations = False
         """Whether what backward needs waits in the host's memory (`offloading.py`)."""
-        self.through: Callable[..., Logps] | None = None
-        """What calls are led through by a strategy that does not wrap modules; None: nothing."""
         if packed:
             self.causal_lm.set_attn_implementation(PACKED)
         config = self.causal_lm.config.get_text_config()
@@ -59,11 +57,6 @@ class Policy(nn.Module):
         """The transformers model, adapter layers injected, without peft's wrapper."""
         model: Any = self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-    def __call__(self, batch: PackedBatch, **which: bool) -> Logps:
-        if self.through is not None:
-            return self.through(batch, **which)
-        return super().__call__(batch, **which)
 
     def forward(
         self, batch: PackedBatch, *, matched: bool = True, mismatched: bool = True

@@ -76,12 +76,6 @@ def by_rank(value: float, rank: int, num_ranks: int) -> Float[Tensor, " ranks"]:
     return vector
 
 
-def whole_shape(weight: Tensor) -> torch.Size:
-    """The shape of a weight over all ranks; DeepSpeed leaves an empty tensor in place of one that
-    is not gathered."""
-    return getattr(weight, "ds_shape", weight.shape)
-
-
 def warn(trainer: Trainer, message: str) -> None:
     """A warning on stderr, once for all ranks; a progress bar makes way for it."""
     if trainer.is_global_zero:

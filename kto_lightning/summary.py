@@ -10,7 +10,6 @@ from rich.table import Table
 
 from kto_lightning.data.weights import effective_ratio
 from kto_lightning.following import FollowingReference
-from kto_lightning.ranks import whole_shape
 from kto_lightning.run_file import RunFile, write_run_file
 from kto_lightning.terminal import trimmed
 
@@ -95,8 +94,8 @@ def _stream_rows(data: Any) -> list[tuple[str, str]]:
 
 def _model_rows(module: Any, data: Any) -> list[tuple[str, str]]:
     parameters = list(module.policy.parameters())
-    total = sum(whole_shape(p).numel() for p in parameters)
-    trained = sum(whole_shape(p).numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
     num_steps = module.num_training_steps() or "as many as the stream gives"
     attention = "packed, prompts shared by both completions"
     if module.packing_obstacle is not None:
