@@ -15,13 +15,13 @@ from silence import be_quiet
 from torch import Tensor
 
 from kto_lightning import loss
-from kto_lightning.data.batches import Pairing, PlanSampler, pair_distinct_prompts
-from kto_lightning.data.collate import StepBatches
+from kto_lightning.batches.collate import StepBatches
+from kto_lightning.batches.sampler import Pairing, PlanSampler, pair_distinct_prompts
+from kto_lightning.batches.types import PackedBatch, StepBatch
 from kto_lightning.data.datamodule import KTODataModule
-from kto_lightning.metrics import BatchSums
 from kto_lightning.module import KTOModule
-from kto_lightning.scoring import BatchScorer, MicroLogps
-from kto_lightning.types import PackedBatch, StepBatch
+from kto_lightning.training.metrics import BatchSums
+from kto_lightning.training.scoring import BatchScorer, MicroLogps
 
 MICRO_BATCH_SIZE = 2
 """The smallest `per_device_train_batch_size` with which TRL has mismatched completions."""

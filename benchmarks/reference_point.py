@@ -46,7 +46,7 @@ from estimator_start import make_start
 from estimator_statistics import MOST_PAIRS, Estimate, batch_means, estimate
 from estimator_tables import print_comparison, print_estimates
 
-from kto_lightning.data.batches import epoch_order
+from kto_lightning.batches.sampler import epoch_order
 
 NUM_PAIRINGS = 4
 """Ways to pair the examples, which give so many mismatched log-ratios of each."""

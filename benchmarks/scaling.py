@@ -40,12 +40,12 @@ from lightning.fabric.utilities import move_data_to_device
 from silence import quiet
 from step_runs import counter
 
-from kto_lightning.data.collate import pack
-from kto_lightning.metrics import BatchSums
-from kto_lightning.policy import Policy
-from kto_lightning.reference import FrozenReference
-from kto_lightning.scoring import BatchScorer
-from kto_lightning.types import Logps, PackedBatch, StepBatch
+from kto_lightning.batches.collate import pack
+from kto_lightning.batches.types import Logps, PackedBatch, StepBatch
+from kto_lightning.models.policy import Policy
+from kto_lightning.models.reference import FrozenReference
+from kto_lightning.training.metrics import BatchSums
+from kto_lightning.training.scoring import BatchScorer
 
 SFT, COMPUTED, CACHED = "SFT", "computed", "cached"
 

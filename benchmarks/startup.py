@@ -45,8 +45,8 @@ class Clock:
 
 
 def start_ours(options: argparse.Namespace, clock: Clock) -> None:
+    from kto_lightning.cli.trainer import main
     from kto_lightning.module import KTOModule
-    from kto_lightning.trainer_command import main
 
     clock.read("imports")
     arguments = ["--model.policy", options.model, "--data.train", options.train]

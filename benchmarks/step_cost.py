@@ -35,7 +35,7 @@ from step_floor import UnitCosts, floor, mismatched_lengths
 from step_runs import Inputs, Settings, run_ours, run_trl, sft_cost
 from transformers import AutoModelForCausalLM
 
-from kto_lightning.types import StepBatch
+from kto_lightning.batches.types import StepBatch
 
 ALLOWED_OVER_FLOOR = 1.03
 CUTS = 3

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from kto_lightning.types import PackedBatch, StepBatch
+from kto_lightning.batches.types import PackedBatch, StepBatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,9 +23,9 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
+from kto_lightning.batches.types import StepBatch
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.module import KTOModule
-from kto_lightning.types import StepBatch
 
 ATEN = torch.ops.aten
 

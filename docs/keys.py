@@ -8,8 +8,8 @@ from typing import Any, get_args
 from docstring_parser import parse_from_object
 from lightning.pytorch.cli import LightningArgumentParser
 
-from kto_lightning.cli import KTOCLI
-from kto_lightning.usage import REFUSED
+from kto_lightning.cli.lightning_cli import KTOCLI
+from kto_lightning.cli.refusals import REFUSED
 
 COMMANDS = ("fit", "validate", "predict")
 _HERE = {

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kto_lightning.data.datamodule import KTODataModule
-    from kto_lightning.following import Follow
     from kto_lightning.loss import kto_loss, reference_point
-    from kto_lightning.models import LoRA
+    from kto_lightning.models.following import Follow
+    from kto_lightning.models.loading import LoRA
     from kto_lightning.module import KTOModule
 
 _HOMES = {
-    "Follow": "kto_lightning.following",
+    "Follow": "kto_lightning.models.following",
     "KTODataModule": "kto_lightning.data.datamodule",
     "KTOModule": "kto_lightning.module",
-    "LoRA": "kto_lightning.models",
+    "LoRA": "kto_lightning.models.loading",
     "kto_loss": "kto_lightning.loss",
     "reference_point": "kto_lightning.loss",
 }

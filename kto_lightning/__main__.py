@@ -43,19 +43,19 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(f"kto_lightning {version('kto-lightning')}\n")
         return 0
     if arguments[0] == "inspect":
-        from kto_lightning.inspect_command import inspect_main
+        from kto_lightning.cli.inspect import inspect_main
 
         return inspect_main(arguments[1:])
     if arguments[0] == "report":
-        from kto_lightning.report_command import report_main
+        from kto_lightning.cli.report import report_main
 
         return report_main(arguments[1:])
     if arguments[0] == "export":
-        from kto_lightning.export_command import export_main
+        from kto_lightning.cli.export import export_main
 
         return export_main(arguments[1:])
     if arguments[0] == "parity":
-        from kto_lightning.parity_command import parity_main
+        from kto_lightning.parity.command import parity_main
 
         return parity_main(arguments[1:])
     if not arguments[0].startswith("-") and arguments[0] not in ("fit", "validate", "predict"):
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             "inspect, report, export, parity.\nhelp: python -m kto_lightning --help\n"
         )
         return 2
-    from kto_lightning.trainer_command import main as run
+    from kto_lightning.cli.trainer import main as run
 
     return run(arguments)
 

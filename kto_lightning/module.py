@@ -9,19 +9,31 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from kto_lightning.assembly import Recipe, assemble, check_device
-from kto_lightning.checkpoint_io import check_epochs_left, check_weights_fit, without_frozen
-from kto_lightning.data.weights import resolve_weights
+from kto_lightning.batches.class_weights import resolve_weights
+from kto_lightning.batches.types import Prediction, StepBatch
+from kto_lightning.distributed import by_rank
 from kto_lightning.errors import ConfigError
-from kto_lightning.export import remembered_reference, whole_name
-from kto_lightning.following import Follow, FollowingReference, reference_state, restore_reference
-from kto_lightning.guards import NonFiniteGuard, memory_named
-from kto_lightning.held_out import predict_batch, validate_batch
-from kto_lightning.measures import MEASURED, StepClock, peak_memory_mib
-from kto_lightning.metrics import BatchSums, batch_metrics
-from kto_lightning.metrics_file import MetricsFile
-from kto_lightning.models import LoRA
-from kto_lightning.optimization import (
+from kto_lightning.models.build import Recipe, assemble, check_device
+from kto_lightning.models.export import remembered_reference, whole_name
+from kto_lightning.models.following import (
+    Follow,
+    FollowingReference,
+    reference_state,
+    restore_reference,
+)
+from kto_lightning.models.loading import LoRA
+from kto_lightning.models.policy import Policy
+from kto_lightning.models.positions import check_positions
+from kto_lightning.models.reference import Reference
+from kto_lightning.models.reference_cache import CachedReference
+from kto_lightning.training.checkpoints import check_epochs_left, check_weights_fit, without_frozen
+from kto_lightning.training.evaluation import ValidationSums
+from kto_lightning.training.guards import NonFiniteGuard, memory_named
+from kto_lightning.training.held_out import predict_batch, validate_batch
+from kto_lightning.training.measures import MEASURED, StepClock, peak_memory_mib
+from kto_lightning.training.metrics import BatchSums, batch_metrics
+from kto_lightning.training.metrics_csv import MetricsFile
+from kto_lightning.training.optimizers import (
     Optimization,
     check_precision,
     check_same_optimizer,
@@ -30,14 +42,7 @@ from kto_lightning.optimization import (
     require_number,
     require_one_of,
 )
-from kto_lightning.policy import Policy
-from kto_lightning.positions import check_positions
-from kto_lightning.ranks import by_rank
-from kto_lightning.reference import Reference
-from kto_lightning.reference_cache import CachedReference
-from kto_lightning.scoring import BatchScorer
-from kto_lightning.types import Prediction, StepBatch
-from kto_lightning.validation import ValidationSums
+from kto_lightning.training.scoring import BatchScorer
 
 
 class KTOModule(LightningModule):

@@ -16,8 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+# Property-based tests have no deadline: how long one example takes is the machine's business.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model to train, as a directory."""
-    from tests.cli import small_model
+    from tests.support.cli import small_model
 
     return small_model(tmp_path_factory.mktemp("policy"))
 
@@ -40,7 +45,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of records to train it on."""
-    from tests.cli import small_data
+    from tests.support.cli import small_data
 
     return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from tests.cli import numbers, run_cli, small_data, small_model
+from tests.support.cli import numbers, run_cli, small_data, small_model
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 HUB = {

@@ -13,8 +13,8 @@ from trl.trainer.kto_config import KTOConfig
 
 from docs.hooks import key_tables
 from docs.keys import keys
-from kto_lightning.metrics_file import COLUMNS
-from tests.cli import run_cli
+from kto_lightning.training.metrics_csv import COLUMNS
+from tests.support.cli import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -18,22 +18,28 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from kto_lightning.data.batches import StepPlan
-from kto_lightning.data.collate import StepBatches
+from kto_lightning.batches.collate import StepBatches
+from kto_lightning.batches.packing import example_costs, plan_micro_batches
+from kto_lightning.batches.sampler import StepPlan
+from kto_lightning.batches.types import StepBatch
 from kto_lightning.data.datamodule import KTODataModule
-from kto_lightning.data.packing import example_costs, plan_micro_batches
 from kto_lightning.errors import ConfigError
-from kto_lightning.measures import MEASURED
-from kto_lightning.models import LoRA
+from kto_lightning.models.loading import LoRA
+from kto_lightning.models.packing_probe import make_policy
+from kto_lightning.models.policy import Policy
+from kto_lightning.models.reference import AdapterReference, FrozenReference
 from kto_lightning.module import KTOModule
-from kto_lightning.packing_probe import make_policy
-from kto_lightning.policy import Policy
-from kto_lightning.reference import AdapterReference, FrozenReference
-from kto_lightning.types import StepBatch
-from tests.factories import make_model, make_tokenizer, plain_records, save_model, write_jsonl
+from kto_lightning.training.measures import MEASURED
+from tests.models.test_policy import lora
 from tests.parity.cases import save_adapter
-from tests.plain_forwards import plain_logp
-from tests.test_policy import lora
+from tests.support.factories import (
+    make_model,
+    make_tokenizer,
+    plain_records,
+    save_model,
+    write_jsonl,
+)
+from tests.support.plain_forwards import plain_logp
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 

@@ -15,8 +15,8 @@ from nbformat import NotebookNode
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.cli import ROOT, rows
-from tests.factories import chat_records, make_tokenizer, save_model, write_jsonl
+from tests.support.cli import ROOT, rows
+from tests.support.factories import chat_records, make_tokenizer, save_model, write_jsonl
 
 NOTEBOOK = ROOT / "notebooks/kto.ipynb"
 SMALL = {"EPOCHS": 2, "BATCH_SIZE": 8, "START_STEPS": 3, "NUM_GOOD": 30, "NUM_BAD": 10}

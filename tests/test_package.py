@@ -16,7 +16,7 @@ import kto_kernels
 import kto_lightning
 from kto_lightning import KTODataModule, KTOModule, kto_loss, reference_point
 from kto_lightning.errors import ConfigError
-from tests.factories import make_tokenizer, plain_records, save_model, write_jsonl
+from tests.support.factories import make_tokenizer, plain_records, save_model, write_jsonl
 
 PUBLIC = {
     f"{package.__name__}.{name}": getattr(package, name)

@@ -10,7 +10,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from tests.cli import ROOT, small_data, small_model
+from tests.support.cli import ROOT, small_data, small_model
 
 pytestmark = pytest.mark.slow
 

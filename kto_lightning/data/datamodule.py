@@ -5,16 +5,16 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from kto_lightning.data.batches import Pairing, PlanSampler, unpaired
-from kto_lightning.data.collate import StepBatches, all_keys
-from kto_lightning.data.loaders import Placement
+from kto_lightning.batches.class_weights import ClassWeights
+from kto_lightning.batches.collate import StepBatches, all_keys
+from kto_lightning.batches.loader import Placement
+from kto_lightning.batches.sampler import Pairing, PlanSampler, unpaired
+from kto_lightning.batches.types import StepBatch
 from kto_lightning.data.run_data import RunData
-from kto_lightning.data.stream import StreamPlace
-from kto_lightning.data.stream_steps import StreamedBatches, StreamSampler
+from kto_lightning.data.streaming.sampler import StreamedBatches, StreamSampler
+from kto_lightning.data.streaming.stream import StreamPlace
 from kto_lightning.data.tokenize import ExampleSet
-from kto_lightning.data.weights import ClassWeights
 from kto_lightning.errors import ConfigError
-from kto_lightning.types import StepBatch
 
 
 class KTODataModule(RunData):

@@ -3,7 +3,7 @@
 ShareGPT's `from` and `value` are translated; a table's filled-in nulls are taken out again.
 """
 
-from kto_lightning.data.values import Unusable, json_or_text, shown, without_none
+from kto_lightning.data.strict_json import Unusable, json_or_text, shown, without_none
 
 SHAREGPT_ROLES = {
     "human": "user",

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from kto_lightning.data.records import load_records
+from kto_lightning.data.dataset import load_records
 from kto_lightning.data.tokenize import ExampleSet, Truncation, tokenize_records
 from kto_lightning.errors import ConfigError, ModelError
-from kto_lightning.models import vocabulary_size
-from kto_lightning.tokenizer import load_tokenizer
+from kto_lightning.models.loading import vocabulary_size
+from kto_lightning.models.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,22 +7,22 @@ import numpy as np
 from lightning import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
-from kto_lightning.data.batches import Pairing, PlanSampler
-from kto_lightning.data.loaders import Batching, PairingKind, check_validation_interval
+from kto_lightning.batches.class_weights import ClassWeights, check_weights, resolve_weights
+from kto_lightning.batches.loader import Batching, PairingKind, check_validation_interval
+from kto_lightning.batches.sampler import Pairing, PlanSampler
 from kto_lightning.data.reading import Reading
+from kto_lightning.data.rewards import without_rewards
 from kto_lightning.data.split import split_by_prompt
-from kto_lightning.data.stream import (
+from kto_lightning.data.streaming.sampler import StreamSampler
+from kto_lightning.data.streaming.stream import (
     ExampleStream,
     check_stream_settings,
     open_stream,
     stream_weights,
 )
-from kto_lightning.data.stream_steps import StreamSampler
 from kto_lightning.data.tokenize import ExampleSet, Truncation
-from kto_lightning.data.weights import ClassWeights, check_weights, resolve_weights
+from kto_lightning.distributed import warn
 from kto_lightning.errors import ConfigError, KTOError
-from kto_lightning.ranks import warn
-from kto_lightning.rewards_file import without_rewards
 
 
 class RunData(LightningDataModule):

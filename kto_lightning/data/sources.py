@@ -20,7 +20,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kto_lightning.data.values import Unusable, parse_json
+from kto_lightning.data.strict_json import Unusable, parse_json
 from kto_lightning.errors import DataError
 
 COLUMNS = (

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from kto_lightning import trainer_command
+from kto_lightning.cli import trainer as trainer_command
 from kto_lightning.demo.curve import read_rewards, write_png
 from kto_lightning.demo.evaluate import Share, answer, share_good
 from kto_lightning.demo.folder import Folder

@@ -13,9 +13,9 @@ from peft.utils import load_peft_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from kto_lightning.cli.trainer import main
 from kto_lightning.errors import ConfigError, KTOError
 from kto_lightning.parity.trace import Inputs, Settings, Trace
-from kto_lightning.trainer_command import main
 
 
 def our_trace(inputs: Inputs, settings: Settings, output_dir: Path, *options: str) -> Trace:

@@ -17,21 +17,21 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers.utils import logging as transformers_logging
 
-from kto_lightning.data.records import load_records
+from kto_lightning.batches.class_weights import resolve_weights
+from kto_lightning.data.dataset import load_records
 from kto_lightning.data.tokenize import tokenize_records
-from kto_lightning.data.weights import resolve_weights
 from kto_lightning.errors import DataError, KTOError
-from kto_lightning.models import (
+from kto_lightning.models.loading import (
     adapter_base,
     disable_dropout,
     is_adapter,
     load_causal_lm,
 )
+from kto_lightning.models.tokenizer import load_tokenizer
 from kto_lightning.parity.agreement import Comparison, Movement, compare, movement
 from kto_lightning.parity.our_trace import our_trace
 from kto_lightning.parity.trace import Inputs, Settings
 from kto_lightning.parity.trl_trace import trl_trace
-from kto_lightning.tokenizer import load_tokenizer
 
 SHARPEST_LOSS = 1e-2
 """Below it, the rounding of TRL's 1 − σ(u) is more than the first steps' tolerance."""

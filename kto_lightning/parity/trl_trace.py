@@ -49,8 +49,8 @@ from torch import Tensor
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
+from kto_lightning.models.tokenizer import load_tokenizer
 from kto_lightning.parity.trace import Inputs, Settings, Trace, load_model, trained_weights
-from kto_lightning.tokenizer import load_tokenizer
 
 _TRL_NAMES = {
     "kl": "train/z0",

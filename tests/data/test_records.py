@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from trl.data_utils import extract_prompt
 
 from kto_lightning.data import sources
-from kto_lightning.data.records import (
+from kto_lightning.data.dataset import (
     BadRecord,
     Record,
     is_conversational,
@@ -620,7 +620,7 @@ def test_the_cache_follows_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     first = cached(tmp_path, source)
     os.utime(source, (1, 1))
     with monkeypatch.context() as patch:
-        patch.setattr("kto_lightning.data.records.read_rows", None)  # parsing again would fail
+        patch.setattr("kto_lightning.data.dataset.read_rows", None)  # parsing again would fail
         again = cached(tmp_path, source)
     assert again._fingerprint == first._fingerprint
     assert again[:] == first[:]
@@ -631,14 +631,14 @@ def test_the_cache_follows_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert changed["desirable"][:] == [False]
     assert changed._fingerprint != first._fingerprint
     with monkeypatch.context() as patch:
-        patch.setattr("kto_lightning.data.records.FORMAT_VERSION", 0)
+        patch.setattr("kto_lightning.data.dataset.FORMAT_VERSION", 0)
         assert cached(tmp_path, source)._fingerprint != changed._fingerprint
 
 
 def test_the_fingerprint_is_that_of_any_process(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", PLAIN)
     script = (
-        "import sys; from kto_lightning.data.records import load_records; "
+        "import sys; from kto_lightning.data.dataset import load_records; "
         "print(load_records(sys.argv[1], cache_dir=sys.argv[2])._fingerprint)"
     )
     result = subprocess.run(

@@ -18,7 +18,7 @@ from kto_lightning.data import tokenize
 from kto_lightning.data.token_ids import ids_of_records, token_ids
 from kto_lightning.data.tokenize import ExampleSet, tokenize_records
 from kto_lightning.errors import ConfigError, DataError, ModelError
-from tests.factories import (
+from tests.support.factories import (
     BOS_ID,
     chat_records,
     make_model,

@@ -11,7 +11,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from kto_lightning.parity.trace import Inputs, Settings
-from tests.factories import chat_records, make_tokenizer, plain_records, save_model, write_jsonl
+from tests.support.factories import (
+    chat_records,
+    make_tokenizer,
+    plain_records,
+    save_model,
+    write_jsonl,
+)
 
 AXES: dict[str, tuple[Any, ...]] = {
     "architecture": ("llama", "qwen2", "gpt2", "gemma2", "granite", "qwen2_moe"),

@@ -13,9 +13,9 @@ import pytest
 from kto_lightning.parity.our_trace import our_trace
 from kto_lightning.parity.trace import Inputs
 from kto_lightning.parity.trl_trace import trl_trace
-from tests.factories import save_model
 from tests.parity.assertions import assert_traces_agree, assert_weights_agree
 from tests.parity.cases import AXES, Case, full_product, pairwise_cover, write_inputs
+from tests.support.factories import save_model
 
 _COVER = pairwise_cover()
 

@@ -11,8 +11,8 @@ from trl.data_utils import unpair_preference_dataset
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
-from tests.cli import small_model
-from tests.factories import plain_records
+from tests.support.cli import small_model
+from tests.support.factories import plain_records
 
 
 @pytest.fixture(scope="module")

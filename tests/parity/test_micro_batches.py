@@ -13,8 +13,8 @@ from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.parity.agreement import LATER
 from kto_lightning.parity.trace import Inputs, Settings, trained_weights
 from kto_lightning.parity.trl_trace import trl_trace
-from tests.factories import make_tokenizer, save_model, write_jsonl
 from tests.parity.assertions import assert_weights_agree
+from tests.support.factories import make_tokenizer, save_model, write_jsonl
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SETTINGS = Settings(

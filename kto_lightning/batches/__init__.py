@@ -1,0 +1,1 @@
+"""Token ids -> packed steps: partners, order, plan, collation. Knows no framework."""

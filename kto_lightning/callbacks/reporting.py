@@ -1,0 +1,111 @@
+"""What is about to be trained, said before the first step."""
+
+import sys
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from kto_lightning.batches.class_weights import effective_ratio
+from kto_lightning.models.following import FollowingReference
+from kto_lightning.reports.run.run_file import RunFile, write_run_file
+from kto_lightning.reports.terminal import trimmed
+
+
+class Summary(Callback):
+    """What is about to be trained, on what and against what, before the first step."""
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module: Any = pl_module
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        data_rows = _data_rows(data) if data.stream is None else _stream_rows(data)
+        rows = [*data_rows, *_model_rows(module, data)]
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            table.add_row(name, value)
+        with trimmed(console):
+            console.print(table)
+        warnings = list(data.warnings)
+        num_steps = module.num_training_steps()
+        if isinstance(module.reference, FollowingReference) and num_steps is not None:
+            warnings += module.reference.warnings(num_steps)
+        for warning in warnings:
+            console.print(f"warning: {warning}", style="yellow")
+        content = RunFile(
+            planned_steps=num_steps,
+            summary=[list(row) for row in rows],
+            warnings=warnings,
+        )
+        write_run_file(trainer.default_root_dir, content)
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if data.stream is not None:
+            print(f"stream    {data.stream.counts}", flush=True)
+
+
+def _data_rows(data: Any) -> list[tuple[str, str]]:
+    counts, weights = data.train_set.counts, data.class_weights
+    good, bad = effective_ratio(counts.desirable, counts.undesirable, weights)
+    dropped = counts.dropped_desirable + counts.dropped_undesirable + counts.dropped_empty
+    where = f" ({', '.join(counts.dropped)}…)" if dropped else ""
+    rows = [
+        ("records", f"{counts.desirable} desirable, {counts.undesirable} undesirable"),
+        ("dropped", f"{dropped}{where}"),
+        (
+            "truncated",
+            f"{counts.truncated_desirable} desirable, {counts.truncated_undesirable} undesirable "
+            f"to {data.max_length} tokens",
+        ),
+        (
+            "weights",
+            f"desirable {weights.desirable:g}, undesirable {weights.undesirable:g}: "
+            f"effective ratio {good:g} : {bad:g}",
+        ),
+        ("tokens", f"{counts.prompt_tokens} in prompts, {counts.completion_tokens} in completions"),
+    ]
+    if data.report_line:
+        rows.append(("data report", data.report_line))
+    if counts.prompts_not_prefix:
+        rows.append(
+            (
+                "prompts",
+                f"{counts.prompts_not_prefix} are not a prefix of their text; left out of the "
+                f"first: {counts.lost_prompt_end!r}",
+            )
+        )
+    return rows
+
+
+def _stream_rows(data: Any) -> list[tuple[str, str]]:
+    weights = data.class_weights
+    return [
+        ("records", f"streamed; partners from among {data.stream.buffer_size} neighbours"),
+        ("weights", f"desirable {weights.desirable:g}, undesirable {weights.undesirable:g}"),
+    ]
+
+
+def _model_rows(module: Any, data: Any) -> list[tuple[str, str]]:
+    parameters = list(module.policy.parameters())
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    num_steps = module.num_training_steps() or "as many as the stream gives"
+    attention = "packed, prompts shared by both completions"
+    if module.packing_obstacle is not None:
+        attention = f"padded, because {module.packing_obstacle}"
+    per_step = data.batch_size
+    if data.train_set is not None:
+        per_step = min(per_step, len(data.train_set))
+    return [
+        ("model", f"{module.policy_name}: {trained:,} of {total:,} parameters trained"),
+        ("reference", module.reference.description),
+        ("attention", attention),
+        ("steps", f"{num_steps}, {per_step} examples each"),
+    ]

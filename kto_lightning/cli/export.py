@@ -1,0 +1,110 @@
+"""`python -m kto_lightning export CHECKPOINT DIR`: a checkpoint to a Hugging Face directory.
+
+What is heavy is imported inside functions, so that help and usage errors are answered at once.
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from kto_lightning.errors import ConfigError, KTOError
+
+
+def export_main(argv: list[str]) -> int:
+    """Run `export` with the arguments after its name.
+
+    Returns:
+        The exit status: 0; 1 if the checkpoint or its model cannot be read or DIR not be written;
+        2 for wrong usage.
+    """
+    try:
+        arguments = _parse(argv)
+    except SystemExit as end:  # argparse has printed its help or its usage error
+        return int(end.code or 0)
+    try:
+        _export(arguments.checkpoint, arguments.directory, merge=arguments.merge)
+    except KTOError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:  # a directory that cannot be made, a file closed to us
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}. Check path and disk.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m kto_lightning export",
+        description="Write the trained weights of a checkpoint as a Hugging Face directory: the "
+        "model, or after training with LoRA the adapter.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="such as OUTPUT/checkpoints/step=N.ckpt"
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="where to write; a new one")
+    parser.add_argument(
+        "--merge", action="store_true", help="write the whole model with its adapter merged"
+    )
+    arguments = parser.parse_args(argv)
+    directory = arguments.directory
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        parser.error(f"{directory} exists already. Name a new directory.")
+    return arguments
+
+
+def _export(checkpoint_path: Path, directory: Path, *, merge: bool) -> None:
+    from transformers.utils import logging
+
+    from kto_lightning.models.build import reassemble
+    from kto_lightning.models.export import has_adapter, merge_adapter, save_weights
+
+    checkpoint = _load_checkpoint(checkpoint_path)
+    origin = checkpoint["kto"]
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    policy = reassemble(checkpoint)
+    if merge:
+        if not has_adapter(policy):
+            raise ConfigError(
+                f"--merge: {checkpoint_path} holds a whole model, without an adapter. Leave it out."
+            )
+        merge_adapter(policy)
+    save_weights(policy, _load_tokenizer(origin), directory, origin=origin)
+    kind = "adapter" if has_adapter(policy) else "model"
+    print(f"{kind:9} {directory}")
+
+
+def _load_checkpoint(path: Path) -> dict[str, Any]:
+    from kto_lightning.training.checkpoints import AtomicCheckpointIO, is_whole
+
+    if not path.exists():
+        raise KTOError(f"there is no checkpoint {path}. Check the path.")
+    if path.is_dir():
+        raise KTOError(f"{path} is a directory. Give a checkpoint file, as `fit` writes.")
+    if not is_whole(path):  # else unpickling any other file may raise anything
+        raise KTOError(
+            f"{path} is no checkpoint that can be read, or it is damaged. Give another that `fit` "
+            "wrote."
+        )
+    checkpoint = AtomicCheckpointIO().load_checkpoint(path, map_location=_to_cpu)
+    if "kto" not in checkpoint:
+        raise KTOError(f"{path} was not written by kto_lightning. Give a checkpoint of `fit`.")
+    return checkpoint
+
+
+def _to_cpu(storage: Any, _: str) -> Any:
+    return storage
+
+
+def _load_tokenizer(origin: dict[str, Any]) -> Any:
+    from kto_lightning.models.tokenizer import load_tokenizer
+
+    name = origin["data"]["tokenizer"] or origin["policy"]
+    tokenizer = load_tokenizer(name, trust_remote_code=origin["trust_remote_code"])
+    if origin["data"]["chat_template"]:
+        tokenizer.chat_template = origin["data"]["chat_template"]
+    return tokenizer

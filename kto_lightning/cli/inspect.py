@@ -1,0 +1,130 @@
+"""`python -m kto_lightning inspect FILE…`: the data report, to read or as JSON.
+
+What is heavy is imported inside functions, so that help and usage errors are answered at once.
+"""
+
+import argparse
+import io
+import os
+import re
+import sys
+from pathlib import Path
+
+from kto_lightning.errors import KTOError
+
+DEFAULT_MAX_LENGTH = 1024
+FIT_KEYS = re.compile(r"--data\.(tokenizer|chat_template|max_length)\b")
+"""What messages shared with `fit` call options that `inspect` has without their group."""
+
+
+def inspect_main(argv: list[str]) -> int:
+    """Run `inspect` with the arguments after its name.
+
+    Returns:
+        The exit status: 0; 1 if the data or the tokenizer cannot be read; 2 for wrong usage.
+    """
+    try:
+        arguments = _parse(argv)
+    except SystemExit as end:  # argparse has printed its help or its usage error
+        return int(end.code or 0)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII only
+    try:
+        _inspect(arguments)
+        sys.stdout.flush()
+    except KTOError as error:
+        message = FIT_KEYS.sub(r"--\1", str(error))
+        print(f"error: {message}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read the report has seen enough, `head` for one
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m kto_lightning inspect",
+        description="Report on feedback data: labels and their order, class weights, lengths, "
+        "duplicates, and what to do about them. Several files are shown side by side.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="a file (jsonl, json, csv, parquet), a glob in quotes, or a hub data set",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="count lengths in tokens; without: in characters"
+    )
+    parser.add_argument(
+        "--chat_template", metavar="FILE", help="a Jinja chat template instead of the tokenizer's"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=8, metavar="N", help="examples per step (default: 8)"
+    )
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        metavar="N",
+        help=f"tokens after which a record is cut (default: {DEFAULT_MAX_LENGTH})",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON: an object, of several files a list"
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the report with plots as an HTML page too"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.batch_size < 1:
+        parser.error(f"--batch_size must be at least 1, got {arguments.batch_size}")
+    if arguments.max_length is not None and arguments.max_length < 2:
+        parser.error(f"--max_length must be at least 2, got {arguments.max_length}")
+    for key in ("chat_template", "max_length"):
+        if getattr(arguments, key) is not None and arguments.tokenizer is None:
+            parser.error(f"--{key} is about tokens and needs --tokenizer DIR")
+    return arguments
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from kto_lightning.reports.data import as_json, report_of_source
+    from kto_lightning.reports.data.view import show_reports
+
+    tokenizer = _load_tokenizer(arguments)
+    reports = [
+        report_of_source(
+            file,
+            tokenizer=tokenizer,
+            batch_size=arguments.batch_size,
+            max_length=arguments.max_length or DEFAULT_MAX_LENGTH,
+        )
+        for file in arguments.files
+    ]
+    if arguments.html is not None:
+        from kto_lightning.reports.data.page import data_page
+        from kto_lightning.reports.html import write_page
+
+        write_page(data_page(reports), arguments.html)
+    if arguments.json:
+        contents = [report.to_dict() for report in reports]
+        print(as_json(contents[0] if len(contents) == 1 else contents))
+    else:
+        show_reports(Console(highlight=False), reports)
+        if arguments.html is not None:
+            print(f"\npage      {arguments.html}")
+
+
+def _load_tokenizer(arguments: argparse.Namespace):
+    if arguments.tokenizer is None:
+        return None
+    import datasets
+    from transformers.utils import logging
+
+    from kto_lightning.models.tokenizer import load_tokenizer
+
+    logging.set_verbosity_error()  # it warns of every text longer than a model it does not know
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return load_tokenizer(arguments.tokenizer, chat_template=arguments.chat_template)

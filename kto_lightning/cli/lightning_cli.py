@@ -1,0 +1,274 @@
+"""LightningCLI with our keys, refusals and output layout."""
+
+import os
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+
+from kto_lightning.callbacks.checkpoints import (
+    Checkpoints,
+    DataReportFile,
+    MetricsStart,
+    ProgressBar,
+    ProgressLines,
+    StepSeed,
+)
+from kto_lightning.callbacks.diagnostics import Diagnostics
+from kto_lightning.callbacks.generations import Generations
+from kto_lightning.callbacks.preemption import Preemption
+from kto_lightning.callbacks.reporting import Summary
+from kto_lightning.cli.refusals import (
+    ENVIRONMENT,
+    PROG,
+    Parser,
+    check_callbacks,
+    check_environment,
+    check_monitors,
+    check_trainer_options,
+    reason_of,
+)
+from kto_lightning.data.datamodule import KTODataModule
+from kto_lightning.data.rewards import write_rewards
+from kto_lightning.distributed import gathered, lost_rank_named, wait_for_each_other
+from kto_lightning.errors import ConfigError, KTOError
+from kto_lightning.models.build import reassemble
+from kto_lightning.models.export import save_policy
+from kto_lightning.models.policy import Policy
+from kto_lightning.module import KTOModule
+from kto_lightning.reports.run import report_of_run
+from kto_lightning.reports.run.run_file import mark_finished
+from kto_lightning.strategies.checks import check_strategy
+from kto_lightning.strategies.fsdp2 import FSDP2
+from kto_lightning.strategies.launcher import ended_together
+from kto_lightning.training.checkpoints import AtomicCheckpointIO
+from kto_lightning.training.metrics_csv import COLUMNS, WATCHABLE, MetricsFile
+from kto_lightning.training.output import check_not_read, check_unused, find_checkpoint
+
+
+class KTOCLI(LightningCLI):
+    """`fit`, `validate` and `predict` on top of Lightning's trainer."""
+
+    def __init__(self, arguments: list[str] | None = None) -> None:
+        super().__init__(
+            model_class=KTOModule,
+            datamodule_class=KTODataModule,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "max_epochs": None,
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,
+                "log_every_n_steps": 1,
+            },
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={
+                "prog": PROG,
+                "default_env": True,
+                "env_prefix": ENVIRONMENT,
+                "allow_abbrev": False,  # else `--trainer.max_step` is taken for `max_steps`
+            },
+            args=arguments,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        skipped = {"model", "dataloaders", "datamodule", "weights_only"}
+        return {
+            "fit": skipped | {"train_dataloaders", "val_dataloaders"},
+            "validate": skipped | {"verbose"},
+            "predict": skipped | {"return_predictions"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--output_dir",
+            type=str,
+            default="output",
+            help="Where the model, metrics, checkpoints and settings of this run go.",
+        )
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(Generations, "report")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Without Lightning's warning about `sys.argv`: `main` is called from Python too."""
+        assert args is None or isinstance(args, list)
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's own lets a checkpoint's settings override the command line's, silently."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[str(self.subcommand)]
+        trainer = config.trainer
+        check_environment(str(self.subcommand), self._parser(self.subcommand))
+        check_trainer_options(trainer, trains=self.subcommand == "fit")
+        check_strategy(trainer.strategy, config.model)
+        config.output_dir = os.path.expanduser(config.output_dir) or "."
+        if self.subcommand == "fit":
+            check_not_read(config.output_dir, config.model)
+        else:
+            self.save_config_callback = None  # OUTPUT's config.yaml is that of its training
+        if trainer.precision is None:
+            on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
+            trainer.precision = "bf16-mixed" if on_gpu else "32-true"
+        if trainer.max_epochs is None:
+            trainer.max_epochs = 1 if trainer.max_steps == -1 else -1
+        self._settle_checkpoint(config)
+
+    def _settle_checkpoint(self, config: Any) -> None:
+        """Put the file that is meant in the place of `--ckpt_path last`."""
+        asked = config.ckpt_path
+        trains = self.subcommand == "fit"
+        checkpoint = None if asked is None else find_checkpoint(asked, config.output_dir)
+        if asked is not None and checkpoint is None and not trains:
+            raise KTOError(f"--ckpt_path last: there is no checkpoint in {config.output_dir} yet.")
+        if trains:
+            check_unused(config.output_dir, checkpoint, goes_on=asked is not None)
+        config.ckpt_path = None if checkpoint is None else str(checkpoint)
+
+    def instantiate_classes(self) -> None:
+        """Settings that Lightning or a class it makes refuses are a message too."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, ImportError) as error:
+            raise ConfigError(reason_of(error)) from error
+
+    def _set_seed(self) -> None:
+        seed = self.config[str(self.subcommand)].seed_everything
+        if not 0 <= seed < 2**32:
+            raise ConfigError(f"--seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
+        super()._set_seed()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = self.config_init[str(self.subcommand)].trainer
+        loggers = _as_list(trainer.logger)
+        output_dir = self.config_init[str(self.subcommand)].output_dir
+        kwargs["default_root_dir"] = output_dir
+        own = MetricsFile(output_dir)
+        kwargs["logger"] = [own, *(logger for logger in loggers if _is_logger(logger))]
+        progress = ProgressBar() if sys.stdout.isatty() else ProgressLines()
+        callbacks = _as_list(trainer.callbacks)
+        check_callbacks(callbacks)
+        if self.subcommand == "fit":
+            validates = self._parts()[1].validation is not None
+            check_monitors(callbacks, validates=validates, known=WATCHABLE)
+        kwargs["callbacks"] = [
+            *callbacks,
+            MetricsStart(),
+            StepSeed(),
+            Diagnostics(),
+            Preemption(),
+            DataReportFile(),  # which may take a while, in which a signal is noted
+            Summary(),
+        ]
+        if trainer.enable_progress_bar is not False:
+            kwargs["callbacks"].append(progress)
+        if isinstance(progress, ProgressLines):
+            kwargs["enable_progress_bar"] = False
+        kwargs["plugins"] = [*_as_list(trainer.plugins), AtomicCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with ended_together(self.trainer), lost_rank_named():
+            super()._run_subcommand(subcommand)
+
+    def after_fit(self) -> None:
+        module, data = self._parts()
+        if data.validation_set is not None and module.validated_step != self.trainer.global_step:
+            self.trainer.validate(module, datamodule=data, verbose=False)
+        strategy, origin = self.trainer.strategy, module.origin()
+        in_parts = isinstance(strategy, FSDP2)
+        trained = strategy.lightning_module_state_dict() if in_parts else None
+        with wait_for_each_other():
+            if self.trainer.is_global_zero:
+                policy = module.policy
+                if trained is not None:
+                    policy = reassemble({"state_dict": trained, "kto": origin})
+                assert policy is not None
+                self._export(policy, data, origin)
+
+    def _export(self, policy: Policy, data: KTODataModule, origin: dict[str, Any]) -> None:
+        assert data.tokenizer is not None
+        output = Path(self.trainer.default_root_dir)
+        save_policy(policy, data.tokenizer, output, origin=origin)
+        print(f"model     {output / 'model'}")
+        print(f"metrics   {output / 'metrics.csv'}")
+        _report(output)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "validate":
+            kwargs["verbose"] = False  # `after_validate` prints
+        return kwargs
+
+    @rank_zero_only
+    def after_validate(self) -> None:
+        module, data = self._parts()
+        for warning in data.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        metrics = module.latest_metrics
+        if not any(metrics.get(f"val/reward/{side}") for side in ("desirable", "undesirable")):
+            _warn_of_identical_reference(module)
+        width = max(map(len, metrics), default=0)
+        for name in sorted(metrics, key=COLUMNS.index):
+            print(f"{name:{width}}  {metrics[name]:.6g}")
+
+    def after_predict(self) -> None:
+        module, data = self._parts()
+        assert data.predict_set is not None
+        for warning in data.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        parts = self.trainer.predict_loop.predictions
+        predictions = gathered([prediction for part in parts for prediction in part])
+        if not self.trainer.is_global_zero:
+            return
+        if not any(prediction.reward for prediction in predictions):
+            _warn_of_identical_reference(module)
+        for path in write_rewards(data.predict_set, predictions, self.trainer.default_root_dir):
+            print(f"rewards   {path}")
+
+    def _parts(self) -> tuple[KTOModule, KTODataModule]:
+        assert isinstance(self.model, KTOModule)
+        assert isinstance(self.datamodule, KTODataModule)
+        return self.model, self.datamodule
+
+
+def _report(output: Path) -> None:
+    """The run's page; what keeps it from being written takes nothing from the run."""
+    try:
+        mark_finished(output)
+        path, verdict = report_of_run(output)
+    except KTOError as error:
+        print(f"warning: the report was not written: {error}", file=sys.stderr)
+        return
+    print(f"report    {path}")
+    print(textwrap.fill(verdict, width=79))
+
+
+def _warn_of_identical_reference(module: KTOModule) -> None:
+    print(
+        f"warning: every reward is 0: the policy {module.policy_name} and its reference are the "
+        "same model. Name the model that it was trained from with --model.reference, or trained "
+        "weights with --ckpt_path.",
+        file=sys.stderr,
+    )
+
+
+def _as_list(value: Any) -> list[Any]:
+    """What may be one or several."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _is_logger(logger: Any) -> bool:
+    return logger is not None and not isinstance(logger, bool)

@@ -1,0 +1,47 @@
+"""`python -m kto_lightning report OUTPUT`: the run report as a page. No model is loaded.
+
+What is heavy is imported inside functions, so that help and usage errors are answered at once.
+"""
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+
+from kto_lightning.errors import KTOError
+
+
+def report_main(argv: list[str]) -> int:
+    """Run `report` with the arguments after its name.
+
+    Returns:
+        The exit status: 0; 1 if there is no run or the page cannot be written; 2 for wrong usage.
+    """
+    try:
+        arguments = _parse(argv)
+    except SystemExit as end:  # argparse has printed its help or its usage error
+        return int(end.code or 0)
+    try:
+        from kto_lightning.reports.run import report_of_run
+
+        path, verdict = report_of_run(arguments.output_dir, arguments.html)
+    except KTOError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(textwrap.fill(verdict, width=79))
+    print(f"report    {path}")
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m kto_lightning report",
+        description="The report of a run, finished or not, as one HTML page: a verdict in plain "
+        "words, its curves, held-out numbers and data.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("output_dir", metavar="OUTPUT", type=Path, help="a run's --output_dir")
+    parser.add_argument(
+        "--html", metavar="FILE", type=Path, help="where to write (default: OUTPUT/report.html)"
+    )
+    return parser.parse_args(argv)

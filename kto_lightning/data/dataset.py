@@ -1,0 +1,142 @@
+"""Records from files and hub data sets: checked one by one, and kept as a cached data set."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import datasets
+from datasets.exceptions import DatasetGenerationError
+
+from kto_lightning.data.records import Record, encode, is_conversational, records_of
+from kto_lightning.data.sources import BadRecord, content_hash, expand, read_rows
+from kto_lightning.data.strict_json import Unusable
+from kto_lightning.errors import DataError
+
+__all__ = ["BadRecord", "Record", "is_conversational", "load_records", "read_records"]
+
+FORMAT_VERSION = 1
+"""Part of the cache's key: raise it when the same file would give other records or columns."""
+NUM_SHOWN = 5
+FEATURES = datasets.Features(
+    {
+        "record": datasets.Value("string"),
+        "desirable": datasets.Value("bool"),
+        "weight": datasets.Value("float32"),
+        "file": datasets.Value("string"),
+        "line": datasets.Value("int64"),
+    }
+)
+
+
+def read_records(
+    source: str | list[str], *, streaming: bool = False
+) -> Iterator[Record | BadRecord]:
+    """The records of files, globs or hub data sets, in their order, one at a time.
+
+    Memory stays constant, but for a `.json` file, which is read whole.
+
+    Args:
+        source: a path, a glob, a hub data set's id, or a list of those.
+        streaming: whether hub data sets are read as they are fetched, and not first to the disk.
+
+    Raises:
+        DataError: if a source is missing, of unknown kind, unreadable or if there is no record.
+    """
+    names = expand(source)
+    empty = True
+    for name in names:
+        for row in read_rows(name, streaming=streaming):
+            empty = False
+            if isinstance(row, BadRecord):
+                yield row
+                continue
+            try:
+                records = list(records_of(row))
+            except Unusable as problem:
+                yield BadRecord(file=row.file, line=row.line, message=str(problem))
+            except RecursionError:
+                message = "the record is nested too deep. Flatten or drop it."
+                yield BadRecord(file=row.file, line=row.line, message=message)
+            else:
+                yield from records
+    if empty:
+        raise DataError(f"{_joined(names)}: no record in there. Check that it is the right file.")
+
+
+def load_records(source: str | list[str], *, cache_dir: str | None = None) -> datasets.Dataset:
+    """All records as a memory-mapped data set, parsed once for the same contents.
+
+    Columns: `record` (JSON of prompt, completion, tools, chat_template_kwargs), `desirable`,
+    `weight`, `file`, `line`. The fingerprint depends on names and contents only, so that what is
+    mapped from it can be cached too.
+
+    Args:
+        source: a path, a glob, a hub data set's id, or a list of those.
+        cache_dir: where the data set is kept; None for the place that `datasets` uses.
+
+    Raises:
+        DataError: as `read_records`; and if there is a bad record, with their number, the first few
+            of them and what to do.
+    """
+    names = expand(source)
+    contents = [FORMAT_VERSION, [[name, content_hash(name)] for name in names]]
+    key = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]
+    try:
+        return datasets.Dataset.from_generator(
+            lambda: _columns(names),
+            features=FEATURES,
+            cache_dir=cache_dir,  # pyright: ignore[reportArgumentType]  (None is its default)
+            fingerprint=key,
+            writer_batch_size=100,  # rows held in memory at a time: one may be of 10 MB
+        )
+    except DatasetGenerationError as error:
+        cause = error.__cause__
+        if isinstance(cause, DataError):
+            raise cause from None
+        if isinstance(cause, OSError):
+            raise _unwritable(cause) from error
+        raise
+    except OSError as error:
+        raise _unwritable(error) from error
+
+
+def _columns(names: list[str]) -> Iterator[dict[str, object]]:
+    """The rows of the data set; raises at the end, when all bad records have been counted."""
+    bad: list[BadRecord] = []
+    num_bad = num_read = 0
+    for record in read_records(names):
+        num_read += 1
+        if isinstance(record, BadRecord):
+            num_bad += 1
+            bad = [*bad, record][:NUM_SHOWN]
+            continue
+        yield {
+            "record": encode(record),
+            "desirable": record.desirable,
+            "weight": record.weight,
+            "file": record.file,
+            "line": record.line,
+        }
+    if num_bad:
+        raise _bad_records(names, bad, num_bad, num_read)
+
+
+def _bad_records(names: list[str], shown: list[BadRecord], count: int, total: int) -> DataError:
+    verb = "record cannot" if total == 1 else "records cannot"
+    lines = [f"{count} of {total} {verb} be used, in {_joined(names)}:", *map(str, shown)]
+    if count > len(shown):
+        lines.append(f"… and {count - len(shown)} more")
+    advice = "Mend or drop them and start again; nothing has been trained."
+    return DataError("\n  ".join(lines) + "\n" + advice)
+
+
+def _unwritable(error: OSError) -> DataError:
+    return DataError(
+        f"the cache of parsed records cannot be written: {error}. "
+        "Free some room, or set HF_DATASETS_CACHE to another place."
+    )
+
+
+def _joined(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,1 @@
+"""Training on records that are read while the run goes on."""

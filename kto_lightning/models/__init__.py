@@ -1,0 +1,1 @@
+"""Packed step -> log-probs: the policy, its reference, loading and export."""

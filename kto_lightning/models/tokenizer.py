@@ -1,0 +1,63 @@
+"""Loading: a directory or hub id to a tokenizer that can pad and has its chat template."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from kto_lightning.errors import ModelError
+from kto_lightning.models.loading import (
+    adapter_base,
+    first_line,
+    is_adapter,
+    reason_of_failure,
+    require_model_files,
+)
+
+_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+
+
+def load_tokenizer(
+    name: str, *, chat_template: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; an adapter directory without one uses its base's.
+
+    Args:
+        name: a directory or a hub id.
+        chat_template: a file with a Jinja chat template that replaces the tokenizer's own.
+
+    Raises:
+        ModelError: if there is no tokenizer, or no such template file.
+    """
+    if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
+        name = adapter_base(name)
+    if not Path(name).is_dir():
+        require_model_files(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise ModelError(
+            f"{name} has no tokenizer that loads: {reason_of_failure(name, error).rstrip('.')}. "
+            "Save one there with tokenizer.save_pretrained, or name another with --data.tokenizer."
+        ) from error
+    if _knows_no_text(name, tokenizer):
+        raise ModelError(
+            f"{name} has no tokenizer files. Save its tokenizer there with "
+            "tokenizer.save_pretrained, or name another with --data.tokenizer."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            message = f"--data.chat_template {chat_template}: {first_line(error)}"
+            raise ModelError(message) from error
+    return tokenizer
+
+
+def _knows_no_text(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """transformers makes an empty tokenizer, of the model's kind, where there is none."""
+    if not Path(name).is_dir() or any(f for p in _VOCABULARIES for f in Path(name).glob(p)):
+        return False
+    ids = tokenizer("some text", add_special_tokens=False)["input_ids"]
+    return set(ids) <= set(tokenizer.all_special_ids)

@@ -1,0 +1,242 @@
+"""From a source, or from a training set that is loaded already, to its `DataReport`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from kto_lightning.data.dataset import FEATURES, Record, load_records, read_records
+from kto_lightning.data.records import encode
+from kto_lightning.data.tokenize import ExampleSet, tokenize_records
+from kto_lightning.errors import DataError
+from kto_lightning.reports.data.columns import published_columns
+from kto_lightning.reports.data.facts import Facts, gather_facts, records_of_dataset
+from kto_lightning.reports.data.fields import (
+    DataReport,
+    Lengths,
+    PerClass,
+    Shapes,
+    Truncation,
+    Weights,
+)
+from kto_lightning.reports.data.findings import findings_of
+from kto_lightning.reports.data.shapes import shapes_of
+from kto_lightning.reports.data.statistics import (
+    format_of,
+    labels_of,
+    lengths_of,
+    order_of,
+    repeats_of,
+    weights_of,
+)
+
+
+def report_of_source(
+    source: str | list[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 8,
+    max_length: int | None = 1024,
+) -> DataReport:
+    """Read a source and report on it; bad records are counted and left out.
+
+    Args:
+        source: a path, a glob, a hub data set's id, or a list of those.
+        tokenizer: counts lengths; None: they are in characters. If its template cannot render some
+            record, lengths are in characters too, and `tokenizer_problem` says why.
+        batch_size: of the batches that are looked at.
+        max_length: tokens after which a record would be truncated, its start kept; None: never.
+
+    Raises:
+        DataError: if the source is missing, of unknown kind, unreadable or empty.
+        ModelError: if the tokenizer lacks the chat template or end-of-text token that it takes.
+    """
+    facts = gather_facts(read_records(source))
+    table = facts.table
+    lengths = _lengths_in_characters(facts)
+    labels = labels_of(table["desirable"])
+    weights = weights_of(labels.desirable, labels.undesirable)
+    measured = table["prompt_characters"], table["completion_characters"], table["desirable"]
+    problem = None
+    if tokenizer is not None and len(facts):
+        try:
+            examples = _tokenize(source, facts, tokenizer)
+        except DataError as error:
+            problem = str(error)
+        else:
+            lengths, weights = _measure(examples, max_length)
+            measured = examples.prompt_lengths, examples.completion_lengths, examples.desirable
+    return _assemble(
+        source,
+        facts,
+        lengths,
+        weights,
+        shapes=shapes_of(*measured, table["desirable"]) if len(facts) else None,
+        batch_size=batch_size,
+        tokenizer=None if tokenizer is None else tokenizer.name_or_path,
+        problem=problem,
+    )
+
+
+def report_of_training_set(
+    source: str | list[str],
+    records: Dataset,
+    examples: ExampleSet,
+    *,
+    batch_size: int,
+    max_length: int | None,
+    tokenizer: str | None = None,
+) -> DataReport:
+    """Report on what `fit` has loaded and tokenized, without tokenizing again.
+
+    Args:
+        source: what `records` were loaded from; its files are read once more for their columns.
+        records: what `load_records` returned.
+        examples: what `tokenize_records` made of them with this `max_length`.
+        batch_size: of the batches that are looked at.
+        max_length: as in `examples`.
+        tokenizer: the name of the one that was used.
+    """
+    facts = gather_facts(records_of_dataset(records))
+    counts = examples.counts
+    lengths = lengths_of(
+        examples.prompt_lengths, examples.completion_lengths, examples.desirable, unit="tokens"
+    )
+    if max_length is not None:
+        lengths.truncation = Truncation(
+            max_length=max_length,
+            truncated=PerClass(
+                desirable=counts.truncated_desirable, undesirable=counts.truncated_undesirable
+            ),
+            dropped=PerClass(
+                desirable=counts.dropped_desirable, undesirable=counts.dropped_undesirable
+            ),
+        )
+    _add_prefixes(lengths, examples)
+    weights = weights_of(counts.desirable, counts.undesirable)
+    measured = examples.prompt_lengths, examples.completion_lengths, examples.desirable
+    return _assemble(
+        source,
+        facts,
+        lengths,
+        weights,
+        shapes=shapes_of(*measured, facts.table["desirable"]),
+        batch_size=batch_size,
+        tokenizer=tokenizer,
+    )
+
+
+def write_report(path: str | Path, report: DataReport) -> None:
+    """Write a report as JSON: what `inspect --json` prints for one file.
+
+    Raises:
+        DataError: if the file cannot be written.
+    """
+    try:
+        Path(path).write_text(as_json(report.to_dict()) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"the data report cannot be written: {error}. Free {path}.") from error
+
+
+def as_json(content: dict | list) -> str:
+    """Indented, in ASCII, so that any terminal and any reader takes it."""
+    return json.dumps(content, indent=2, allow_nan=False)
+
+
+def _assemble(
+    source: str | list[str],
+    facts: Facts,
+    lengths: Lengths,
+    weights: Weights,
+    *,
+    shapes: Shapes | None,
+    batch_size: int,
+    tokenizer: str | None,
+    problem: str | None = None,
+) -> DataReport:
+    table = facts.table
+    report = DataReport(
+        sources=[source] if isinstance(source, str) else source,
+        examples=len(facts),
+        bad_records=facts.bad,
+        columns=published_columns(source),
+        format=format_of(facts),
+        labels=labels_of(table["desirable"]),
+        order=order_of(table["desirable"], batch_size=batch_size),
+        weights=weights,
+        lengths=lengths,
+        repeats=repeats_of(facts, batch_size=batch_size),
+        empty_completions=facts.places(np.flatnonzero(table["empty"])),
+        tokenizer=tokenizer,
+        tokenizer_problem=problem,
+        findings=[],
+        shapes=shapes,
+    )
+    report.findings = [finding.sentence for finding in findings_of(report)]
+    return report
+
+
+def _lengths_in_characters(facts: Facts) -> Lengths:
+    table = facts.table
+    return lengths_of(
+        table["prompt_characters"],
+        table["completion_characters"],
+        table["desirable"],
+        unit="characters",
+    )
+
+
+def _tokenize(
+    source: str | list[str], facts: Facts, tokenizer: PreTrainedTokenizerBase
+) -> ExampleSet:
+    """The usable records, whole; those of a faultless source from the cache that `fit` uses."""
+    if facts.bad.count:
+        records = Dataset.from_list(
+            [_as_row(item) for item in read_records(source) if isinstance(item, Record)],
+            features=FEATURES,
+        )
+    else:
+        records = load_records(source)
+    return tokenize_records(records, tokenizer, max_length=None)
+
+
+def _as_row(record: Record) -> dict[str, object]:
+    return {
+        "record": encode(record),
+        "desirable": record.desirable,
+        "weight": record.weight,
+        "file": record.file,
+        "line": record.line,
+    }
+
+
+def _measure(examples: ExampleSet, max_length: int | None) -> tuple[Lengths, Weights]:
+    """Lengths of whole examples, and the weights of those that `max_length` leaves."""
+    prompt, completion = examples.prompt_lengths, examples.completion_lengths
+    desirable = examples.desirable
+    lengths = lengths_of(prompt, completion, desirable, unit="tokens")
+    _add_prefixes(lengths, examples)
+    if max_length is None:
+        return lengths, weights_of(int(desirable.sum()), int((~desirable).sum()))
+    stays = prompt < max_length
+    truncated = stays & (prompt + completion > max_length)
+    lengths.truncation = Truncation(
+        max_length=max_length,
+        truncated=_count_per_class(truncated, desirable),
+        dropped=_count_per_class(~stays, desirable),
+    )
+    kept = _count_per_class(stays, desirable)
+    return lengths, weights_of(kept.desirable, kept.undesirable)
+
+
+def _add_prefixes(lengths: Lengths, examples: ExampleSet) -> None:
+    lengths.prompts_not_prefix = examples.counts.prompts_not_prefix
+    lengths.lost_prompt_end = examples.counts.lost_prompt_end
+
+
+def _count_per_class(marked: np.ndarray, desirable: np.ndarray) -> PerClass[int]:
+    return PerClass(
+        desirable=int((marked & desirable).sum()), undesirable=int((marked & ~desirable).sum())
+    )

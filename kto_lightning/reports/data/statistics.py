@@ -1,0 +1,216 @@
+"""The numbers of the report: each part of it from the arrays that decide it."""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from torchmetrics.functional.classification import binary_auroc
+
+from kto_lightning.batches.class_weights import effective_ratio, recommended_weights
+from kto_lightning.batches.sampler import pair_rotate
+from kto_lightning.reports.data.chance import single_label_chance
+from kto_lightning.reports.data.facts import Facts
+from kto_lightning.reports.data.fields import (
+    Format,
+    Labels,
+    Lengths,
+    Order,
+    PerClass,
+    Places,
+    Quantiles,
+    Repeats,
+    Weights,
+)
+
+NUM_FIRST = 30
+MOST_CONTRADICTIONS = 3
+ALTERNATING = 0.8
+"""From which share of changing neighbours on labels count as alternating; chance gives at most a
+half."""
+SORTED = 0.1
+"""Below which share of the changes that chance would give labels count as sorted."""
+
+
+def format_of(facts: Facts) -> Format:
+    """What the records are made of."""
+    table = facts.table
+    chat = table["chat"]
+    kinds: dict[tuple[bool, bool], Literal["plain", "chat", "mixed", "none"]] = {
+        (True, True): "mixed",
+        (True, False): "chat",
+        (False, True): "plain",
+        (False, False): "none",
+    }
+    turns = table["user_turns"][chat]
+    return Format(
+        kind=kinds[bool(chat.any()), bool((~chat).any())],
+        user_turns=float(turns.mean()) if len(turns) else None,
+        most_user_turns=int(turns.max()) if len(turns) else None,
+        system_share=_share(table["system"]) or 0.0,
+        tools_share=_share(table["tools"]) or 0.0,
+        tool_call_share=_share(table["tool_call"]) or 0.0,
+    )
+
+
+def labels_of(desirable: Bool[np.ndarray, " records"]) -> Labels:
+    """How many of each label, and the first ones."""
+    good, bad = int(desirable.sum()), int((~desirable).sum())
+    return Labels(
+        desirable=good,
+        undesirable=bad,
+        ratio=good / bad if bad else None,
+        first=desirable[:NUM_FIRST].tolist(),
+    )
+
+
+def order_of(desirable: Bool[np.ndarray, " records"], *, batch_size: int) -> Order:
+    """How the labels follow each other, and what that does to batches cut in file order."""
+    good, bad = int(desirable.sum()), int((~desirable).sum())
+    total = good + bad
+    changes = _share(desirable[1:] != desirable[:-1])
+    # Of two records drawn without putting back, one is good and the other bad.
+    by_chance = 2 * good * bad / (total * (total - 1)) if total > 1 else None
+    kind, rule = _kind_of_order(changes, by_chance)
+    return Order(
+        kind=kind if total else "none",
+        rule=rule if total else "there is no record",
+        changes=changes,
+        changes_by_chance=by_chance,
+        longest_run=PerClass(
+            desirable=_longest_run(desirable), undesirable=_longest_run(~desirable)
+        ),
+        batch_size=batch_size,
+        single_label_batches=_single_label_share(desirable, batch_size),
+        single_label_batches_shuffled=single_label_chance(good, bad, batch_size),
+    )
+
+
+def _kind_of_order(
+    changes: float | None, by_chance: float | None
+) -> tuple[Literal["alternating", "natural", "sorted", "one label"], str]:
+    if changes is None or not by_chance:
+        return "one label", "all records have the same label"
+    found = f"{changes:.0%} of neighbours have different labels, {by_chance:.0%} would by chance"
+    if changes >= ALTERNATING:
+        return "alternating", f"{found}; from {ALTERNATING:.0%} on this is called alternating"
+    if changes < SORTED * by_chance:
+        return "sorted", f"{found}; below {SORTED:.0%} of chance this is called sorted"
+    return "natural", f"{found}; between sorted and alternating"
+
+
+def _longest_run(marked: Bool[np.ndarray, " records"]) -> int:
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], marked, [False]]).astype(np.int8)))
+    return int((edges[1::2] - edges[::2]).max(initial=0))
+
+
+def _single_label_share(desirable: Bool[np.ndarray, " records"], batch_size: int) -> float | None:
+    num_batches = len(desirable) // batch_size
+    good = desirable[: num_batches * batch_size].reshape(num_batches, batch_size).sum(axis=1)
+    return _share((good == 0) | (good == batch_size))
+
+
+def weights_of(num_desirable: int, num_undesirable: int) -> Weights:
+    """The weights that make both classes of these records count the same."""
+    weights = recommended_weights(num_desirable, num_undesirable)
+    both = effective_ratio(num_desirable, num_undesirable, weights)
+    return Weights(
+        desirable=weights.desirable,
+        undesirable=weights.undesirable,
+        effective_desirable=both[0],
+        effective_undesirable=both[1],
+    )
+
+
+def lengths_of(
+    prompt: Int64[np.ndarray, " records"],
+    completion: Int64[np.ndarray, " records"],
+    desirable: Bool[np.ndarray, " records"],
+    *,
+    unit: Literal["tokens", "characters"],
+) -> Lengths:
+    """How long prompts and completions are; what only a tokenizer can tell is left None."""
+    both = prompt + completion
+    own_share = prompt[both > 0] / both[both > 0]
+    return Lengths(
+        unit=unit,
+        prompt=_quantiles_per_class(prompt, desirable),
+        completion=_quantiles_per_class(completion, desirable),
+        prompt_share=float(prompt.sum() / both.sum()) if both.any() else None,
+        mean_prompt_share=float(own_share.mean()) if len(own_share) else None,
+        auc=length_auc(completion, desirable),
+        truncation=None,
+        prompts_not_prefix=None,
+        lost_prompt_end=None,
+    )
+
+
+def _quantiles_per_class(
+    lengths: Int64[np.ndarray, " records"], desirable: Bool[np.ndarray, " records"]
+) -> PerClass[Quantiles | None]:
+    return PerClass(
+        desirable=_quantiles(lengths[desirable]), undesirable=_quantiles(lengths[~desirable])
+    )
+
+
+def _quantiles(lengths: Int64[np.ndarray, " records"]) -> Quantiles | None:
+    if not len(lengths):
+        return None
+    at = np.quantile(lengths, [0.0, 0.25, 0.5, 0.75, 0.95, 1.0]).tolist()
+    names = ("minimum", "q25", "median", "q75", "q95", "maximum")
+    return Quantiles(**dict(zip(names, at, strict=True)), mean=float(lengths.mean()))
+
+
+def length_auc(
+    lengths: Int64[np.ndarray, " records"], desirable: Bool[np.ndarray, " records"]
+) -> float | None:
+    """The chance that a desirable completion is longer than an undesirable one, ties half."""
+    if desirable.all() or not desirable.any():
+        return None
+    # torchmetrics would send numbers above 1 through a sigmoid, which makes long ones equal.
+    scores = torch.from_numpy(lengths / max(int(lengths.max()), 1))
+    return float(binary_auroc(scores, torch.from_numpy(desirable.astype(np.int64))))
+
+
+def repeats_of(facts: Facts, *, batch_size: int) -> Repeats:
+    """What occurs more than once."""
+    table = facts.table
+    _, which, counts = np.unique(table["prompt_key"], return_inverse=True, return_counts=True)
+    mismatches = None
+    if batch_size > 1 and len(facts):
+        partner = pair_rotate(len(facts), batch_size).partner
+        mismatches = _share(which == which[partner])
+    return Repeats(
+        distinct_prompts=len(counts),
+        repeated_prompt_share=_share(counts[which] > 1),
+        commonest_prompt_share=float(counts.max() / len(facts)) if len(facts) else None,
+        exact_duplicates=_duplicates(facts),
+        contradictory_labels=_contradictions(facts),
+        same_prompt_mismatches=mismatches,
+    )
+
+
+def _duplicates(facts: Facts) -> Places:
+    same = facts.table[["answer_key", "desirable"]]
+    _, first = np.unique(same, return_index=True)
+    repeated = np.ones(len(facts), dtype=np.bool_)
+    repeated[first] = False
+    return facts.places(np.flatnonzero(repeated))
+
+
+def _contradictions(facts: Facts) -> Places:
+    keys, desirable = facts.table["answer_key"], facts.table["desirable"]
+    rows = np.arange(len(facts))
+    # `np.unique` names the first record of each key, once among the good and once among the bad.
+    good, first_good = np.unique(keys[desirable], return_index=True)
+    bad, first_bad = np.unique(keys[~desirable], return_index=True)
+    _, in_good, in_bad = np.intersect1d(good, bad, assume_unique=True, return_indices=True)
+    pairs = np.stack([rows[desirable][first_good[in_good]], rows[~desirable][first_bad[in_bad]]])
+    pairs = np.sort(pairs, axis=0)  # [2, contradictions]
+    pairs = pairs[:, np.argsort(pairs[0])]
+    shown = pairs[:, :MOST_CONTRADICTIONS].T.ravel().tolist()
+    return Places(count=pairs.shape[1], first=[facts.place(row) for row in shown])
+
+
+def _share(marked: Bool[np.ndarray, " records"]) -> float | None:
+    return float(marked.mean()) if len(marked) else None

@@ -1,0 +1,58 @@
+"""The report to read, at 80 columns and in a pipe too: a column per file, then what to do."""
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from kto_lightning.reports.data.fields import DataReport
+from kto_lightning.reports.data.rows import NOTHING, details_of, sections_of, title_of
+from kto_lightning.reports.terminal import trimmed
+
+NAME_WIDTH = 27
+LEAST_WIDTH = 22
+"""Of one file's column; what does not fit beside each other goes below."""
+
+
+def show_reports(console: Console, reports: list[DataReport]) -> None:
+    """Print reports side by side, as many as fit, and then the findings of each."""
+    at_once = max((console.width - NAME_WIDTH - 2) // (LEAST_WIDTH + 2), 1)
+    with trimmed(console):
+        for start in range(0, len(reports), at_once):
+            console.print(_table(reports[start : start + at_once]))
+            console.print()
+        for report in reports:
+            _show_findings(console, report)
+
+
+def _table(reports: list[DataReport]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=True, header_style="bold")
+    table.add_column("", width=NAME_WIDTH)
+    for report in reports:
+        table.add_column(Text(title_of(report, reports)), overflow="fold", ratio=1)
+    for section, rows in sections_of(reports[0]).items():
+        table.add_row(Text(""))
+        table.add_row(Text(section, style="bold"))
+        for name, cell in rows.items():
+            cells = [cell(report) for report in reports]
+            if set(cells) != {NOTHING}:
+                table.add_row(Text(f"  {name}"), *map(Text, cells))
+    return table
+
+
+def _show_findings(console: Console, report: DataReport) -> None:
+    console.print(Text(", ".join(report.sources), style="bold"), soft_wrap=True)
+    if not report.findings:
+        console.print("  Nothing stands out.")
+    for sentence in report.findings:
+        console.print(Padding(_bullet(sentence), (0, 0, 0, 2)))
+    for line in details_of(report):
+        console.print(Text(f"    {line}"), soft_wrap=True)
+    console.print()
+
+
+def _bullet(sentence: str) -> Table:
+    """A hanging indent, which rich has no other name for."""
+    line = Table.grid(padding=(0, 1, 0, 0))
+    line.add_row("-", Text(sentence))
+    return line

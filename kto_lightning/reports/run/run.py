@@ -1,0 +1,153 @@
+"""A run as it lies in OUTPUT: metrics, settings, data report. Whatever is missing stays missing."""
+
+import csv
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from kto_lightning.errors import KTOError
+from kto_lightning.reports.run.run_file import RunFile, read_run_file
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """What is known of a run."""
+
+    directory: Path
+    steps: Int64[np.ndarray, " steps"]
+    """Completed optimizer steps, ascending."""
+    columns: dict[str, Float[np.ndarray, " steps"]]
+    """By their names in `metrics.csv`; NaN where a cell is empty or holds no finite number."""
+    broken: dict[str, int]
+    """The first step at which a column holds NaN or infinity, of those that do."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """`config.yaml`; empty where there is none that can be read."""
+    file: RunFile = field(default_factory=RunFile)
+    data: dict[str, Any] | None = None
+    """`data_report.json`."""
+    generations: dict[str, Any] | None = None
+    """`generations.json`."""
+
+    def column(self, name: str) -> Float[np.ndarray, " steps"]:
+        """A column's numbers, all NaN where there is no such column."""
+        return self.columns.get(name, np.full(len(self.steps), np.nan))
+
+    def known(self, name: str) -> Float[np.ndarray, " known"]:
+        """The numbers that were measured, in order."""
+        values = self.column(name)
+        return values[np.isfinite(values)]
+
+    def setting(self, group: str, key: str) -> Any:
+        """A setting such as `model`, `beta`; None where it is not known."""
+        found = self.settings.get(group)
+        return found.get(key) if isinstance(found, dict) else None
+
+    def number(self, group: str, key: str) -> float | None:
+        """A setting that is a number; None otherwise."""
+        value = self.setting(group, key)
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            return None
+        try:
+            return float(value)
+        except ValueError:
+            return None
+
+
+def read_run(output_dir: str | Path) -> Run:
+    """Read what a run left, finished or not.
+
+    Raises:
+        KTOError: if there is no run there.
+    """
+    directory = Path(output_dir)
+    if not directory.is_dir():
+        raise KTOError(f"there is no directory {directory}. Give the --output_dir of a run.")
+    path = directory / "metrics.csv"
+    if not path.is_file():
+        raise KTOError(
+            f"{directory} holds no metrics.csv, which `fit` writes from its first step on. Give "
+            "the --output_dir of a run."
+        )
+    steps, columns, broken = read_metrics(path)
+    return Run(
+        directory=directory,
+        steps=steps,
+        columns=columns,
+        broken=broken,
+        settings=_read_settings(directory / "config.yaml"),
+        file=read_run_file(directory),
+        data=_read_json(directory / "data_report.json"),
+        generations=_read_json(directory / "generations.json"),
+    )
+
+
+def read_metrics(
+    path: Path,
+) -> tuple[Int64[np.ndarray, " steps"], dict[str, Float[np.ndarray, " steps"]], dict[str, int]]:
+    """The whole rows of a `metrics.csv`; half a row at its end, of a killed run, is left out.
+
+    Raises:
+        KTOError: if it cannot be read or has no column `step`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise KTOError(f"{path} cannot be read: {error.strerror}. Check the file.") from error
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    reader = csv.reader(lines)
+    header = next(reader, [])
+    if "step" not in header:
+        raise KTOError(f"{path} has no column 'step'. Give the --output_dir of a run of `fit`.")
+    at = header.index("step")
+    by_step = {
+        int(row[at]): row for row in reader if len(row) == len(header) and row[at].isdecimal()
+    }
+    steps = np.array(sorted(by_step), dtype=np.int64)
+    columns: dict[str, np.ndarray] = {}
+    broken: dict[str, int] = {}
+    for place, name in enumerate(header):
+        if name == "step":
+            continue
+        cells = [by_step[step][place] for step in steps.tolist()]
+        values = np.array([_number(cell) for cell in cells], dtype=np.float64)
+        wrong = [
+            step
+            for step, cell, value in zip(steps.tolist(), cells, values, strict=True)
+            if cell and not math.isfinite(value)
+        ]
+        if wrong:
+            broken[name] = wrong[0]
+        columns[name] = np.where(np.isfinite(values), values, np.nan)
+    return steps, columns, broken
+
+
+def _number(cell: str) -> float:
+    try:
+        return float(cell) if cell else math.nan
+    except ValueError:
+        return math.nan
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        # The C reader is fast, but not in every build of PyYAML.
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

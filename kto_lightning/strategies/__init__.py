@@ -1,0 +1,1 @@
+"""FSDP2, the DDP launcher, and the checks of `--trainer.strategy`."""

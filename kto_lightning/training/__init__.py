@@ -1,0 +1,1 @@
+"""Log-probs -> update: scoring, metrics, optimizers, evaluation, checkpoints."""

@@ -1,0 +1,89 @@
+"""What held-out records say of a policy, over the whole set and all ranks."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.classification import binary_auroc
+
+from kto_lightning.training.metrics import BatchSums, batch_metrics
+
+
+class RewardAUC(Metric):
+    """How well rewards tell desirable from undesirable completions: 1 always, .5 not at all.
+
+    The area under the ROC curve, ties counted half. None-like (NaN) while a class is absent.
+    """
+
+    higher_is_better = True
+    full_state_update = False
+    rewards: list[Tensor]
+    desirable: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("rewards", default=[], dist_reduce_fx="cat")
+        self.add_state("desirable", default=[], dist_reduce_fx="cat")
+
+    def update(self, rewards: Float[Tensor, " batch"], desirable: Bool[Tensor, " batch"]) -> None:
+        self.rewards.append(rewards)
+        self.desirable.append(desirable)
+
+    def compute(self) -> Float[Tensor, ""]:
+        rewards = _joined(self.rewards)
+        desirable = _joined(self.desirable).bool()
+        if not len(rewards) or desirable.all() or not desirable.any():
+            return torch.tensor(torch.nan)
+        # torchmetrics would squash scores outside [0, 1] with a sigmoid, in which large rewards
+        # become ties. Ranks keep their order exactly.
+        _, ranks = torch.unique(rewards, sorted=True, return_inverse=True)
+        return binary_auroc(ranks.double() / max(1, int(ranks.max())), desirable.long())
+
+
+def _joined(parts: list[Tensor] | Tensor) -> Tensor:
+    """After a reduction over ranks a state is one tensor already."""
+    if isinstance(parts, Tensor):
+        return parts
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+class ValidationSums:
+    """Sums over a pass through the held-out records."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.batches = BatchSums.zero(device)
+        self.auc = RewardAUC().to(device)
+        self._z0 = torch.zeros(2, dtype=BatchSums.dtype(device), device=device)
+        self._auxiliary = torch.zeros((), dtype=BatchSums.dtype(device), device=device)
+        self._num_examples = 0
+        self._num_tokens = 0
+
+    def add_batch(
+        self,
+        *,
+        z0_raw: Float[Tensor, ""],
+        z0: Float[Tensor, ""],
+        auxiliary: Float[Tensor, ""],
+        num_examples: int,
+        num_tokens: int,
+    ) -> None:
+        """A batch's reference point, which is the same on all ranks, weighted by its examples."""
+        self._z0 += torch.stack([z0_raw, z0]) * num_examples
+        self._auxiliary += auxiliary * num_examples
+        self._num_examples += num_examples
+        self._num_tokens += num_tokens
+
+    def metrics(self, sum_over_ranks: Any) -> dict[str, float | None]:
+        """The row of `val/…`."""
+        sums = torch.cat([self.batches.values, self._auxiliary[None]])
+        *totals, auxiliary = sum_over_ranks(sums).tolist()
+        z0_raw, z0 = (self._z0 / max(1, self._num_examples)).tolist()
+        auc = float(self.auc.compute())
+        metrics = batch_metrics(totals)
+        if metrics["loss"] is not None:
+            metrics["loss"] += auxiliary / self._num_examples
+        metrics |= {"z0": z0, "z0_raw": z0_raw, "tokens": self._num_tokens}
+        metrics["reward/auc"] = None if auc != auc else auc
+        return metrics

@@ -1,0 +1,171 @@
+"""`metrics.csv`: one row per optimizer step, a fixed header, full precision, flushed every step."""
+
+import csv
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from kto_lightning.errors import KTOError
+from kto_lightning.training.measures import MEASURED
+
+TRAIN_METRICS = (
+    "loss",
+    "z0",
+    "z0_raw",
+    "reward/desirable",
+    "reward/undesirable",
+    "reward/margin",
+    "logps/desirable",
+    "logps/undesirable",
+    "grad_norm",
+    "lr",
+    "tokens",
+)
+VALIDATION_METRICS = (
+    "loss",
+    "z0",
+    "z0_raw",
+    "reward/desirable",
+    "reward/undesirable",
+    "reward/margin",
+    "logps/desirable",
+    "logps/undesirable",
+    "reward/auc",
+    "tokens",
+)
+DIAGNOSTICS = (
+    "z0_se",
+    "gradient_left/desirable",
+    "gradient_left/undesirable",
+    "reward/desirable_std",
+    "reward/undesirable_std",
+)
+COLUMNS = (
+    "step",
+    *(f"train/{name}" for name in TRAIN_METRICS),
+    *(f"val/{name}" for name in VALIDATION_METRICS),
+    *(f"train/{name}" for name in (*DIAGNOSTICS, *MEASURED)),
+    *(f"val/{name}" for name in DIAGNOSTICS),
+)
+WATCHABLE = tuple(name for name in COLUMNS if name.startswith("val/"))
+"""What a callback can wait for: EarlyStopping, say."""
+
+
+class MetricsFile(Logger):
+    """Writes `OUTPUT/metrics.csv`.
+
+    Validation at a step adds to that step's row, so that there is one row a step. What a batch
+    cannot give stays an empty cell.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        super().__init__()
+        self._directory = Path(directory)
+        self._row: dict[str, Any] = {}
+        self._row_start = 0
+        self._file: io.TextIOWrapper | None = None
+
+    @property
+    def path(self) -> Path:
+        return self._directory / "metrics.csv"
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self._directory)
+
+    @rank_zero_only
+    def begin(self, after_step: int) -> None:
+        """Open the file for the steps after `after_step`; rows of later ones are cut off."""
+        kept: list[dict[str, str]] = []
+        if after_step and self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                kept = [row for row in csv.DictReader(file) if _is_kept(row, after_step)]
+        with self._written():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._begin_with(kept)
+            self._open()
+
+    def _begin_with(self, kept: list[dict[str, str]]) -> None:
+        part = self.path.with_suffix(".csv.part")
+        with part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept[:-1])
+            self._row, self._row_start = {}, file.tell()
+            if kept:  # a validation of that very step, which was cut off, belongs to its row
+                writer.writerow(kept[-1])
+                self._row = kept[-1] | {"step": int(kept[-1]["step"])}
+        os.replace(part, self.path)
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """Turn what the disk says into an error that says which file and what to do."""
+        try:
+            yield
+        except OSError as error:
+            file, self._file = self._file, None
+            if file is not None:
+                with suppress(OSError):  # the same once more
+                    file.close()
+            raise KTOError(
+                f"{self.path} cannot be written: {error}. Make room, then go on with "
+                "--ckpt_path last."
+            ) from error
+
+    def _open(self) -> None:
+        self.close()
+        self._file = self.path.open("r+", newline="", encoding="utf-8")
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        metrics = {name: value for name, value in metrics.items() if name in COLUMNS}
+        if not metrics:
+            return  # of a callback that counts steps its own way, such as LearningRateMonitor
+        if self._file is None:
+            if not self._row:
+                return  # no run has begun: `validate` and `predict` write no steps
+            self._open()
+        assert self._file is not None
+        with self._written():
+            if self._row.get("step") == step:
+                self._row.update(metrics)
+            else:
+                self._row = {"step": step or 0, **metrics}
+                self._row_start = self._file.seek(0, os.SEEK_END)
+            self._file.seek(self._row_start)
+            writer = csv.DictWriter(self._file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+            writer.writerow(self._row)
+            self._file.truncate()
+            self._file.flush()
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Settings are in `config.yaml`."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _is_kept(row: dict[str, str], after_step: int) -> bool:
+    """Whole rows up to the checkpoint's step; a killed run may have left half a row."""
+    step = row.get("step") or ""
+    return step.isdigit() and int(step) <= after_step and None not in row.values()

@@ -1,0 +1,111 @@
+"""Lightning's loggers beside `metrics.csv`: the same numbers at the same steps, or a reason."""
+
+import importlib.util
+import logging
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.support.cli import fit, numbers, rows
+
+
+def test_tensorboard_gets_every_metric_with_its_step(
+    policy: Path, train: Path, tmp_path: Path
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger = ("--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", tmp_path / "tb")
+    held_out = ("--data.validation", train)
+    output = fit(policy, train, tmp_path / "run", *logger, *held_out)
+    (events,) = (tmp_path / "tb").rglob("events.out.tfevents.*")
+    log = accumulator.EventAccumulator(str(events.parent))
+    log.Reload()
+    found = {name: [(e.step, e.value) for e in log.Scalars(name)] for name in log.Tags()["scalars"]}
+    table = rows(output)
+    for name in table[0]:
+        cells = [(int(row["step"]), float(row[name])) for row in table if row[name]]
+        if name != "step" and cells:
+            assert [step for step, _ in found[name]] == [step for step, _ in cells], name
+            assert [v for _, v in found[name]] == pytest.approx([v for _, v in cells], rel=1e-6)
+    assert len(found["train/tokens_per_second"]) == len(table)
+    assert [step for step, _ in found["val/reward/auc"]] == [len(table)]
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")),
+    reason="TensorBoard is installed",
+)
+def test_tensorboard_is_asked_for_before_data_and_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = tmp_path / "absent"
+    logger = ("--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", tmp_path / "tb")
+    fit(absent, absent, tmp_path / "run", *logger, status=2)
+    message = "TensorBoardLogger needs the package tensorboard, which is not installed."
+    assert message in capsys.readouterr().err
+
+
+def test_a_loggers_directory_is_asked_for_by_its_key(
+    policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = ("--trainer.logger", "TensorBoardLogger")
+    fit(policy, train, tmp_path / "run", *logger, status=2)
+    assert "Add --trainer.logger.save_dir DIR." in capsys.readouterr().err
+
+
+def test_a_logger_of_ones_own_gets_what_the_file_does(
+    policy: Path, train: Path, tmp_path: Path
+) -> None:
+    """And an absent class is left out, not sent as 0."""
+    log = tmp_path / "lines.txt"
+    logger = ("--trainer.logger", "tests.support.loggers.Lines", "--trainer.logger.path", log)
+    output = fit(policy, train, tmp_path / "run", *logger)
+    lines = [line.split() for line in log.read_text().splitlines()]
+    sent = {(int(step), name): float(value) for step, name, value in lines}
+    for step, row in enumerate(numbers(output), 1):
+        for name, value in row.items():
+            assert sent.get((step, name)) == (None if math.isnan(value) else value)
+    assert (1, "train/tokens_per_second") in sent
+
+
+def test_other_loggers_get_every_nth_step_where_asked_and_the_file_all(
+    policy: Path, train: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "lines.txt"
+    logger = ("--trainer.logger", "tests.support.loggers.Lines", "--trainer.logger.path", log)
+    options = ("--trainer.log_every_n_steps", 4, "--data.validation", train)
+    output = fit(policy, train, tmp_path / "run", *logger, *options)
+    assert len(rows(output)) == 6
+    lines = [line.split() for line in log.read_text().splitlines()]
+    assert {int(step) for step, name, _ in lines if name.startswith("train/")} == {4}
+    assert {int(step) for step, name, _ in lines if name.startswith("val/")} == {6}
+
+
+@pytest.mark.parametrize("name", ["LearningRateMonitor", "DeviceStatsMonitor"])
+def test_the_file_has_no_rows_of_other_callbacks(
+    policy: Path, train: Path, tmp_path: Path, name: str
+) -> None:
+    callback = ("--trainer.callbacks+", f"lightning.pytorch.callbacks.{name}")
+    table = rows(fit(policy, train, tmp_path / "run", *callback))
+    assert [row["step"] for row in table] == ["1", "2", "3", "4", "5", "6"]
+    assert all(row["train/loss"] for row in table)
+
+
+def test_one_callback_needs_no_list(policy: Path, train: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.yaml"
+    kind = "lightning.pytorch.callbacks.LearningRateMonitor"
+    settings.write_text(f"trainer:\n  callbacks:\n    class_path: {kind}\n", encoding="utf-8")
+    assert len(rows(fit(policy, train, tmp_path / "run", "--config", settings))) == 6
+
+
+def test_a_profile_that_was_asked_for_is_shown(policy: Path, train: Path, tmp_path: Path) -> None:
+    shown: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())
+    log = logging.getLogger("lightning.pytorch.profilers")
+    log.addHandler(handler)
+    try:
+        fit(policy, train, tmp_path / "run", "--trainer.profiler", "simple")
+    finally:
+        log.removeHandler(handler)
+    assert "run_training_batch" in "".join(shown)

@@ -1,0 +1,222 @@
+"""A run that is asked to stop saves what it has, says how to go on, and goes on bit for bit."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kto_lightning.callbacks.preemption import SIGNALS
+from kto_lightning.callbacks.reporting import Summary
+from kto_lightning.module import KTOModule
+from kto_lightning.training.output import list_checkpoints
+from tests.support.cli import fit, fit_arguments, rows, small_model, weights
+from tests.support.ranks import fit_on_ranks, run_ranks
+
+LAST = ("--ckpt_path", "last")
+VALIDATION = ("--data.validation", 0.2, "--trainer.val_check_interval", 2)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model(tmp_path_factory.mktemp("policy"), "gpt2")
+
+
+@pytest.fixture(scope="module")
+def whole_runs(policy: Path, train: Path, tmp_path_factory) -> Callable[..., Path]:
+    """Uninterrupted runs with these options, each made once."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def run(*options: Any) -> Path:
+        if options not in made:
+            made[options] = fit(policy, train, tmp_path_factory.mktemp("whole"), *options)
+        return made[options]
+
+    return run
+
+
+def call_in_step(action: Callable[[], None], step: int, method: str) -> None:
+    """Do something while a step, or the validation after it, is under way, in this process."""
+    original = getattr(KTOModule, method)
+
+    def with_action(self: KTOModule, batch: Any, batch_idx: int) -> None:
+        taken = self.trainer.global_step + (method == "training_step")
+        if taken == step and (method == "training_step" or batch_idx == 0):
+            action()
+        original(self, batch, batch_idx)
+
+    setattr(KTOModule, method, with_action)
+
+
+def fit_asked_to_stop(
+    signum: int, step: int, method: str, *arguments: Any, times: int = 1, status: int
+) -> None:
+    """A run whose process gets a signal while a step or a validation is under way."""
+
+    def ask() -> None:
+        for _ in range(times):
+            os.kill(os.getpid(), signum)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KTOModule, method, getattr(KTOModule, method))  # put back at the end
+        call_in_step(ask, step, method)
+        fit(*arguments, status=status)
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    assert rows(one) == rows(other)
+    expected = weights(other)
+    for name, value in weights(one).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("signum", "step", "method", "options"),
+    [
+        (signal.SIGTERM, 3, "training_step", ("--data.num_workers", 2)),
+        (signal.SIGTERM, 6, "training_step", ()),  # the last one
+        (signal.SIGUSR1, 2, "training_step", VALIDATION),
+        (signal.SIGINT, 4, "validation_step", VALIDATION),
+        (signal.SIGTERM, 5, "validation_step", ("--data.validation", 0.2)),
+    ],
+)
+def test_a_run_that_is_asked_to_stop_is_saved_and_goes_on(
+    signum: int,
+    step: int,
+    method: str,
+    options: tuple[Any, ...],
+    policy: Path,
+    train: Path,
+    whole_runs: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    fit_asked_to_stop(
+        signum, step, method, policy, train, tmp_path, *options, status=128 + int(signum)
+    )
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+    error = capsys.readouterr().err
+    assert f"stopped by {name} after step {step}, " in error
+    assert "with the same command and --ckpt_path last" in error
+    assert "Traceback" not in error
+    assert "error" not in error
+    assert [saved for saved, _ in list_checkpoints(tmp_path)] == [step]
+    assert len(rows(tmp_path)) == step
+    assert not (tmp_path / "model").exists()
+    fit(policy, train, tmp_path, *options, *LAST)
+    assert_equal_runs(tmp_path, whole_runs(*options))
+
+
+def test_a_second_ctrl_c_stops_at_once_and_names_the_last_checkpoint(
+    policy: Path, train: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    options = ("--checkpoint.every_n_steps", 2)
+    fit_asked_to_stop(
+        *(signal.SIGINT, 4, "training_step", policy, train, tmp_path, *options),
+        times=2,
+        status=130,
+    )
+    error = capfd.readouterr().err
+    assert "Press Ctrl-C again to stop at once" in error
+    assert f"the last checkpoint is {tmp_path / 'checkpoints' / 'step=2.ckpt'}. Go on" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "model").exists()
+
+
+def ask_rank(*ranks: int) -> None:
+    """In a process of a job: some of its ranks get SIGTERM in step 3."""
+    if int(os.environ["RANK"]) in ranks:
+        call_in_step(partial(os.kill, os.getpid(), signal.SIGTERM), 3, "training_step")
+
+
+@pytest.fixture(scope="module")
+def whole_runs_on_two(policy: Path, train: Path, tmp_path_factory) -> Callable[[str], Path]:
+    """Uninterrupted runs of two ranks under a strategy, each made once."""
+    made: dict[str, Path] = {}
+
+    def run(strategy: str) -> Path:
+        if strategy not in made:
+            output = tmp_path_factory.mktemp("whole")
+            made[strategy] = fit_on_ranks(policy, train, output, strategy=strategy)
+        return made[strategy]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("strategy", "asked"), [("ddp", (1,)), ("ddp", (0, 1)), ("fsdp2", (0,)), ("fsdp2", (0, 1))]
+)
+def test_ranks_stop_together_whichever_is_asked(
+    strategy: str,
+    asked: tuple[int, ...],
+    policy: Path,
+    train: Path,
+    whole_runs_on_two: Callable[[str], Path],
+    tmp_path: Path,
+):
+    options = ("--trainer.devices", 2, "--trainer.strategy", strategy)
+    arguments = ("fit", *fit_arguments(policy, train, tmp_path, *options))
+    ended = run_ranks(*arguments, prepare=partial(ask_rank, *asked))
+    assert [rank.status for rank in ended] == [143, 143], "\n".join(rank.err for rank in ended)
+    assert "stopped by SIGTERM after step 3" in ended[0].err
+    assert [saved for saved, _ in list_checkpoints(tmp_path)] == [3]
+    fit_on_ranks(policy, train, tmp_path, *LAST, strategy=strategy)
+    assert_equal_runs(tmp_path, whole_runs_on_two(strategy))
+
+
+def ask_the_first_in(method: str, owner: type) -> None:
+    """In a process of a job: the first rank gets SIGTERM in a method, in which it takes a while."""
+    original = getattr(owner, method)
+
+    def asked(*arguments: Any) -> None:
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.0)
+        original(*arguments)
+
+    setattr(owner, method, asked)
+
+
+def test_ranks_stop_together_when_asked_before_the_first_step(
+    policy: Path, train: Path, tmp_path: Path
+):
+    arguments = ("fit", *fit_arguments(policy, train, tmp_path, "--trainer.devices", 2))
+    ended = run_ranks(*arguments, prepare=partial(ask_the_first_in, "on_train_start", Summary))
+    assert [rank.status for rank in ended] == [143, 143], "\n".join(rank.err for rank in ended)
+    assert "stopped by SIGTERM after step 1" in ended[0].err
+
+
+def test_outside_training_all_ranks_end_at_once(policy: Path, train: Path, tmp_path: Path):
+    options = ["--model.policy", policy, "--data.validation", train, "--output_dir", tmp_path]
+    options += ["--trainer.accelerator", "cpu", "--trainer.devices", 2]
+    prepare = partial(ask_the_first_in, "validation_step", KTOModule)
+    first, second = run_ranks("validate", *options, prepare=prepare)
+    assert first.status == -signal.SIGTERM
+    assert second.status == 1
+    assert "another rank has ended" in second.err
+
+
+def ask_the_group() -> None:
+    """In a process of a job: Ctrl-C as a terminal sends it, to the loader's workers as well."""
+    os.setpgrp()
+    call_in_step(partial(os.killpg, os.getpid(), signal.SIGINT), 3, "training_step")
+
+
+def test_ctrl_c_in_a_terminal_leaves_the_loaders_workers_alone(
+    policy: Path, train: Path, whole_runs: Callable[..., Path], tmp_path: Path
+):
+    options = ("--data.num_workers", 2)
+    arguments = ("fit", *fit_arguments(policy, train, tmp_path, *options))
+    (ended,) = run_ranks(*arguments, ranks=1, prepare=ask_the_group)
+    assert ended.status == 130, ended.err
+    assert "stopped by Ctrl-C after step 3" in ended.err
+    assert "Traceback" not in ended.err
+    fit(policy, train, tmp_path, *options, *LAST)
+    assert_equal_runs(tmp_path, whole_runs(*options))

@@ -1,0 +1,73 @@
+"""`export` makes of a checkpoint what `fit` made at the same step."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.cli import fit, run_cli, small_data, small_model
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("export")
+    small_model(directory / "model")
+    small_data(directory / "train.jsonl")
+    return directory
+
+
+def last_checkpoint(output: Path) -> Path:
+    (checkpoint,) = (output / "checkpoints").glob("step=6.ckpt")
+    return checkpoint
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    one, two = load_file(first), load_file(second)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_full_checkpoint_is_the_model(inputs, tmp_path):
+    output = fit(inputs / "model", inputs / "train.jsonl", tmp_path / "output")
+    assert run_cli("export", last_checkpoint(output), tmp_path / "exported") == 0
+    name = "model.safetensors"
+    assert same_weights(tmp_path / "exported" / name, output / "model" / name)
+    assert not same_weights(tmp_path / "exported" / name, inputs / "model" / name)
+    origin = json.loads((tmp_path / "exported" / "kto_lightning.json").read_text())
+    assert origin["reference"] == str(inputs / "model")
+    assert "## Settings" in (tmp_path / "exported" / "README.md").read_text()
+
+
+def test_a_lora_checkpoint_is_the_adapter_or_the_merged_model(inputs, tmp_path):
+    lora = ("--model.lora.r", 2)
+    output = fit(inputs / "model", inputs / "train.jsonl", tmp_path / "output", *lora)
+    assert run_cli("export", last_checkpoint(output), tmp_path / "adapter") == 0
+    adapter = "adapter_model.safetensors"
+    assert same_weights(tmp_path / "adapter" / adapter, output / "adapter" / adapter)
+    assert run_cli("export", last_checkpoint(output), tmp_path / "merged", "--merge") == 0
+    model = "model.safetensors"
+    assert same_weights(tmp_path / "merged" / model, output / "model" / model)
+
+
+def test_what_cannot_be_exported_is_said(inputs, tmp_path, capsys):
+    assert run_cli("export", tmp_path / "none.ckpt", tmp_path / "exported") == 1
+    assert "none.ckpt" in capsys.readouterr().err
+    (tmp_path / "damaged.ckpt").write_bytes(b"PK not a checkpoint")
+    assert run_cli("export", tmp_path / "damaged.ckpt", tmp_path / "exported") == 1
+    error = capsys.readouterr().err
+    assert "damaged.ckpt" in error
+    assert "Traceback" not in error
+    (tmp_path / "other.bin").write_bytes(b"a.")  # which unpickling takes from an empty stack
+    assert run_cli("export", tmp_path / "other.bin", tmp_path / "exported") == 1
+    assert "other.bin is no checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "exported").exists()
+    assert run_cli("export") == 2
+
+
+def test_a_place_that_cannot_be_written_is_said(inputs, tmp_path, capsys):
+    output = fit(inputs / "model", inputs / "train.jsonl", tmp_path / "output")
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    capsys.readouterr()
+    assert run_cli("export", last_checkpoint(output), tmp_path / "file" / "exported") == 1
+    assert f"{tmp_path / 'file'}" in capsys.readouterr().err

@@ -1,0 +1,38 @@
+"""Models with a table of learned positions, which ends."""
+
+from pathlib import Path
+
+import pytest
+
+from kto_lightning.models.positions import num_positions
+from tests.support.cli import fit, rows, run_cli, small_model
+from tests.support.factories import make_model, write_jsonl
+
+
+@pytest.mark.parametrize(("architecture", "positions"), [("gpt2", 2048), ("llama", None)])
+def test_who_has_a_table(architecture: str, positions: int | None):
+    assert num_positions(make_model(architecture, vocab_size=100)) == positions
+
+
+def test_what_the_table_is_too_short_for_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    policy = small_model(tmp_path / "policy", "gpt2", n_positions=64)
+    records = [
+        {"prompt": f"Number {i}.", "completion": " the" * (70 + i), "label": bool(i % 2)}
+        for i in range(8)
+    ]
+    train = write_jsonl(tmp_path / "train.jsonl", records)
+    fit(policy, train, tmp_path / "run", "--trainer.max_steps", 1, status=2)
+    assert "has 64 positions, and sequences of up to" in capsys.readouterr().err
+    fit(policy, train, tmp_path / "run", "--data.max_length", 65, status=2)
+    assert "Set --data.max_length 64." in capsys.readouterr().err
+    stream = ("--data.streaming", "true", "--data.max_length", "null")
+    weights = ("--model.desirable_weight", 1, "--model.undesirable_weight", 1)
+    fit(policy, train, tmp_path / "run", *stream, *weights, status=2)
+    assert "sequences of any length" in capsys.readouterr().err
+    output = fit(policy, train, tmp_path / "run", "--data.max_length", 64)
+    assert len(rows(output)) == 2
+    asked = ("--model.policy", policy, "--data.predict", train)
+    assert run_cli("predict", *asked, "--trainer.accelerator", "cpu") == 2
+    assert "Set --data.max_length 64." in capsys.readouterr().err

@@ -1,0 +1,218 @@
+"""Every obstacle to packing is found by asking the model; a head that is not one is refused."""
+
+import re
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from kto_lightning.errors import ModelError
+from kto_lightning.models.packing_probe import make_policy
+from tests.support.factories import ARCHITECTURES, make_model
+from tests.support.plain_forwards import make_triples, pack_triples, plain_logps
+
+VOCABULARY = 97
+OBSTACLES = {
+    "gemma2": "its attention uses 'softcap'",
+    "gpt_oss": "its attention uses 's_aux'",
+    "bloom": "its attention cannot be exchanged",
+    "falcon": "its attention cannot be exchanged",
+    # Which of the two depends on the version of transformers.
+    "mamba": "it has layers of type|its attention cannot be exchanged",
+}
+
+
+def model_of(architecture: str, **overrides: Any) -> Any:
+    return make_model(architecture, vocab_size=VOCABULARY, **overrides)
+
+
+def assert_right(model: Any, plain: Any) -> str | None:
+    """Make a policy of it, in whichever way, that scores as the plain model; the obstacle."""
+    training, attention = model.training, model.config._attn_implementation
+    policy, obstacle = make_policy(model)
+    assert policy.packed is (obstacle is None)
+    assert model.training is training
+    assert (model.config._attn_implementation == attention) is not policy.packed
+    triples = make_triples([(7, 9, 5), (11, 6, 30)], vocab_size=VOCABULARY)
+    logps = policy(pack_triples(triples, shares_prompts=policy.packed))
+    expected = plain_logps(plain, triples)
+    for found, value in zip((logps.matched, logps.mismatched), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
+    return obstacle
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_each_architecture_takes_its_path(architecture: str) -> None:
+    obstacle = assert_right(model_of(architecture).train(), model_of(architecture))
+    if architecture in OBSTACLES:
+        assert re.match(OBSTACLES[architecture], obstacle or "")
+    else:
+        assert obstacle is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "obstacle"),
+    [
+        # Soft-capping is gone: nothing is in the way.
+        ({"architecture": "gemma2", "attn_logit_softcapping": None}, None),
+        ({"architecture": "gpt_neox", "use_parallel_residual": False}, None),
+        ({"architecture": "qwen2", "use_sliding_window": True, "sliding_window": 4}, None),
+    ],
+)
+def test_the_model_decides_and_no_list_of_names(
+    overrides: dict[str, Any], obstacle: str | None
+) -> None:
+    assert assert_right(model_of(**overrides), model_of(**overrides)) == obstacle
+
+
+def other_model(architecture: str, **settings: Any) -> Any:
+    """One that the factories do not make."""
+    config = AutoConfig.for_model(
+        architecture,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.2,
+        pad_token_id=0,
+        **settings,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+PHIMOE = {
+    "intermediate_size": 32,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "sliding_window": 4,
+}
+LFM2 = {
+    "intermediate_size": 64,
+    "num_key_value_heads": 2,
+    "layer_types": ["conv", "full_attention"],
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "obstacle"),
+    [
+        ("phimoe", PHIMOE, "it has a sliding window that its layers do not pass on"),
+        ("lfm2", LFM2, "it has layers of type conv"),
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 16}, None),
+    ],
+)
+def test_models_with_ways_of_their_own(
+    architecture: str, settings: dict[str, Any], obstacle: str | None
+) -> None:
+    model, plain = (other_model(architecture, **settings) for _ in range(2))
+    assert assert_right(model, plain) == obstacle
+
+
+def mixing_neighbours(model: Any) -> Any:
+    """Tokens see the one before outside attention, across the borders of packed sequences."""
+
+    def mix(layer: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+        (hidden,) = arguments
+        before = nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
+        return (hidden + before,)
+
+    model.model.layers[1].mlp.register_forward_pre_hook(mix)
+    return model
+
+
+class Recurrent(nn.Module):
+    """A layer that mixes tokens by itself and asks no attention function."""
+
+    def forward(self, hidden_states: Tensor, **options: Any) -> tuple[Tensor, None]:
+        return hidden_states.cumsum(dim=1) / 8, None
+
+
+def partly_recurrent(model: Any) -> Any:
+    model.model.layers[1].self_attn = Recurrent()
+    return model
+
+
+def with_fixed_arguments(model: Any) -> Any:
+    forward = model.model.forward
+
+    def strict(self: Any, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
+        unknown = options.keys() - {"position_ids", "use_cache", "past_key_values", "inputs_embeds"}
+        if unknown:
+            raise TypeError(f"unexpected {unknown}")
+        return forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+    model.model.forward = MethodType(strict, model.model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("doctored", "obstacle"),
+    [
+        (mixing_neighbours, "its packed log-probs differ from its plain ones"),
+        (partly_recurrent, "only 1 of its 2 layers attend"),
+        (with_fixed_arguments, r"it does not take packed attention \(TypeError: unexpected"),
+    ],
+)
+def test_a_model_that_packing_would_break_runs_padded(
+    doctored: Callable[[Any], Any], obstacle: str
+) -> None:
+    found = assert_right(doctored(model_of("llama")), doctored(model_of("llama")))
+    assert re.match(obstacle, found or "")
+
+
+def with_scaled_logits(model: Any) -> Any:
+    model.lm_head.register_forward_hook(lambda module, arguments, logits: logits * 1.01)
+    return model
+
+
+def with_nonlinear_head(model: Any) -> Any:
+    model.lm_head = nn.Sequential(model.lm_head, nn.Tanh())
+    return model
+
+
+def with_adapted_head(**settings: Any) -> Callable[[Any], Any]:
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], **settings)
+    return lambda model: get_peft_model(model, config)
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias")
+@pytest.mark.parametrize(
+    ("doctored", "message"),
+    [
+        (with_scaled_logits, "are not those of its output embeddings over its last hidden state"),
+        (with_nonlinear_head, "has no output embeddings"),
+        (lambda model: AutoModel.from_config(model.config), "has no output embeddings"),
+        # These three equal their base until they are trained.
+        (with_adapted_head(use_dora=True), "DoRA"),
+        (with_adapted_head(lora_bias=True), "a LoRA bias"),
+        (with_adapted_head(lora_dropout=0.1), "dropout"),
+    ],
+    ids=["scale", "nonlinear", "none", "dora", "bias", "dropout"],
+)
+def test_a_head_that_would_be_scored_wrong_is_refused(
+    doctored: Callable[[Any], Any], message: str
+) -> None:
+    model = doctored(model_of("llama")).train()
+    with pytest.raises(ModelError, match=message):
+        make_policy(model)
+    assert model.training
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.1}], ids=["plain", "dropout"])
+def test_an_adapter_beside_the_head_is_no_obstacle(settings: dict[str, Any]) -> None:
+    model = get_peft_model(model_of("llama"), LoraConfig(target_modules=["q_proj"], **settings))
+    assert make_policy(model)[1] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precisions_pack_too(dtype: torch.dtype) -> None:
+    policy, obstacle = make_policy(model_of("qwen2").to(dtype))
+    assert obstacle is None
+    assert policy.packed

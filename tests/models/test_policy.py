@@ -1,0 +1,429 @@
+"""The policy against plain separate forwards: values and every gradient, on every architecture."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+import kto_lightning.models.policy
+from kto_lightning.batches.types import Logps, PackedBatch
+from kto_lightning.models.architecture import logit_scale
+from kto_lightning.models.attention import PromptStore
+from kto_lightning.models.policy import Policy, auxiliary_coefficient, sum_per_owner
+from tests.support.factories import ARCHITECTURES, make_model
+from tests.support.plain_forwards import (
+    Triple,
+    gradients,
+    make_triples,
+    pack_triples,
+    plain_logp,
+    plain_logps,
+)
+
+VOCABULARY = 97
+PADDED = ("gemma2", "bloom", "mamba", "falcon", "gpt_oss")
+PACKED = tuple(name for name in ARCHITECTURES if name not in PADDED)
+# The windows of those that have one are 16 tokens.
+LENGTHS = [(7, 9, 5), (1, 20, 3), (24, 1, 17), (11, 6, 30)]
+
+
+@pytest.fixture
+def stores(monkeypatch: pytest.MonkeyPatch) -> list[PromptStore]:
+    """The stores that the policy makes from now on."""
+    made: list[PromptStore] = []
+
+    def recording(**arguments: Any) -> PromptStore:
+        made.append(PromptStore(**arguments))
+        return made[-1]
+
+    monkeypatch.setattr(kto_lightning.models.policy, "PromptStore", recording)
+    return made
+
+
+def triples_of(lengths: list[tuple[int, int, int]] = LENGTHS) -> list[Triple]:
+    return make_triples(lengths, vocab_size=VOCABULARY)
+
+
+def model_of(architecture: str, **overrides: Any) -> Any:
+    return make_model(architecture, vocab_size=VOCABULARY, **overrides)
+
+
+def with_checkpointing(model: Any) -> Any:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def weights_for(batch: PackedBatch) -> Tensor:
+    return torch.linspace(-1.0, 1.5, len(batch))
+
+
+def assert_logps(found: Tensor | None, expected: Tensor) -> None:
+    assert found is not None
+    torch.testing.assert_close(found, expected.to(found), rtol=1e-6, atol=1e-6)
+
+
+def assert_gradients(found: nn.Module, expected: nn.Module) -> None:
+    """Every parameter's, to 5e-6 of its largest one."""
+    ours, theirs = gradients(found), gradients(expected)
+    assert ours.keys() == theirs.keys()
+    assert any(gradient.abs().max() > 0 for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        largest = float(gradient.abs().max())
+        torch.testing.assert_close(
+            ours[name], gradient, rtol=0.0, atol=5e-6 * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def assert_like_plain(policy: Policy, plain: Any, triples: list[Triple], **options: Any) -> None:
+    """Both log-probs, and the gradient of a weighted sum of the matched ones."""
+    batch = pack_triples(triples, **options)
+    logps = policy(batch)
+    matched, mismatched = plain_logps(plain, triples)
+    assert_logps(logps.matched, matched)
+    assert_logps(logps.mismatched, mismatched)
+    assert logps.mismatched is not None
+    assert not logps.mismatched.requires_grad
+    (logps.matched * weights_for(batch)).sum().backward()
+    (matched * weights_for(batch)).sum().backward()
+    assert_gradients(policy.model, plain)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("architecture", PACKED)
+def test_packed_equals_separate_forwards(
+    architecture: str, checkpointing: bool, stores: list[PromptStore]
+) -> None:
+    model, plain = model_of(architecture), model_of(architecture)
+    policy = Policy(with_checkpointing(model) if checkpointing else model)
+    assert_like_plain(policy, plain, triples_of())
+    assert len(stores) == 1
+    assert (stores[0].rows is not None) is checkpointing
+    assert not stores[0].layers  # nor did backward keep anything again
+
+
+@pytest.mark.parametrize("architecture", PADDED)
+def test_padded_equals_separate_forwards(architecture: str) -> None:
+    policy = Policy(model_of(architecture), packed=False)
+    assert_like_plain(policy, model_of(architecture), triples_of(), shares_prompts=False)
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "qwen2_moe"])
+def test_padded_equals_packed_where_both_are_possible(architecture: str) -> None:
+    policy = Policy(model_of(architecture))
+    assert policy.causal_lm.config._attn_implementation == "kto_packed"
+    policy.run_padded()
+    assert_like_plain(policy, model_of(architecture), triples_of(), shares_prompts=False)
+
+
+EDGES = {
+    "a batch of one": [(4, 5, 6)],
+    "an empty prompt": [(0, 5, 4), (3, 2, 2)],
+    "only empty prompts": [(0, 3, 4), (0, 1, 1)],
+    "completions of one token": [(3, 1, 1), (5, 1, 1)],
+    "an empty y'": [(4, 5, 0), (3, 2, 6)],
+    "no y' at all": [(4, 5, 0), (3, 2, 0)],
+    "an empty y": [(4, 0, 3), (3, 2, 6)],
+    "neither": [(4, 0, 0), (3, 2, 6)],
+    "only y": [(0, 3, 0), (3, 2, 2)],
+    "only y in all": [(0, 3, 0), (0, 2, 0)],
+}
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("lengths", EDGES.values(), ids=EDGES)
+def test_edges(lengths: list[tuple[int, int, int]], packed: bool) -> None:
+    policy = Policy(model_of("mistral"), packed=packed)
+    assert_like_plain(policy, model_of("mistral"), triples_of(lengths), shares_prompts=packed)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen2_moe"])
+@pytest.mark.parametrize("lengths", [[(4, 5, 0)], [(0, 3, 4), (0, 1, 1)], [(0, 3, 0)]])
+def test_runs_of_no_token_at_all(architecture: str, lengths: list[tuple[int, int, int]]) -> None:
+    # They are run all the same: under FSDP every rank has to.
+    policy, triples = Policy(model_of(architecture)), triples_of(lengths)
+    _, mismatched = plain_logps(model_of(architecture), triples)
+    assert_logps(policy(pack_triples(triples), matched=False).mismatched, mismatched)
+
+
+@pytest.mark.parametrize("shares_prompts", [True, False], ids=["shared", "whole"])
+@pytest.mark.parametrize("architecture", ["qwen2", "mistral"])
+def test_whatever_is_asked_for_is_the_same(
+    architecture: str, shares_prompts: bool, stores: list[PromptStore]
+) -> None:
+    policy, triples = Policy(model_of(architecture)), triples_of()
+    batch = pack_triples(triples, shares_prompts=shares_prompts)
+    matched, mismatched = plain_logps(model_of(architecture), triples)
+
+    def assert_like(logps: Logps, expected: Tensor | None, expected_other: Tensor | None) -> None:
+        for found, value in ((logps.matched, expected), (logps.mismatched, expected_other)):
+            assert (found is None) == (value is None)
+            if value is not None:
+                assert_logps(found, value)
+
+    assert_like(policy(batch, mismatched=False), matched, None)
+    assert_like(policy(batch, matched=False), None, mismatched)
+    with torch.no_grad():
+        without_gradient = policy(batch)
+        assert_like(without_gradient, matched, mismatched)
+        assert not without_gradient.matched.requires_grad
+        assert_like(policy(batch, matched=False), None, mismatched)
+    batch.mismatched = None
+    assert_like(policy(batch), matched, None)
+    assert len(stores) == (3 if shares_prompts else 0)
+    assert not any(store.layers for store in stores)
+
+
+def test_under_autocast_it_is_the_plain_forward_under_autocast() -> None:
+    triples = triples_of()
+    policy, plain = Policy(model_of("llama")), model_of("llama")
+    exact, _ = plain_logps(plain, triples)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = policy(pack_triples(triples))
+        matched, mismatched = plain_logps(plain, triples)
+    assert found.matched.dtype == torch.float32
+    # As far from the truth as plain bfloat16 is, which packing cannot be expected to repeat.
+    for values, expected in ((found.matched, matched), (found.mismatched, mismatched)):
+        torch.testing.assert_close(values, expected.float(), rtol=0.02, atol=0.0)
+    assert (found.matched - exact).abs().max() <= 2 * (matched - exact).abs().max()
+
+
+def lora(model: Any, **settings: Any) -> Any:
+    """An adapter far from zero, the same for the same settings."""
+    config = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return get_peft_model(model, LoraConfig(init_lora_weights=False, **(config | settings)))
+
+
+TARGETS = {
+    "all-linear": "all-linear",
+    "with the head": ["q_proj", "down_proj", "lm_head"],
+    "the head alone": ["lm_head"],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])  # a tied head and one of its own
+def test_an_adapter_on_and_off(
+    architecture: str, targets: str | list[str], checkpointing: bool
+) -> None:
+    model, plain = (lora(model_of(architecture), target_modules=targets) for _ in range(2))
+    if checkpointing:
+        with_checkpointing(model)
+    policy, triples = Policy(model), triples_of()
+    before, _ = plain_logps(plain, triples)
+    with model.disable_adapter(), torch.no_grad():
+        off = policy(pack_triples(triples))
+    matched, mismatched = plain_logps(model_of(architecture), triples)
+    assert_logps(off.matched, matched)
+    assert_logps(off.mismatched, mismatched)
+    assert (before - matched).abs().max() > 0.1
+    assert_like_plain(policy, plain, triples)
+
+
+def test_a_reference_pass_between_forward_and_backward_leaves_the_gradient_alone() -> None:
+    model, plain = (lora(model_of("llama")) for _ in range(2))
+    policy, triples = Policy(with_checkpointing(model)), triples_of()
+    batch = pack_triples(triples)
+    logps = policy(batch)
+    with model.disable_adapter(), torch.no_grad():
+        policy(batch)
+    (logps.matched * weights_for(batch)).sum().backward()
+    (plain_logps(plain, triples)[0] * weights_for(batch)).sum().backward()
+    assert_gradients(model, plain)
+
+
+def test_a_float32_adapter_on_a_bfloat16_head_is_not_rounded_to_it() -> None:
+    model = lora(model_of("llama").bfloat16(), target_modules=["lm_head"])
+    head = model.get_base_model().lm_head
+    policy, batch = Policy(model), pack_triples(triples_of())
+    before = policy(batch, mismatched=False).matched
+    before.sum().backward()
+    assert head.lora_A.default.weight.grad.dtype == torch.float32
+    with torch.no_grad():
+        head.lora_B.default.weight *= 1 + 1e-4  # far below what bfloat16 can tell
+    after = policy(batch, mismatched=False).matched
+    expected = 1e-4 * (head.lora_B.default.weight.grad * head.lora_B.default.weight).sum()
+    torch.testing.assert_close((after - before).sum(), expected, rtol=0.05, atol=0.0)
+
+
+def test_an_adapter_that_adds_nothing_to_a_bfloat16_head_gives_no_reward() -> None:
+    settings = LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(model_of("llama").bfloat16(), settings)
+    policy, batch = Policy(model), pack_triples(triples_of())
+    with torch.no_grad():
+        on = policy(batch)
+        with model.disable_adapter():
+            off = policy(batch)
+    assert torch.equal(on.matched, off.matched)
+    assert torch.equal(on.mismatched, off.mismatched)
+
+
+def with_bias(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(3)
+    model.lm_head.bias = nn.Parameter(torch.randn(VOCABULARY, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "change", "packed"),
+    [
+        ("cohere", {"logit_scale": 3.0}, copy.copy, True),
+        ("granite", {"logits_scaling": 0.25}, copy.copy, True),
+        ("gemma2", {"final_logit_softcapping": 1.0}, copy.copy, False),
+        ("llama", {}, with_bias, True),
+    ],
+    ids=["logit_scale", "logits_scaling", "softcap", "bias"],
+)
+def test_what_a_head_does_beside_its_weight(
+    architecture: str,
+    overrides: dict[str, Any],
+    change: Callable[[Any], Any],
+    packed: bool,
+) -> None:
+    policy = Policy(change(model_of(architecture, **overrides)), packed=packed)
+    plain = change(model_of(architecture, **overrides))
+    assert_like_plain(policy, plain, triples_of(), shares_prompts=packed)
+    before = plain_logps(model_of(architecture), triples_of())[0]
+    assert (plain_logps(plain, triples_of())[0] - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "factor"),
+    [
+        ({}, 1.0),
+        ({"logit_scale": 0.25}, 0.25),
+        ({"logits_scaling": 4.0}, 0.25),
+        ({"logits_scaling": 4.0, "model_type": "hyperclovax"}, 4.0),
+        ({"lm_head_multiplier": 0.5}, 0.5),
+    ],
+)
+def test_logit_scales_by_each_familys_name(settings: dict[str, Any], factor: float) -> None:
+    config = LlamaConfig()
+    for name, value in settings.items():
+        setattr(config, name, value)
+    assert logit_scale(config) == factor
+
+
+@pytest.mark.parametrize(("architecture", "packed"), [("qwen2_moe", True), ("gpt_oss", False)])
+def test_the_auxiliary_loss_is_the_models_own_on_the_padded_batch(
+    architecture: str, packed: bool
+) -> None:
+    overrides = {"router_aux_loss_coef": 0.5}
+    policy = Policy(model_of(architecture, **overrides), packed=packed)
+    plain = model_of(architecture, **overrides)
+    triples = triples_of()
+    logps = policy(pack_triples(triples, shares_prompts=packed))
+    rows = [torch.tensor([*t.prompt_ids, *t.completion_ids]) for t in triples]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    # What TRL adds to its loss, before the coefficient.
+    expected = plain(ids, attention_mask=mask, output_router_logits=True).aux_loss
+    torch.testing.assert_close(logps.auxiliary_loss, expected, rtol=1e-6, atol=0.0)
+    logps.auxiliary_loss.backward()
+    expected.backward()
+    assert_gradients(policy.model, plain)
+    assert auxiliary_coefficient(plain.config) == 0.5
+    assert (
+        policy(pack_triples(triples, shares_prompts=packed), matched=False).auxiliary_loss is None
+    )
+
+
+def test_without_a_coefficient_no_router_is_asked() -> None:
+    policy = Policy(model_of("qwen2_moe", router_aux_loss_coef=0.0))
+    assert policy(pack_triples(triples_of())).auxiliary_loss is None
+    assert Policy(model_of("llama"))(pack_triples(triples_of())).auxiliary_loss is None
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_the_head_sees_the_rows_that_are_scored_and_no_others(
+    packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_rows = []
+    head = kto_lightning.models.policy.linear_logps
+
+    def counting(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        num_rows.append(len(hidden))
+        assert len(targets) == len(hidden)
+        return head(hidden, weight, targets, **options)
+
+    monkeypatch.setattr(kto_lightning.models.policy, "linear_logps", counting)
+    monkeypatch.setattr(nn.Linear, "forward", _refusing_vocabulary(nn.Linear.forward))
+    policy = Policy(model_of("llama"), packed=packed)
+    lengths = [(7, 9, 5), (0, 4, 3), (5, 2, 0)]
+    batch = pack_triples(triples_of(lengths), shares_prompts=packed)
+    policy(batch)
+    policy(batch, matched=False)
+    assert num_rows == [9 + 3 + 2, 5 + 2, 5 + 2]
+
+
+def _refusing_vocabulary(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def checked(self: nn.Linear, hidden: Tensor) -> Tensor:
+        assert self.out_features != VOCABULARY, "the model's own head was run"
+        return forward(self, hidden)
+
+    return checked
+
+
+def test_after_training_it_generates_as_the_plain_model_would() -> None:
+    model = with_checkpointing(model_of("qwen2"))
+    policy, batch = Policy(model), pack_triples(triples_of())
+    policy(batch).matched.sum().backward()
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    plain = model_of("qwen2")
+    plain.load_state_dict(model.state_dict())
+
+    prompts = torch.randint(3, VOCABULARY, (2, 9))
+    mask = torch.ones_like(prompts)
+    prompts[0, :4] = mask[0, :4] = 0  # padded on the left
+    how = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    with policy.own_attention_restored() as restored:
+        assert not restored.training
+        generated = restored.generate(prompts, **how)
+    assert torch.equal(generated, plain.generate(prompts, **how))
+    alone = plain.generate(prompts[:1, 4:], **(how | {"attention_mask": mask[:1, 4:]}))
+    assert torch.equal(generated[0, 4 : 4 + alone.shape[1]], alone[0])
+    assert model.training
+    assert_logps(policy(batch).matched, plain_logps(plain, triples_of())[0])
+
+
+def test_own_attention_comes_back_even_after_an_error() -> None:
+    policy = Policy(model_of("qwen2"))
+
+    def fail() -> None:
+        with policy.own_attention_restored() as restored:
+            assert restored.config._attn_implementation == policy.own_attention
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    triples = triples_of()
+    assert_logps(policy(pack_triples(triples)).matched, plain_logps(model_of("qwen2"), triples)[0])
+
+
+def test_tokens_are_summed_per_owner() -> None:
+    logps = torch.tensor([1.0, 2.0, 4.0, 8.0], requires_grad=True)
+    owners = torch.tensor([0, 2, 2, 2])
+    sums = sum_per_owner(logps, owners, [3, 0, 5, 1])
+    assert sums.tolist() == [1.0, 0.0, 14.0, 0.0]
+    (sums * torch.tensor([1.0, 10.0, 100.0, 1000.0])).sum().backward()
+    assert logps.grad is not None
+    assert logps.grad.tolist() == [1.0, 100.0, 100.0, 100.0]
+    assert sum_per_owner(logps[:0], owners[:0], [0, 0]).tolist() == [0.0, 0.0]
+
+
+def test_an_empty_prompt_leaves_the_first_token_unscored() -> None:
+    model, ids = model_of("llama"), np.arange(5, 12)
+    policy = Policy(model_of("llama"))
+    (triple,) = triples_of([(0, 7, 7)])
+    object.__setattr__(triple, "completion_ids", ids)
+    found = policy(pack_triples([triple])).matched
+    assert_logps(found, plain_logp(model, ids[:1], ids[1:])[None])

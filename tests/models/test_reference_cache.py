@@ -1,0 +1,181 @@
+"""The reference's log-probs are computed once, and never taken for another's."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kto_lightning.__main__ import main
+from kto_lightning.batches.keys import pair_key
+from kto_lightning.models.reference_cache import RECORD, ReferenceCache, reference_fingerprint
+from tests.support.factories import make_tokenizer, plain_records, save_model, write_jsonl
+
+NUM_RECORDS = 13
+
+
+def keys_of(*numbers: int) -> list[bytes]:
+    return [pair_key(np.array([number]), np.array([1, 2])) for number in numbers]
+
+
+def test_what_one_process_adds_another_finds(tmp_path):
+    first, second = ReferenceCache(tmp_path), ReferenceCache(tmp_path)
+    first.add(keys_of(1, 2), [-1.5, -2.5])
+    second.add(keys_of(3), [-3.5])
+    assert second.find(keys_of(1)) is None
+    second.refresh()
+    assert second.find(keys_of(3, 1, 2)) == [-3.5, -1.5, -2.5]
+    assert ReferenceCache(tmp_path).num_known(keys_of(1, 2, 3, 4)) == 3
+
+
+def test_a_log_prob_is_written_once(tmp_path):
+    cache = ReferenceCache(tmp_path)
+    cache.add(keys_of(1), [-1.0])
+    cache.add(keys_of(1, 2), [-1.0, -2.0])
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size == 2 * RECORD.itemsize
+
+
+def test_a_torn_end_costs_one_record_and_is_read_when_it_is_whole(tmp_path):
+    writer = ReferenceCache(tmp_path)
+    writer.add(keys_of(1, 2), [-1.0, -2.0])
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    file.write_bytes(content[:-3])
+    reader = ReferenceCache(tmp_path)
+    assert len(reader) == 1
+    file.write_bytes(content)
+    reader.refresh()
+    assert reader.find(keys_of(1, 2)) == [-1.0, -2.0]
+
+
+@pytest.mark.parametrize("byte", range(RECORD.itemsize))
+def test_a_damaged_record_is_as_good_as_not_there(tmp_path, byte):
+    ReferenceCache(tmp_path).add(keys_of(1, 2, 3), [-1.0, -2.0, -3.0])
+    (file,) = tmp_path.iterdir()
+    content = bytearray(file.read_bytes())
+    content[RECORD.itemsize + byte] ^= 0x41
+    file.write_bytes(bytes(content))
+    cache = ReferenceCache(tmp_path)
+    assert cache.find(keys_of(1, 3)) == [-1.0, -3.0]
+    assert cache.find(keys_of(2)) is None
+    assert len(cache) == 2
+
+
+def test_no_number_is_no_log_prob(tmp_path):
+    ReferenceCache(tmp_path).add(keys_of(1), [float("nan")])
+    assert len(ReferenceCache(tmp_path)) == 0
+
+
+def test_a_key_tells_the_same_tokens_cut_elsewhere_apart():
+    tokens = np.arange(5)
+    keys = {pair_key(tokens[:cut], tokens[cut:]) for cut in range(6)}
+    assert len(keys) == 6
+    assert pair_key(tokens[:2].astype(np.int32), tokens[2:]) in keys
+
+
+def test_the_address_follows_contents_and_settings(tmp_path):
+    first, second = (save_model(tmp_path / n, "llama", make_tokenizer()) for n in "ab")
+    same = [reference_fingerprint([d], ["float32"]) for d in (first, second)]
+    assert same[0] == same[1]
+    assert reference_fingerprint([first], ["bfloat16"]) != same[0]
+    assert reference_fingerprint([first, second], ["float32"]) != same[0]
+    weights = load_file(second / "model.safetensors")
+    weights[next(iter(weights))].view(-1)[0] += 1e-3
+    save_file(weights, second / "model.safetensors", metadata={"format": "pt"})
+    assert reference_fingerprint([second], ["float32"]) != same[0]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("cached")
+    save_model(directory / "model", "qwen2", make_tokenizer())
+    write_jsonl(directory / "records.jsonl", plain_records(NUM_RECORDS))
+    return directory
+
+
+def run(inputs: Path, output: Path, *options: str) -> list[dict[str, str]]:
+    status = main(
+        [
+            "fit",
+            *("--model.policy", str(inputs / "model")),
+            *("--data.train", str(inputs / "records.jsonl")),
+            *("--output_dir", str(output), "--trainer.accelerator", "cpu"),
+            *("--model.learning_rate", "1e-3", "--data.batch_size", "4"),
+            *options,
+        ]
+    )
+    assert status == 0
+    with (output / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def losses(rows: list[dict[str, str]]) -> list[float]:
+    return [float(row["train/loss"]) for row in rows]
+
+
+def test_a_cache_changes_no_number_and_is_full_after_an_epoch(inputs, tmp_path, capsys):
+    plain = run(inputs, tmp_path / "plain", "--trainer.max_epochs", "2")
+    cached = ["--model.reference_cache", str(tmp_path / "cache"), "--trainer.max_epochs", "2"]
+    filling = run(inputs, tmp_path / "filling", *cached)
+    capsys.readouterr()
+    full = run(inputs, tmp_path / "full", *cached)
+    found = capsys.readouterr().out
+    assert f"{2 * NUM_RECORDS} of {2 * NUM_RECORDS} log-probs" in found.replace("\n", " ")
+    assert "no model is loaded" in found.replace("\n", " ")
+    np.testing.assert_allclose(losses(filling), losses(plain), rtol=1e-5)
+    np.testing.assert_allclose(losses(full), losses(plain), rtol=1e-5)
+
+
+def test_it_survives_other_settings_and_misses_another_model(inputs, tmp_path, capsys):
+    cached = ["--model.reference_cache", str(tmp_path / "cache")]
+    run(inputs, tmp_path / "first", *cached)
+    other = ["--model.beta", "0.5", "--seed_everything", "7", "--data.batch_size", "5"]
+    capsys.readouterr()
+    run(inputs, tmp_path / "second", *cached, *other, "--model.undesirable_weight", "2.0")
+    assert "26 of 26" in capsys.readouterr().out
+    save_model(tmp_path / "other", "qwen2", make_tokenizer(), seed=1)
+    run(inputs, tmp_path / "third", *cached, "--model.policy", str(tmp_path / "other"))
+    assert "0 of 26" in capsys.readouterr().out
+
+
+def test_a_run_that_is_cut_into_micro_batches_uses_it_too(inputs, tmp_path):
+    cached = ["--model.reference_cache", str(tmp_path / "cache")]
+    whole = run(inputs, tmp_path / "whole", *cached)
+    cut = run(inputs, tmp_path / "cut", *cached, "--data.max_tokens", "60")
+    np.testing.assert_allclose(losses(cut), losses(whole), rtol=1e-5)
+
+
+def test_lora_files_its_base(inputs, tmp_path, capsys):
+    cached = ["--model.reference_cache", str(tmp_path / "cache")]
+    run(inputs, tmp_path / "full", *cached)
+    capsys.readouterr()
+    run(inputs, tmp_path / "lora", *cached, "--model.lora.r", "2")
+    assert "26 of 26" in capsys.readouterr().out
+
+
+def test_validation_records_are_filed_as_well(inputs, tmp_path, capsys):
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", plain_records(6, seed=5))
+    cached = ["--model.reference_cache", str(tmp_path / "cache")]
+    cached += ["--data.validation", str(held_out)]
+    first = run(inputs, tmp_path / "first", *cached)
+    capsys.readouterr()
+    second = run(inputs, tmp_path / "second", *cached)
+    assert "no model is loaded" in capsys.readouterr().out.replace("\n", " ")
+    assert float(first[-1]["val/loss"]) == pytest.approx(float(second[-1]["val/loss"]), rel=1e-5)
+    assert torch.isfinite(torch.tensor(float(second[-1]["val/loss"])))
+
+
+def test_predict_asks_for_no_mismatched_log_prob(inputs, tmp_path):
+    one_prompt = [
+        {"prompt": "What?", "completion": answer, "label": True} for answer in ("This.", "That.")
+    ]
+    records = write_jsonl(tmp_path / "records.jsonl", one_prompt)
+    cache = tmp_path / "cache"
+    command = ["predict", "--model.policy", str(inputs / "model"), "--trainer.accelerator", "cpu"]
+    command += ["--data.predict", str(records), "--model.reference_cache", str(cache)]
+    assert main([*command, "--output_dir", str(tmp_path / "output")]) == 0
+    (file,) = cache.glob("*/*.logps")
+    assert file.stat().st_size == len(one_prompt) * RECORD.itemsize

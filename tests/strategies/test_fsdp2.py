@@ -1,0 +1,197 @@
+"""FSDP2: two ranks that share one model give the numbers of one, and leave the same files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+
+from kto_lightning.module import KTOModule
+from kto_lightning.training.output import list_checkpoints
+from tests.support.agreement import assert_numbers_agree, assert_runs_agree, assert_weights_agree
+from tests.support.cli import fit, numbers, rows, run_cli, small_model, weights
+from tests.support.factories import plain_records, write_jsonl
+from tests.support.ranks import fit_on_ranks, run_ranks
+
+SGD = ("--model.optimizer", "sgd", "--model.learning_rate", 0.1)
+SEVERAL = (*SGD, "--data.max_tokens", 60)
+ADAMW = ("--model.lr_schedule", "cosine", "--model.weight_decay", 0.1)
+CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "one micro-batch, the last with a stand-in": ("qwen2", (*SGD, "--data.batch_size", 23)),
+    "clipped": ("llama", (*SEVERAL, "--model.gradient_clip_norm", 0.5)),
+    "checkpointing, apo_zero": (
+        "gpt2",
+        (
+            *(*SEVERAL, "--model.activation_checkpointing", "true"),
+            *("--model.loss", "apo_zero_unpaired"),
+        ),
+    ),
+    "checkpointing": ("qwen2", (*SEVERAL, "--model.activation_checkpointing", "true")),
+    "a reference that follows": (
+        "qwen2",
+        (*SGD, "--model.follow.every_n_steps", 2, "--data.validation", 0.4),
+    ),
+    "padded": ("gemma2", SGD),
+    "experts": ("qwen2_moe", (*SGD, "--data.max_tokens", 1)),
+    "lora on the head, too": (
+        "llama",
+        (*SEVERAL, "--model.lora.r", 4, "--model.lora.target_modules", '["q_proj","lm_head"]'),
+    ),
+    "lora": ("qwen2", (*SEVERAL, "--model.lora.r", 4, "--data.validation", 0.4)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_give_the_numbers_of_one(case: str, train: Path, tmp_path: Path):
+    architecture, options = CASES[case]
+    policy = small_model(tmp_path / "policy", architecture)
+    options = (*options, "--trainer.max_steps", 4)
+    two = fit_on_ranks(policy, train, tmp_path / "two", *options, strategy="fsdp2")
+    one = fit(policy, train, tmp_path / "one", *options)
+    assert_runs_agree(two, one, held_out="--data.validation" in options)
+
+
+def tell_what_is_held() -> None:
+    """Every rank prints which share of the policy's and the reference's weights it holds."""
+
+    def on_train_start(module: KTOModule) -> None:
+        reference: Any = module.reference
+        assert module.policy is not None
+        for name, held in (("policy", module.policy), ("reference", reference.policy)):
+            parts = list(held.parameters())
+            assert all(isinstance(part, DTensor) for part in parts)
+            own = sum(part.to_local().numel() for part in parts)
+            print(f"{name} holds {own / sum(part.numel() for part in parts):.2f}", flush=True)
+
+    KTOModule.on_train_start = on_train_start  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_policy_and_reference_are_held_in_halves(policy: Path, train: Path, tmp_path: Path):
+    options = ["--model.policy", policy, "--data.train", train, "--output_dir", tmp_path]
+    options += ["--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.max_steps", 1]
+    options += ["--trainer.strategy", "fsdp2", "--trainer.precision", "bf16-mixed"]
+    for rank in run_ranks("fit", *options, prepare=tell_what_is_held):
+        assert rank.status == 0, rank.err
+        assert "policy holds 0.50" in rank.out
+        assert "reference holds 0.50" in rank.out
+
+
+def test_a_run_goes_on_under_any_strategy(policy: Path, train: Path, tmp_path: Path):
+    options = (*ADAMW, "--checkpoint.every_n_steps", 3, "--model.follow.every_n_steps", 2)
+    whole = fit(policy, train, tmp_path / "whole", *options)
+    sharded = tmp_path / "sharded"
+    fit_on_ranks(policy, train, sharded, *options, strategy="fsdp2")
+    assert_numbers_agree(sharded, whole)
+    (_, of_sharded), (_, last) = list_checkpoints(sharded)
+    on_one = fit(policy, train, tmp_path / "on_one", *options, "--ckpt_path", of_sharded)
+    assert_weights_agree(on_one, sharded)
+    (_, of_one), _ = list_checkpoints(whole)
+    back = (*options, "--ckpt_path", of_one)
+    fit_on_ranks(policy, train, tmp_path / "back", *back, strategy="fsdp2")
+    assert_weights_agree(tmp_path / "back", sharded)
+
+    assert run_cli("export", last, tmp_path / "exported") == 0
+    expected, written = weights(sharded), rows(sharded)
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    last.unlink()
+    fit_on_ranks(policy, train, sharded, *options, "--ckpt_path", "last", strategy="fsdp2")
+    assert rows(sharded) == written
+    for name, value in weights(sharded).items():
+        assert torch.equal(value, expected[name]), name
+        assert torch.equal(value, exported[name]), name
+
+
+def test_the_cache_is_filled_together(policy: Path, train: Path, tmp_path: Path):
+    """One rank's share alone is in the cache first, so that ranks differ in what they lack."""
+    options = (*SEVERAL, "--trainer.max_steps", 4)
+    one = fit(policy, train, tmp_path / "one", *options)
+    cached = (*options, "--model.reference_cache", tmp_path / "cache")
+    fit_on_ranks(policy, train, tmp_path / "filled", *cached, strategy="fsdp2")
+    mine, _ = sorted((tmp_path / "cache").glob("*/*.logps"))
+    mine.unlink()
+    again = fit_on_ranks(policy, train, tmp_path / "again", *cached, strategy="fsdp2")
+    full = fit_on_ranks(policy, train, tmp_path / "full", *cached, strategy="fsdp2")
+    for output in (tmp_path / "filled", again, full):
+        assert_numbers_agree(output, one)
+
+
+def test_held_out_records_are_scored_together(policy: Path, train: Path, tmp_path: Path):
+    data = write_jsonl(tmp_path / "held_out.jsonl", plain_records(9, seed=3))
+    output = fit(policy, train, tmp_path / "output", *SGD)
+    ((_, checkpoint),) = list_checkpoints(output)
+    shared = ["--model.policy", policy, "--ckpt_path", checkpoint, "--output_dir", output]
+    shared += ["--trainer.accelerator", "cpu", "--data.batch_size", 4]
+    rewards = []
+    for devices in (("--trainer.devices", 2, "--trainer.strategy", "fsdp2"), ()):
+        ranks = 2 if devices else 1
+        for command in ("validate", "predict"):
+            key = "--data.validation" if command == "validate" else "--data.predict"
+            ended = run_ranks(command, *shared, *devices, key, data, ranks=ranks)
+            assert [rank.status for rank in ended] == [0] * ranks, ended[0].err
+        lines = (tmp_path / "held_out.jsonl.rewards.jsonl").read_text().splitlines()
+        rewards.append([json.loads(line)["reward"] for line in lines])
+    assert any(reward != 0 for reward in rewards[0])
+    assert rewards[0] == pytest.approx(rewards[1], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--trainer.precision", "bf16-mixed"),
+        ("--model.lora.r", 4, "--model.dtype", "bfloat16", "--data.max_tokens", 60),
+    ],
+    ids=["float32 weights", "a frozen base in bfloat16"],
+)
+def test_half_precision_stays_near(
+    options: tuple[Any, ...], policy: Path, train: Path, tmp_path: Path
+):
+    options = (*options, "--trainer.max_steps", 3)
+    two = fit_on_ranks(policy, train, tmp_path / "two", *options, strategy="fsdp2")
+    one = fit(policy, train, tmp_path / "one", *options)
+    for mine, theirs in zip(numbers(two), numbers(one), strict=True):
+        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=0.05)
+        assert mine["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=0.1)
+        assert mine["train/logps/desirable"] == pytest.approx(
+            theirs["train/logps/desirable"], rel=0.02
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--trainer.strategy", "fsdp"), "is FSDP1"),
+        (("--trainer.strategy", "ddp_spawn"), "Use ddp"),
+        (("--trainer.strategy", "deepspeed"), "Use --trainer.strategy fsdp2"),
+        (("--trainer.strategy", "deepspeed_stage_2"), "Use --trainer.strategy fsdp2"),
+        (("--trainer.strategy", "deepspeed_stage_3_offload"), "Use --trainer.strategy fsdp2"),
+        (
+            ("--trainer.strategy", "lightning.pytorch.strategies.DeepSpeedStrategy"),
+            "Use --trainer.strategy fsdp2",
+        ),
+        (
+            (
+                *("--trainer.strategy", "ModelParallelStrategy"),
+                *("--trainer.strategy.data_parallel_size", 1),
+            ),
+            "Use --trainer.strategy fsdp2",
+        ),
+        (("--trainer.strategy", "fsdp2", "--model.optimizer", "adafactor"), "Use adamw"),
+        (("--trainer.strategy", "fsdp2", "--model.offload_reference", "true"), "a whole model"),
+        (
+            (
+                *("--trainer.strategy", "fsdp2", "--model.lora.r", 4),
+                *("--model.quantization", "4bit"),
+            ),
+            "ddp, or leave it out",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(
+    options: tuple[Any, ...], said: str, policy: Path, train: Path, tmp_path: Path, capsys
+):
+    fit(policy, train, tmp_path / "output", *options, status=2)
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "output").exists()

@@ -1,0 +1,180 @@
+"""Ranks that end without a word, by `kill -9` or an error of their own: none is left hanging, and
+the run goes on bit for bit."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psutil
+import pytest
+
+from kto_lightning.errors import ModelError
+from kto_lightning.training.output import list_checkpoints
+from tests.callbacks.test_preemption import call_in_step
+from tests.support.cli import fit_arguments, small_model
+from tests.support.ranks import Ended, fit_on_ranks, job, run_ranks
+from tests.training.test_resume import EVERY_STEP, assert_equal_runs
+
+EVERY_OTHER = ("--checkpoint.every_n_steps", 2, "--model.lr_schedule", "cosine")
+MANY_STEPS = ("--trainer.max_epochs", 20, *EVERY_STEP, "--model.lr_schedule", "cosine")
+LAST = ("--ckpt_path", "last")
+SETTINGS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "validation, a worker": (
+        "ddp",
+        ("--data.validation", 0.2, "--trainer.val_check_interval", 2, "--data.num_workers", 1),
+    ),
+    "lora with dropout": ("ddp", ("--model.lora.r", 4, "--model.lora.dropout", 0.2)),
+    "a reference that follows": ("ddp", ("--model.follow.every_n_steps", 2)),
+    "fsdp2": ("fsdp2", ("--model.dropout", "true")),
+    "fsdp2, a reference that follows": ("fsdp2", ("--model.follow.every_n_steps", 2)),
+}
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model(tmp_path_factory.mktemp("policy"), "gpt2", attn_pdrop=0.2)
+
+
+@pytest.fixture(scope="module")
+def whole_runs(policy: Path, train: Path, tmp_path_factory) -> Callable[..., Path]:
+    """Undisturbed runs of two ranks by one of `SETTINGS` and with these options, each made once."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def run(name: str, *options: Any) -> Path:
+        key, (strategy, settings) = (name, *options), SETTINGS[name]
+        if key not in made:
+            output = tmp_path_factory.mktemp("whole")
+            made[key] = fit_on_ranks(policy, train, output, *settings, *options, strategy=strategy)
+        return made[key]
+
+    return run
+
+
+def kill_in_step_four(*ranks: int) -> None:
+    """In a process of a job: some ranks are no more from there on."""
+    if int(os.environ["RANK"]) in ranks:
+        call_in_step(partial(os.kill, os.getpid(), signal.SIGKILL), 4, "training_step")
+
+
+def arguments(policy: Path, train: Path, output: Path, strategy: str, *options: Any) -> list[Any]:
+    devices = ("--trainer.devices", 2, "--trainer.strategy", strategy)
+    return ["fit", *fit_arguments(policy, train, output, *devices, *options)]
+
+
+def assert_says_that_it_lost_another(survivor: Ended) -> None:
+    assert survivor.status == 1
+    assert "error: another rank has ended while this one waited for it" in survivor.err
+    assert "Traceback" not in survivor.err
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("validation, a worker", (0, 1)),
+        ("lora with dropout", (1,)),
+        ("fsdp2, a reference that follows", (0,)),
+    ],
+)
+def test_killed_ranks_leave_none_hanging_and_the_run_goes_on(
+    name: str, ranks: tuple[int, ...], policy: Path, train: Path, whole_runs, tmp_path: Path
+):
+    strategy, settings = SETTINGS[name]
+    options = (*settings, *EVERY_OTHER)
+    command = arguments(policy, train, tmp_path, strategy, *options)
+    ended = run_ranks(*command, prepare=partial(kill_in_step_four, *ranks))
+    for rank, left in enumerate(ended):
+        if rank in ranks:
+            assert left.status == -signal.SIGKILL
+        else:
+            assert_says_that_it_lost_another(left)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
+    assert not (tmp_path / "model").exists()
+    fit_on_ranks(policy, train, tmp_path, *options, *LAST, strategy=strategy)
+    assert_equal_runs(tmp_path, whole_runs(name, *EVERY_OTHER))
+
+
+def last_step(output: Path) -> int:
+    return max((step for step, _ in list_checkpoints(output)), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(len(SETTINGS)))
+def test_kill_minus_nine_at_random_moments(
+    seed: int, policy: Path, train: Path, whole_runs, tmp_path: Path
+):
+    """Both ranks or one of them, some milliseconds after the first new checkpoint, five times."""
+    random, name = Random(seed), list(SETTINGS)[seed]
+    strategy, settings = SETTINGS[name]
+    options = (*settings, *MANY_STEPS)
+    resume: tuple[Any, ...] = ()
+    for _ in range(5):
+        before = last_step(tmp_path)
+        command = arguments(policy, train, tmp_path, strategy, *options, *resume)
+        with job(*command) as running:
+            running.wait_for(lambda before=before: last_step(tmp_path) > before)
+            time.sleep(random.uniform(0.0, 0.3))
+            ranks = random.choice([(0, 1), (0,), (1,)])
+            running.signal(signal.SIGKILL, *ranks)
+            ended = running.wait()
+        assert all(ended[rank].status == -signal.SIGKILL for rank in ranks)
+        for rank in {0, 1} - set(ranks):
+            assert_says_that_it_lost_another(ended[rank])
+        resume = LAST
+    assert not (tmp_path / "model").exists()
+    fit_on_ranks(policy, train, tmp_path, *options, *LAST, strategy=strategy)
+    assert_equal_runs(tmp_path, whole_runs(name, *MANY_STEPS))
+
+
+def fail_in_step_three(rank: int) -> None:
+    """In a process of a job: one rank meets what the other does not."""
+    if int(os.environ["RANK"]) == rank:
+        call_in_step(_fail, 3, "training_step")
+
+
+def _fail() -> None:
+    raise ModelError("this rank alone fails.")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_alone_ends_the_other(
+    rank: int, policy: Path, train: Path, tmp_path: Path
+):
+    command = arguments(policy, train, tmp_path, "ddp")
+    ended = run_ranks(*command, prepare=partial(fail_in_step_three, rank))
+    assert ended[rank].status == 1
+    assert "error: this rank alone fails." in ended[rank].err
+    assert_says_that_it_lost_another(ended[1 - rank])
+
+
+def hang_in_step_two(start_method: str) -> None:
+    """In a process of a job: it waits to be killed."""
+    multiprocessing.set_start_method(start_method, force=True)
+    call_in_step(partial(time.sleep, 600.0), 2, "training_step")
+
+
+@pytest.mark.parametrize(
+    "start_method",  # Python's own up to 3.13, and after; the second imports everything again
+    ["fork", pytest.param("forkserver", marks=pytest.mark.slow)],
+)
+def test_a_killed_rank_takes_its_workers_with_it(
+    start_method: str, policy: Path, train: Path, tmp_path: Path
+):
+    command = arguments(policy, train, tmp_path, "ddp", "--data.num_workers", 2, *EVERY_STEP)
+    with job(*command, prepare=partial(hang_in_step_two, start_method)) as running:
+        ranks = [psutil.Process(process.pid) for process in running.processes]
+
+        def started() -> list[psutil.Process]:
+            return [child for rank in ranks for child in rank.children(recursive=True)]
+
+        running.wait_for(lambda: last_step(tmp_path) == 1 and len(started()) >= 4)
+        workers = started()
+        running.signal(signal.SIGKILL)
+        running.wait()
+    _, left = psutil.wait_procs(workers, timeout=30.0)
+    assert left == []

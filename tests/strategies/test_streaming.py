@@ -1,0 +1,73 @@
+"""A stream on two ranks: the numbers of one, and runs that go on bit for bit."""
+
+import json
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kto_lightning.training.output import list_checkpoints
+from tests.data.streaming.test_runs import SMALL_BUFFERS
+from tests.strategies.test_killed import LAST, kill_in_step_four
+from tests.support.agreement import assert_numbers_agree, assert_weights_agree
+from tests.support.cli import fit, fit_arguments, rows, small_data
+from tests.support.factories import plain_records
+from tests.support.ranks import fit_on_ranks, run_ranks
+from tests.training.test_resume import EVERY_STEP, TWO_EPOCHS, assert_equal_runs
+
+SGD = ("--model.optimizer", "sgd", "--model.learning_rate", 0.1)
+CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "shuffled": ("ddp", (*SGD, *TWO_EPOCHS, "--data.max_tokens", 60)),
+    "file order, workers": ("ddp", (*SGD, "--data.shuffle", "false", "--data.num_workers", 1)),
+    "fsdp2": ("fsdp2", SGD),
+}
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """25 records: in buffers of 8 the last one holds 9, and an epoch's last batch one."""
+    return small_data(tmp_path_factory.mktemp("data") / "train.jsonl", 25)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_give_the_numbers_of_one(case: str, policy: Path, train: Path, tmp_path: Path):
+    strategy, options = CASES[case]
+    options = (*SMALL_BUFFERS, *options)
+    two = fit_on_ranks(policy, train, tmp_path / "two", *options, strategy=strategy)
+    one = fit(policy, train, tmp_path / "one", *options)
+    assert_numbers_agree(two, one)
+    assert_weights_agree(two, one)
+    assert len(rows(two)) in (7, 14)
+
+
+def test_a_killed_run_goes_on(policy: Path, train: Path, tmp_path: Path):
+    """From within a buffer: on two ranks bit for bit, and on one with the same numbers."""
+    options = (*SMALL_BUFFERS, *SGD, *TWO_EPOCHS, *EVERY_STEP)
+    whole = fit_on_ranks(policy, train, tmp_path / "whole", *options)
+    killed = tmp_path / "killed"
+    arguments = fit_arguments(policy, train, killed, "--trainer.devices", 2, *options)
+    for rank in run_ranks("fit", *arguments, prepare=partial(kill_in_step_four, 0, 1)):
+        assert rank.status == -signal.SIGKILL
+    assert [step for step, _ in list_checkpoints(killed)] == [2, 3]
+    on_one = Path(shutil.copytree(killed, tmp_path / "on_one"))
+    fit_on_ranks(policy, train, killed, *options, *LAST)
+    assert_equal_runs(killed, whole)
+    fit(policy, train, on_one, *options, *LAST)
+    assert_numbers_agree(on_one, whole)
+    assert_weights_agree(on_one, whole)
+
+
+def test_bad_records_are_told_of_once_and_end_every_rank(policy: Path, tmp_path: Path):
+    data = tmp_path / "train.jsonl"
+    good = "".join(json.dumps(record) + "\n" for record in plain_records(300))
+    data.write_text(good + '{"prompt": "a", "completion": "b"}\n' * 400)
+    options = ("--trainer.devices", 2, *SMALL_BUFFERS, "--data.batch_size", 32)
+    first, second = run_ranks("fit", *fit_arguments(policy, data, tmp_path / "output", *options))
+    assert (first.status, second.status) == (1, 1)
+    assert first.err.count("warning: left out:") == 5
+    assert "error: 301 bad records and 300 good ones so far" in first.err
+    assert second.err.startswith("[rank 1] error: 301 bad records and 300 good ones so far")
+    assert 0 < len(rows(tmp_path / "output")) < 9

@@ -1,0 +1,75 @@
+"""Runs of the command line in this process, and what they leave in OUTPUT."""
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kto_lightning.__main__ import main
+from kto_lightning.training.measures import MEASURED
+from tests.support.factories import make_tokenizer, plain_records, save_model, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_cli(*arguments: Any) -> int:
+    """`python -m kto_lightning` with these arguments; its exit status."""
+    return main([str(argument) for argument in arguments])
+
+
+def fit(policy: Path, train: Any, output: Path, *options: Any, status: int = 0) -> Path:
+    """Train with batches of four and a learning rate that shows; returns OUTPUT."""
+    assert run_cli("fit", *fit_arguments(policy, train, output, *options)) == status
+    return output
+
+
+def fit_arguments(policy: Path, train: Any, output: Path, *options: Any) -> list[Any]:
+    """What `fit` gives to the command line after its name."""
+    settings = ["--model.policy", policy, "--data.train", train, "--output_dir", output]
+    settings += ["--data.batch_size", 4, "--model.learning_rate", 1e-3]
+    return [*settings, "--trainer.accelerator", "cpu", *options]
+
+
+def run_process(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The same as a process of its own, where that matters."""
+    command = [sys.executable, "-m", "kto_lightning", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, **options
+    )
+
+
+def small_model(directory: Path, architecture: str = "qwen2", **overrides: Any) -> Path:
+    """A model directory with its tokenizer."""
+    return save_model(directory, architecture, make_tokenizer(), **overrides)
+
+
+def small_data(path: Path, num_records: int = 24, seed: int = 0) -> Path:
+    """Records of plain text as jsonl."""
+    return write_jsonl(path, plain_records(num_records, seed))
+
+
+def rows(output: Path) -> list[dict[str, str]]:
+    """The cells of `metrics.csv` as they stand, but for what no batch decides."""
+    measured = {f"train/{name}" for name in MEASURED}
+    with (output / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        return [{k: v for k, v in row.items() if k not in measured} for row in csv.DictReader(file)]
+
+
+def numbers(output: Path, stage: str = "train") -> list[dict[str, float]]:
+    """Those of a stage, row by row; an empty cell is NaN."""
+    return [
+        {k: float(v) if v else math.nan for k, v in row.items() if k.startswith(f"{stage}/")}
+        for row in rows(output)
+    ]
+
+
+def weights(output: Path) -> dict[str, Tensor]:
+    """The exported model's."""
+    return load_file(output / "model" / "model.safetensors")

@@ -1,0 +1,77 @@
+"""What packing, padding and prompt sharing are held against: separate plain forwards.
+
+One sequence a forward, unpadded, the model's own attention, `log_softmax` of its own logits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kto_lightning.batches.collate import pack
+from kto_lightning.batches.types import PackedBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Triple:
+    """A prompt x with its completion y and a mismatched completion y'."""
+
+    index: int
+    prompt_ids: np.ndarray
+    completion_ids: np.ndarray
+    mismatched_ids: np.ndarray
+    desirable: bool
+
+
+def make_triples(
+    lengths: Sequence[tuple[int, int, int]], *, vocab_size: int, seed: int = 0
+) -> list[Triple]:
+    """Random tokens; `lengths` are those of (x, y, y')."""
+    random = np.random.default_rng(seed)
+    return [
+        Triple(
+            index=index,
+            prompt_ids=random.integers(3, vocab_size, prompt),
+            completion_ids=random.integers(3, vocab_size, completion),
+            mismatched_ids=random.integers(3, vocab_size, mismatched),
+            desirable=index % 2 == 0,
+        )
+        for index, (prompt, completion, mismatched) in enumerate(lengths)
+    ]
+
+
+def pack_triples(triples: list[Triple], *, shares_prompts: bool = True) -> PackedBatch:
+    """All of them in one micro-batch."""
+    return pack(
+        triples,
+        [triple.mismatched_ids for triple in triples],
+        max_length=None,
+        shares_prompts=shares_prompts,
+        weights=np.ones(len(triples), dtype=np.float32),
+    )
+
+
+def plain_logp(model: Any, prompt: np.ndarray, completion: np.ndarray) -> Tensor:
+    """log π(completion | prompt) in nats; without a prompt the first token is not scored."""
+    ids = torch.from_numpy(np.concatenate([prompt, completion]))[None]  # [1, tokens]
+    if ids.shape[1] == 0:
+        return torch.zeros(())
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # [tokens - 1, vocabulary]
+    token_logps = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    return token_logps[max(len(prompt) - 1, 0) :].sum()
+
+
+def plain_logps(model: Any, triples: list[Triple]) -> tuple[Tensor, Tensor]:
+    """Those of y, with gradient, and those of y', without."""
+    matched = [plain_logp(model, t.prompt_ids, t.completion_ids) for t in triples]
+    with torch.no_grad():
+        mismatched = [plain_logp(model, t.prompt_ids, t.mismatched_ids) for t in triples]
+    return torch.stack(matched), torch.stack(mismatched)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Of every parameter that has one."""
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -1,0 +1,52 @@
+"""What a process of `tests.support.ranks` does: become one rank of a job, and run the command line.
+
+Imported by the fork server before it forks, so that a rank has nothing left to import. Shapes are
+checked as under pytest.
+"""
+
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+with install_import_hook(["kto_lightning", "kto_kernels"], "beartype.beartype"):
+    import kto_lightning.cli.export
+    import kto_lightning.cli.trainer  # noqa: F401 - so that no rank imports it again
+    from kto_lightning.__main__ import main
+
+
+def run_rank(
+    arguments: list[str],
+    environment: dict[str, str],
+    files: tuple[Path, Path],
+    prepare: Callable[[], None] | None,
+) -> None:
+    """Run the command line with its output in two files, and leave with its exit status.
+
+    Args:
+        arguments: of the command line.
+        environment: what a launcher would set for this rank, and whatever else a test wants.
+        files: for what is printed and for what goes to stderr.
+        prepare: called first: what a test has to change inside this process.
+    """
+    for descriptor, path in zip((1, 2), files, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ.update(environment)
+    # A process of a fork server starts others by one, too: a launcher's does as Python does.
+    multiprocessing.set_start_method(None, force=True)
+    status = 1
+    try:
+        if prepare is not None:
+            prepare()
+        status = main(arguments)
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    sys.exit(status)

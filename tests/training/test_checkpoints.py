@@ -1,0 +1,133 @@
+"""OUTPUT belongs to one run: another is refused, and a full disk is no end of one."""
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kto_lightning.cli import lightning_cli as cli
+from kto_lightning.module import KTOModule
+from kto_lightning.training.checkpoints import is_whole
+from kto_lightning.training.output import list_checkpoints
+from tests.support.cli import fit, fit_arguments, rows, run_cli, small_data, weights
+
+LAST = ("--ckpt_path", "last")
+EVERY_STEP = ("--checkpoint.every_n_steps", 1)
+
+
+@pytest.fixture(scope="module")
+def whole(policy: Path, train: Path, tmp_path_factory) -> Path:
+    return fit(policy, train, tmp_path_factory.mktemp("whole"))
+
+
+def listing(directory: Path) -> dict[str, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def test_a_new_run_into_a_used_directory_is_refused(
+    policy: Path, train: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = listing(whole)
+    fit(policy, train, whole, status=2)
+    error = capsys.readouterr().err
+    assert f"{whole} holds an earlier run: metrics.csv, checkpoints/step=6.ckpt, model." in error
+    assert "go on with it by --ckpt_path last" in error
+    assert f"or remove {whole} first" in error
+    # So is a run that goes on from elsewhere.
+    other = fit(policy, train, tmp_path / "other", "--trainer.max_steps", 1)
+    fit(policy, train, whole, "--ckpt_path", other / "checkpoints" / "step=1.ckpt", status=2)
+    assert listing(whole) == before
+
+
+@pytest.mark.parametrize("left", ["metrics.csv", "model", "adapter"])
+def test_any_part_of_a_run_makes_a_directory_used(
+    left: str, policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    if left == "metrics.csv":
+        (tmp_path / left).write_text("step,train/loss\n1,0.5\n")
+    else:
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "config.json").write_text("{}")
+    fit(policy, train, tmp_path, status=2)
+    error = capsys.readouterr().err
+    assert f"holds an earlier run: {left}." in error
+    assert ("--ckpt_path last" in error) == (left == "metrics.csv")
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(
+    policy: Path, train: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,0.5\n")
+    assert run_cli("validate", *fit_arguments(policy, train, tmp_path, *LAST)) == 1
+    assert "there is no checkpoint in" in capsys.readouterr().err
+    fit(policy, train, tmp_path, *LAST)
+    assert f"warning: {tmp_path} has no checkpoint yet: beginning anew." in capsys.readouterr().err
+    assert rows(tmp_path) == rows(whole)
+
+
+def test_a_run_that_ended_before_its_first_step_does_not_block_the_next(
+    policy: Path, train: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*arguments: Any) -> None:
+        raise OSError("an accident")
+
+    fit(policy, small_data(tmp_path / "one.jsonl", 1), tmp_path / "run", status=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(KTOModule, "training_step", fail)
+        fit(policy, train, tmp_path / "run", status=1)
+    assert (tmp_path / "run" / "metrics.csv").exists()
+    assert rows(fit(policy, train, tmp_path / "run")) == rows(whole)
+
+
+@contextmanager
+def files_limited() -> Iterator[Callable[[int], None]]:
+    """Gives a function after whose call no file grows beyond so many bytes: a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "metrics.csv", "model"])
+def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(
+    what: str, policy: Path, train: Path, whole: Path, tmp_path: Path, capsys, monkeypatch
+):
+    step, save = KTOModule.training_step, cli.save_policy
+    with files_limited() as limit, monkeypatch.context() as patch:
+
+        def limited_step(self: KTOModule, *arguments: Any) -> None:
+            if self.trainer.global_step == 3 and what != "model":
+                limit(
+                    100_000
+                    if what == "checkpoint"
+                    else (tmp_path / "metrics.csv").stat().st_size + 9
+                )
+            step(self, *arguments)
+
+        def limited_save(*arguments: Any, **options: Any) -> None:
+            limit(100_000)
+            save(*arguments, **options)
+
+        patch.setattr(KTOModule, "training_step", limited_step)
+        patch.setattr(cli, "save_policy", limited_save)
+        fit(policy, train, tmp_path, *EVERY_STEP, status=1)
+    error = capsys.readouterr().err
+    named = {"checkpoint": "step=4.ckpt", "metrics.csv": "metrics.csv", "model": "model"}[what]
+    assert f"{named} cannot be written: " in error
+    assert "File too large" in error
+    assert "--ckpt_path last" in error
+    assert "Traceback" not in error
+    steps = [step for step, path in list_checkpoints(tmp_path) if is_whole(path)]
+    assert steps == ([5, 6] if what == "model" else [2, 3])
+    assert not list(tmp_path.rglob("*.part"))
+    assert not (tmp_path / "model").exists()
+    fit(policy, train, tmp_path, *EVERY_STEP, *LAST)
+    assert rows(tmp_path) == rows(whole)
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path).items())
