@@ -112,8 +112,8 @@ def train_ours(task: Task, turns: Turns) -> None:
     """As `fit` does, with `metrics.csv` and the diagnostics, but nothing saved at the end."""
     from lightning import Callback, Trainer
 
-    from kto_lightning.callbacks.checkpoints import MetricsStart, StepSeed
-    from kto_lightning.callbacks.diagnostics import Diagnostics
+    from kto_lightning.callbacks.checkpoints import StepSeed
+    from kto_lightning.callbacks.reporting import Diagnostics, MetricsStart
     from kto_lightning.data.datamodule import KTODataModule
     from kto_lightning.module import KTOModule
     from kto_lightning.training.metrics_csv import MetricsFile

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kto_lightning import loss
 from kto_lightning.batches.collate import StepBatches
-from kto_lightning.batches.sampler import Pairing, PlanSampler, pair_distinct_prompts
+from kto_lightning.batches.pairing import Pairing, pair_distinct_prompts
+from kto_lightning.batches.sampler import PlanSampler
 from kto_lightning.batches.types import PackedBatch, StepBatch
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.module import KTOModule

@@ -105,7 +105,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["HF_DATASETS_CACHE"] = str(Path(scratch) / "cache")  # read upon import
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        from kto_lightning.batches.sampler import pair_distinct_prompts
+        from kto_lightning.batches.pairing import pair_distinct_prompts
         from kto_lightning.data.dataset import load_records
         from kto_lightning.data.tokenize import tokenize_records
         from kto_lightning.models.tokenizer import load_tokenizer

@@ -24,8 +24,8 @@ from common import describe, print_header
 from inputs import Shape, made_records, save_model, write_jsonl
 from safetensors.torch import load_file
 
-from kto_lightning.training.measures import MEASURED
-from kto_lightning.training.output import list_checkpoints, results_of
+from kto_lightning.training.checkpoints import list_checkpoints, results_of
+from kto_lightning.training.metrics import MEASURED
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = Shape(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, vocabulary=512)

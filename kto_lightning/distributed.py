@@ -51,7 +51,7 @@ def wait_for_each_other() -> Iterator[None]:
 
 
 @contextmanager
-def lost_rank_named() -> Iterator[None]:
+def explain_lost_rank() -> Iterator[None]:
     """Turn what a rank meets whose peer ends in the midst of things into a message.
 
     Raises:

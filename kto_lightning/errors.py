@@ -3,6 +3,9 @@
 Every message says what is wrong, where, what was got and what to do.
 """
 
+import math
+from collections.abc import Iterable
+
 
 class KTOError(Exception):
     """Base of every error that the command line prints as a message instead of a traceback."""
@@ -28,3 +31,28 @@ class StoppedRun(KTOError):
     """
 
     status = 1
+
+
+def check_number(
+    name: str,
+    value: float,
+    *,
+    least: float = 0.0,
+    above: float | None = None,
+    most: float = math.inf,
+) -> None:
+    """Raise ConfigError unless `least` (or, exclusively, `above`) ≤ value ≤ `most` and finite."""
+    enough = value >= least if above is None else value > above
+    if enough and value <= most and math.isfinite(value):
+        return
+    limits = f"at least {least:g}" if above is None else f"a number above {above:g}"
+    if math.isfinite(most):
+        limits = f"{limits} and at most {most:g}"
+    raise ConfigError(f"--model.{name} must be {limits}, got {value:g}.")
+
+
+def check_one_of(name: str, value: str, known: Iterable[str]) -> None:
+    """Raise ConfigError unless it is one of them."""
+    known = list(known)
+    if value not in known:
+        raise ConfigError(f"--model.{name} must be one of {', '.join(known)}, got {value}.")

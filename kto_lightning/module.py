@@ -12,26 +12,30 @@ from torch import Tensor
 from kto_lightning.batches.class_weights import resolve_weights
 from kto_lightning.batches.types import Prediction, StepBatch
 from kto_lightning.distributed import by_rank
-from kto_lightning.errors import ConfigError
+from kto_lightning.errors import ConfigError, check_number, check_one_of
+from kto_lightning.models.architecture import check_positions
 from kto_lightning.models.build import Recipe, assemble, check_device
-from kto_lightning.models.export import remembered_reference, whole_name
 from kto_lightning.models.following import (
     Follow,
     FollowingReference,
     reference_state,
     restore_reference,
 )
-from kto_lightning.models.loading import LoRA
+from kto_lightning.models.loading import LoRA, whole_name
 from kto_lightning.models.policy import Policy
-from kto_lightning.models.positions import check_positions
-from kto_lightning.models.reference import Reference
+from kto_lightning.models.reference import Reference, remembered_reference
 from kto_lightning.models.reference_cache import CachedReference
-from kto_lightning.training.checkpoints import check_epochs_left, check_weights_fit, without_frozen
-from kto_lightning.training.evaluation import ValidationSums
-from kto_lightning.training.guards import NonFiniteGuard, memory_named
-from kto_lightning.training.held_out import predict_batch, validate_batch
-from kto_lightning.training.measures import MEASURED, StepClock, peak_memory_mib
-from kto_lightning.training.metrics import BatchSums, batch_metrics
+from kto_lightning.models.weights import check_weights_fit, without_frozen
+from kto_lightning.training.checkpoints import check_epochs_left
+from kto_lightning.training.evaluation import ValidationSums, predict_batch, validate_batch
+from kto_lightning.training.guards import NonFiniteGuard, explain_out_of_memory
+from kto_lightning.training.metrics import (
+    MEASURED,
+    BatchSums,
+    StepClock,
+    batch_metrics,
+    peak_memory_mib,
+)
 from kto_lightning.training.metrics_csv import MetricsFile
 from kto_lightning.training.optimizers import (
     Optimization,
@@ -39,8 +43,6 @@ from kto_lightning.training.optimizers import (
     check_same_optimizer,
     count_steps,
     gradient_norm,
-    require_number,
-    require_one_of,
 )
 from kto_lightning.training.scoring import BatchScorer
 
@@ -158,15 +160,15 @@ class KTOModule(LightningModule):
         self._check_settings()
 
     def _check_settings(self) -> None:
-        require_number("beta", self.beta, above=0.0)
-        require_one_of("loss", self.loss, ("kto", "apo_zero_unpaired"))
+        check_number("beta", self.beta, above=0.0)
+        check_one_of("loss", self.loss, ("kto", "apo_zero_unpaired"))
         resolve_weights(1, 1, desirable=self.desirable_weight, undesirable=self.undesirable_weight)
 
     def setup(self, stage: str) -> None:
         """Refuse what no plain `Trainer` knows to refuse, before any weight is loaded."""
         check_precision(self.trainer.precision)
         if stage == "fit":
-            self._require_data()
+            self._check_data()
 
     def configure_model(self) -> None:
         """Load the policy and its reference. Lightning calls this once the data is set up."""
@@ -195,7 +197,7 @@ class KTOModule(LightningModule):
     def _data(self) -> Any:
         return self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _require_data(self) -> None:
+    def _check_data(self) -> None:
         if self._data is None:
             raise ConfigError(
                 "KTOModule takes its steps from a KTODataModule. Give the trainer one: "
@@ -263,7 +265,7 @@ class KTOModule(LightningModule):
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         scorer = self._scorer()
-        with memory_named(scorer, self.trainer):
+        with explain_out_of_memory(scorer, self.trainer):
             validate_batch(scorer, batch, self._validation)
 
     def on_validation_epoch_end(self) -> None:
@@ -277,13 +279,13 @@ class KTOModule(LightningModule):
 
     def predict_step(self, batch: StepBatch, batch_idx: int) -> list[Prediction]:
         scorer = self._scorer()
-        with memory_named(scorer, self.trainer):
+        with explain_out_of_memory(scorer, self.trainer):
             return predict_batch(scorer, batch)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step: z0 over the whole batch, then micro-batch by micro-batch."""
         scorer, micro_batches = self._scorer(), batch.micro_batches
-        with memory_named(scorer, self.trainer):
+        with explain_out_of_memory(scorer, self.trainer):
             known = scorer.logps_before_backward(micro_batches)
             sums = BatchSums.zero(self.device)
             z0_raw, z0 = scorer.reference_point(batch, known, sums)
@@ -296,7 +298,7 @@ class KTOModule(LightningModule):
                     loss = losses.sum() / batch.num_examples + balance
                     self.manual_backward(loss * self.trainer.world_size)
                     auxiliary += balance.detach()
-                    logps.let_go()
+                    logps.detach_()
                     del losses, balance, loss  # with what the graph holds even after backward
         norm = self._gradient_norm()
         scalars = torch.stack([z0_raw, z0, norm.to(z0)])

@@ -29,7 +29,7 @@ from kto_lightning.models.packing_probe import make_policy
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.reference import AdapterReference, FrozenReference
 from kto_lightning.module import KTOModule
-from kto_lightning.training.measures import MEASURED
+from kto_lightning.training.metrics import MEASURED
 from tests.models.test_policy import lora
 from tests.parity.cases import save_adapter
 from tests.support.factories import (
@@ -332,11 +332,11 @@ def test_no_cut_changes_the_step(kind: str) -> None:
     any_cut()
 
 
-def test_stand_ins_count_for_nothing() -> None:
+def test_fillers_count_for_nothing() -> None:
     few = Examples(LENGTHS[:2], [True, False])
     batch = step_batch(few, num_ranks=5)
-    counted = [bool(micro_batch.counted.all()) for micro_batch in batch.micro_batches]
-    assert counted == [True, True, False, False, False]
+    is_real = [not micro_batch.is_filler.any() for micro_batch in batch.micro_batches]
+    assert is_real == [True, True, False, False, False]
     for micro_batch in batch.micro_batches[2:]:
         micro_batch.weight += 7.0  # their weight is zero, but that is not what keeps them out
     assert_same_step(fit(module_of(), batch), fit(module_of(), step_batch(few)))
@@ -431,7 +431,7 @@ def test_the_auxiliary_loss_is_a_token_weighted_mean(max_tokens: int) -> None:
     plain = make_model("qwen2_moe", vocab_size=VOCABULARY)
     expected = 0.0
     for micro_batch in batch.micro_batches:
-        if not micro_batch.counted[0]:
+        if micro_batch.is_filler[0]:
             continue
         rows = list(micro_batch.matched.input_ids.split(micro_batch.matched.lengths))
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)

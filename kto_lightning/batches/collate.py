@@ -6,6 +6,7 @@ device is never asked where a prompt ends.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -13,10 +14,11 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch.utils.data import Dataset
 
-from kto_lightning.batches.keys import pair_key
 from kto_lightning.batches.packing import MicroBatch
 from kto_lightning.batches.sampler import StepPlan
 from kto_lightning.batches.types import PackedBatch, Scored, Sequences, StepBatch
+
+KEY_BYTES = 16
 
 
 @runtime_checkable
@@ -102,8 +104,8 @@ class StepBatches(Dataset[StepBatch]):
             mismatched,
             max_length=self.max_length,
             shares_prompts=self.can_share_prompts,
-            weights=np.zeros_like(weights) if micro_batch.zero_weight else weights,
-            counted=not micro_batch.zero_weight,
+            weights=np.zeros_like(weights) if micro_batch.is_filler else weights,
+            is_filler=micro_batch.is_filler,
             with_keys=self.with_keys,
         )
 
@@ -134,7 +136,7 @@ def pack(
     max_length: int | None,
     shares_prompts: bool,
     weights: Float32[np.ndarray, " batch"],
-    counted: bool = True,
+    is_filler: bool = False,
     with_keys: bool = False,
 ) -> PackedBatch:
     """Pack examples with their mismatched completions into one micro-batch.
@@ -149,7 +151,7 @@ def pack(
         max_length: in tokens; None: no cut.
         shares_prompts: the layout of the mismatched completions, see `PackedBatch`.
         weights: λ of each example.
-        counted: False for a stand-in.
+        is_filler: True for a filler (see `PackedBatch`).
         with_keys: say under which keys a reference cache files the log-probs.
     """
     prompts = [example.prompt_ids[:max_length] for example in examples]
@@ -170,7 +172,7 @@ def pack(
         prompt_lengths=prompt_lengths.tolist(),
         desirable=torch.tensor([example.desirable for example in examples], dtype=torch.bool),
         weight=torch.from_numpy(weights),
-        counted=torch.full((len(examples),), counted),
+        is_filler=torch.full((len(examples),), is_filler),
         indices=[example.index for example in examples],
         matched_keys=_keys(prompts, completions) if with_keys else None,
         mismatched_keys=_keys(prompts, others) if with_keys and others is not None else None,
@@ -273,3 +275,16 @@ def _counts_within(lengths: Int64[np.ndarray, " sequences"]) -> Int64[np.ndarray
     """`[0 … l1-1, 0 … l2-1, …]`."""
     starts = np.cumsum(lengths) - lengths
     return np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
+
+
+def pair_key(
+    prompt_ids: Int[np.ndarray, " prompt"], completion_ids: Int[np.ndarray, " completion"]
+) -> bytes:
+    """128 bits of BLAKE2b over a prompt's and a completion's token ids, as they are run.
+
+    The prompt's length stands before both, so that no other cut of the same tokens has this key.
+    """
+    digest = blake2b(np.int64(len(prompt_ids)).tobytes(), digest_size=KEY_BYTES)
+    digest.update(np.ascontiguousarray(prompt_ids, dtype=np.int64).tobytes())
+    digest.update(np.ascontiguousarray(completion_ids, dtype=np.int64).tobytes())
+    return digest.digest()

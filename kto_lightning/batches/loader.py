@@ -14,13 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from kto_lightning.batches.class_weights import ClassWeights
 from kto_lightning.batches.collate import StepBatches, TokenizedExamples
 from kto_lightning.batches.packing import example_costs
-from kto_lightning.batches.sampler import (
-    Pairing,
-    PlanSampler,
-    pair_distinct_prompts,
-    pair_rotate,
-    unpaired,
-)
+from kto_lightning.batches.pairing import Pairing, pair_distinct_prompts, pair_rotate, unpaired
+from kto_lightning.batches.sampler import PlanSampler
 from kto_lightning.batches.types import StepBatch
 from kto_lightning.errors import ConfigError
 
@@ -28,7 +23,7 @@ PairingKind = Literal["distinct_prompts", "rotate"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
+class ExecutionContext:
     """Where and by what batches are run, which decides their cut but never their result."""
 
     rank: int
@@ -80,7 +75,7 @@ class Batching:
         self,
         examples: TokenizedExamples,
         pairing: Pairing,
-        placement: Placement,
+        context: ExecutionContext,
         *,
         shuffle: bool,
         seed: int,
@@ -100,14 +95,14 @@ class Batching:
             max_tokens=self.max_tokens,
             shuffle=shuffle,
             seed=seed,
-            rank=placement.rank,
-            world_size=placement.world_size,
-            padded=not placement.packed,
+            rank=context.rank,
+            world_size=context.world_size,
+            padded=not context.packed,
             buffer=buffer,
         )
 
     def batches(
-        self, examples: TokenizedExamples, weights: ClassWeights, placement: Placement
+        self, examples: TokenizedExamples, weights: ClassWeights, context: ExecutionContext
     ) -> StepBatches:
         """What turns a plan into its batch."""
         return StepBatches(
@@ -115,8 +110,8 @@ class Batching:
             desirable_weight=weights.desirable,
             undesirable_weight=weights.undesirable,
             max_length=self.max_length,
-            can_share_prompts=placement.packed,
-            with_keys=placement.with_keys,
+            can_share_prompts=context.packed,
+            with_keys=context.with_keys,
         )
 
     def loader(self, batches: Dataset[StepBatch], plans: Sampler) -> DataLoader[StepBatch]:

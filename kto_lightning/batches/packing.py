@@ -22,8 +22,8 @@ class MicroBatch:
 
     positions: list[int]
     """Ascending positions into the batch, at least one."""
-    zero_weight: bool = False
-    """True for a stand-in: one example that some other micro-batch trains on and that here counts
+    is_filler: bool = False
+    """True for a filler: one example that some other micro-batch trains on and that here counts
     for nothing, because this rank would otherwise run fewer forwards than the others."""
 
 
@@ -87,7 +87,7 @@ def plan_micro_batches(
     As few per rank as first fit finds, by decreasing length or in batch order; then the most even
     ones by MULTIFIT (Coffman, Garey and Johnson, 1978): the smallest budget under which first fit
     decreasing still needs no more. An example longer than `max_tokens` is alone in its micro-batch;
-    a rank left without one stands in with the batch's shortest example at weight zero.
+    a rank left without one runs a filler, the batch's shortest example at weight zero.
 
     Args:
         lengths: tokens of each example of the batch, see `example_costs`.
@@ -117,7 +117,7 @@ def plan_micro_batches(
     shortest = min(range(len(sizes)), key=sizes.__getitem__)
     micro_batches = [MicroBatch(sorted(full.positions)) for full in bins]
     while len(micro_batches) % world_size:
-        micro_batches.append(MicroBatch([shortest], zero_weight=True))
+        micro_batches.append(MicroBatch([shortest], is_filler=True))
     # Ranks wait for each other in every round, so a round's micro-batches are of like cost; every
     # other round is dealt backwards, so that no rank gets the costliest each time.
     rounds = [micro_batches[i : i + world_size] for i in range(0, len(micro_batches), world_size)]

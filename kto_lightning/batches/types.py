@@ -59,10 +59,10 @@ class PackedBatch:
     desirable: Bool[Tensor, " batch"]
     weight: Float[Tensor, " batch"]
     """λ of the example: its class weight times the record's own weight."""
-    counted: Bool[Tensor, " batch"]
-    """False for a stand-in, which runs only so that its rank keeps step with the others: it belongs
-    to no sum, neither the loss nor z0 nor any metric. True for every other example, whatever its
-    weight."""
+    is_filler: Bool[Tensor, " batch"]
+    """True for a filler, which runs only so that its rank runs as many micro-batches as the others:
+    it enters no sum, neither the loss nor z0 nor any metric. False for every other example,
+    whatever its weight."""
     indices: list[int]
     """Which examples of the data set these are."""
     matched_keys: list[bytes] | None = None
@@ -80,7 +80,7 @@ class StepBatch:
     micro_batches: list[PackedBatch]
     """As many on every rank, at least one."""
     num_examples: int
-    """Of the whole batch over all ranks, as are the counts below; stand-ins never count."""
+    """Of the whole batch over all ranks, as are the counts below; fillers never count."""
     num_tokens: int
     """Real matched tokens, prompts included, after the cut to `max_length`."""
     num_desirable: int

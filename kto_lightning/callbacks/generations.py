@@ -47,7 +47,7 @@ class Generations(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.generate and stage == "fit":
-            require_whole_model(trainer.strategy)
+            check_whole_model(trainer.strategy)
             data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
             if data.stream is not None and data.validation_set is None:
                 raise ConfigError(
@@ -130,7 +130,7 @@ def chosen(
     return first[places]
 
 
-def require_whole_model(strategy: Strategy) -> None:
+def check_whole_model(strategy: Strategy) -> None:
     """Refuse a strategy under which no device has the whole model.
 
     Raises:

@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from kto_lightning.callbacks.checkpoints import validates_now
 from kto_lightning.errors import StoppedRun
-from kto_lightning.training.output import list_checkpoints
+from kto_lightning.training.checkpoints import list_checkpoints
 
 _NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
 SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))

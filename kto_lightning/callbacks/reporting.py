@@ -1,6 +1,8 @@
 """What is about to be trained, said before the first step."""
 
 import sys
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -9,9 +11,19 @@ from rich.console import Console
 from rich.table import Table
 
 from kto_lightning.batches.class_weights import effective_ratio
+from kto_lightning.distributed import warn
+from kto_lightning.files import write_whole
 from kto_lightning.models.following import FollowingReference
+from kto_lightning.reports.data import (
+    as_json,
+    length_finding,
+    report_of_training_set,
+    write_report,
+)
+from kto_lightning.reports.diagnosis import RunningDiagnosis
 from kto_lightning.reports.run.run_file import RunFile, write_run_file
 from kto_lightning.reports.terminal import trimmed
+from kto_lightning.training.metrics_csv import MetricsFile
 
 
 class Summary(Callback):
@@ -109,3 +121,82 @@ def _model_rows(module: Any, data: Any) -> list[tuple[str, str]]:
         ("attention", attention),
         ("steps", f"{num_steps}, {per_step} examples each"),
     ]
+
+
+class MetricsStart(Callback):
+    """Opens `metrics.csv` once the run knows at which step it begins."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begun = True
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.begin(after_step=trainer.global_step)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that was stopped in its last validation has no step left to take."""
+        if not self._begun:
+            self.on_train_start(trainer, pl_module)
+
+
+class DataReportFile(Callback):
+    """Writes `OUTPUT/data_report.json` before the first step; of a stream, which is not read by
+    then, what was counted until the run ended."""
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if data.stream is not None:
+            _write_stream_report(trainer)
+            return
+        report = report_of_training_set(
+            data.train,
+            data.train_set.records,
+            data.train_set,
+            batch_size=data.batch_size,
+            max_length=data.max_length,
+            tokenizer=data.tokenizer.name_or_path,
+        )
+        path = Path(trainer.default_root_dir) / "data_report.json"
+        write_report(path, report)
+        count = len(report.findings)
+        found = f"{count} finding{'' if count == 1 else 's'}"
+        data.report_line = f"{path}, {found} (report.html shows them)"
+        sentence = length_finding(report)
+        if sentence is not None:
+            data.warnings.append(sentence[0].lower() + sentence[1:])
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.datamodule.stream is not None:  # pyright: ignore[reportAttributeAccessIssue]
+            _write_stream_report(trainer)
+
+
+def _write_stream_report(trainer: Any) -> None:
+    stream = trainer.datamodule.stream
+    sources = [stream.source] if isinstance(stream.source, str) else stream.source
+    content = {"sources": sources, "streamed": True} | asdict(stream.counts)
+    path = Path(trainer.default_root_dir) / "data_report.json"
+    write_whole(path, as_json(content) + "\n", what="the data report")
+
+
+class Diagnostics(Callback):
+    """Warns on stderr of what `RunningDiagnosis` finds. A resumed run starts it afresh."""
+
+    def __init__(self) -> None:
+        self._diagnosis: RunningDiagnosis | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._diagnosis = RunningDiagnosis(pl_module.beta)  # pyright: ignore[reportArgumentType]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        if not trainer.is_global_zero:
+            return
+        assert self._diagnosis is not None
+        row: Any = pl_module.last_row
+        for sentence in self._diagnosis.read(row):
+            warn(trainer, sentence)

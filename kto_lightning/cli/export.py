@@ -59,14 +59,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _export(checkpoint_path: Path, directory: Path, *, merge: bool) -> None:
     from transformers.utils import logging
 
-    from kto_lightning.models.build import reassemble
+    from kto_lightning.models.build import load_policy_from_checkpoint
     from kto_lightning.models.export import has_adapter, merge_adapter, save_weights
 
     checkpoint = _load_checkpoint(checkpoint_path)
     origin = checkpoint["kto"]
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    policy = reassemble(checkpoint)
+    policy = load_policy_from_checkpoint(checkpoint)
     if merge:
         if not has_adapter(policy):
             raise ConfigError(

@@ -11,33 +11,24 @@ from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from kto_lightning.callbacks.checkpoints import (
-    Checkpoints,
-    DataReportFile,
-    MetricsStart,
-    ProgressBar,
-    ProgressLines,
-    StepSeed,
-)
-from kto_lightning.callbacks.diagnostics import Diagnostics
+from kto_lightning.callbacks.checkpoints import Checkpoints, StepSeed
 from kto_lightning.callbacks.generations import Generations
 from kto_lightning.callbacks.preemption import Preemption
-from kto_lightning.callbacks.reporting import Summary
+from kto_lightning.callbacks.progress import ProgressBar, ProgressLines
+from kto_lightning.callbacks.reporting import DataReportFile, Diagnostics, MetricsStart, Summary
+from kto_lightning.cli.parser import PROG, Parser, reason_of
 from kto_lightning.cli.refusals import (
     ENVIRONMENT,
-    PROG,
-    Parser,
     check_callbacks,
     check_environment,
     check_monitors,
     check_trainer_options,
-    reason_of,
 )
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.data.rewards import write_rewards
-from kto_lightning.distributed import gathered, lost_rank_named, wait_for_each_other
+from kto_lightning.distributed import explain_lost_rank, gathered, wait_for_each_other
 from kto_lightning.errors import ConfigError, KTOError
-from kto_lightning.models.build import reassemble
+from kto_lightning.models.build import load_policy_from_checkpoint
 from kto_lightning.models.export import save_policy
 from kto_lightning.models.policy import Policy
 from kto_lightning.module import KTOModule
@@ -45,10 +36,14 @@ from kto_lightning.reports.run import report_of_run
 from kto_lightning.reports.run.run_file import mark_finished
 from kto_lightning.strategies.checks import check_strategy
 from kto_lightning.strategies.fsdp2 import FSDP2
-from kto_lightning.strategies.launcher import ended_together
-from kto_lightning.training.checkpoints import AtomicCheckpointIO
-from kto_lightning.training.metrics_csv import COLUMNS, WATCHABLE, MetricsFile
-from kto_lightning.training.output import check_not_read, check_unused, find_checkpoint
+from kto_lightning.strategies.launcher import terminate_ranks_together
+from kto_lightning.training.checkpoints import (
+    AtomicCheckpointIO,
+    check_not_read,
+    check_unused,
+    find_checkpoint,
+)
+from kto_lightning.training.metrics_csv import COLUMNS, MONITORABLE_METRICS, MetricsFile
 
 
 class KTOCLI(LightningCLI):
@@ -160,7 +155,7 @@ class KTOCLI(LightningCLI):
         check_callbacks(callbacks)
         if self.subcommand == "fit":
             validates = self._parts()[1].validation is not None
-            check_monitors(callbacks, validates=validates, known=WATCHABLE)
+            check_monitors(callbacks, validates=validates, known=MONITORABLE_METRICS)
         kwargs["callbacks"] = [
             *callbacks,
             MetricsStart(),
@@ -178,7 +173,7 @@ class KTOCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with ended_together(self.trainer), lost_rank_named():
+        with terminate_ranks_together(self.trainer), explain_lost_rank():
             super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
@@ -192,7 +187,7 @@ class KTOCLI(LightningCLI):
             if self.trainer.is_global_zero:
                 policy = module.policy
                 if trained is not None:
-                    policy = reassemble({"state_dict": trained, "kto": origin})
+                    policy = load_policy_from_checkpoint({"state_dict": trained, "kto": origin})
                 assert policy is not None
                 self._export(policy, data, origin)
 

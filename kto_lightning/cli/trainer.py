@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from kto_lightning.callbacks.preemption import Preempted
 from kto_lightning.cli.lightning_cli import KTOCLI
-from kto_lightning.cli.refusals import spelled_out
+from kto_lightning.cli.parser import spelled_out
 from kto_lightning.errors import ConfigError, KTOError, StoppedRun
 
 _INTERRUPTED = 128 + signal.SIGINT

@@ -7,12 +7,13 @@ from torch.utils.data import DataLoader
 
 from kto_lightning.batches.class_weights import ClassWeights
 from kto_lightning.batches.collate import StepBatches, all_keys
-from kto_lightning.batches.loader import Placement
-from kto_lightning.batches.sampler import Pairing, PlanSampler, unpaired
+from kto_lightning.batches.loader import ExecutionContext
+from kto_lightning.batches.pairing import Pairing, unpaired
+from kto_lightning.batches.sampler import PlanSampler
 from kto_lightning.batches.types import StepBatch
 from kto_lightning.data.run_data import RunData
 from kto_lightning.data.streaming.sampler import StreamedBatches, StreamSampler
-from kto_lightning.data.streaming.stream import StreamPlace
+from kto_lightning.data.streaming.stream import StreamPosition
 from kto_lightning.data.tokenize import ExampleSet
 from kto_lightning.errors import ConfigError
 
@@ -54,12 +55,12 @@ class KTODataModule(RunData):
         assert self.class_weights is not None
         if self.stream is not None:
             batches = StreamedBatches(
-                batching=self.batching, weights=self.class_weights, placement=self._placement()
+                batching=self.batching, weights=self.class_weights, context=self._context()
             )
             self._sampler = StreamSampler(
                 stream=self.stream,
                 batching=self.batching,
-                placement=self._placement(),
+                context=self._context(),
                 needs_partners=self._needs_partners,
                 seed=_run_seed(),
             )
@@ -92,9 +93,9 @@ class KTODataModule(RunData):
         weights = ClassWeights(desirable=1.0, undesirable=1.0)
         return self.batching.loader(self._batches(examples, weights), plans)
 
-    def _placement(self) -> Placement:
+    def _context(self) -> ExecutionContext:
         assert self.trainer is not None
-        return Placement(
+        return ExecutionContext(
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
             packed=self._module.policy.packed,
@@ -103,11 +104,11 @@ class KTODataModule(RunData):
 
     def _plans(self, examples: ExampleSet, pairing: Pairing, *, shuffle: bool) -> PlanSampler:
         return self.batching.plans(
-            examples, pairing, self._placement(), shuffle=shuffle, seed=_run_seed()
+            examples, pairing, self._context(), shuffle=shuffle, seed=_run_seed()
         )
 
     def _batches(self, examples: ExampleSet, weights: ClassWeights) -> StepBatches:
-        return self.batching.batches(examples, weights, self._placement())
+        return self.batching.batches(examples, weights, self._context())
 
     def reference_keys(self) -> set[bytes] | None:
         """The keys of all reference log-probs that this run can ask for; None: not known."""
@@ -164,7 +165,7 @@ class KTODataModule(RunData):
             "ends_epoch": progress.processed >= self.trainer.num_training_batches,
         }
 
-    def place_in_stream(self) -> StreamPlace | None:
+    def stream_position(self) -> StreamPosition | None:
         """Where a stream goes on after the steps that are done; None: nothing is streamed."""
         if isinstance(self._sampler, StreamSampler):
             return self._sampler.place(**self._steps_done())

@@ -18,7 +18,7 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
     "tool": "tool",
 }
-SPEAKS_WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning", "reasoning_content")
+KEYS_REPLACING_CONTENT = ("tool_calls", "function_call", "reasoning", "reasoning_content")
 
 
 def is_message(value: object) -> bool:
@@ -64,7 +64,7 @@ def _check_content(where: str, message: dict) -> None:
     content = message.get("content")
     if isinstance(content, str):
         return
-    if content is None and any(message.get(key) for key in SPEAKS_WITHOUT_CONTENT):
+    if content is None and any(message.get(key) for key in KEYS_REPLACING_CONTENT):
         return
     if isinstance(content, list) and all(
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in content

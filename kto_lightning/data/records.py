@@ -84,9 +84,9 @@ def records_of(row: Row) -> Iterator[Record]:
         "line": row.line,
     }
     for prompt, completion, desirable in _forms(row.value, fields, row.cells):
-        prompt, completion = _alike(prompt, completion)
+        prompt, completion = _match_kinds(prompt, completion)
         record = Record(prompt=prompt, completion=completion, desirable=desirable, **common)
-        _check_carried(record)
+        _check_serializable(record)
         yield record
 
 
@@ -179,7 +179,7 @@ def _text(key: str, row: dict, cells: bool) -> Text:
     return parse_messages(key, value, cells)
 
 
-def _alike(prompt: Text, completion: Text) -> tuple[Text, Text]:
+def _match_kinds(prompt: Text, completion: Text) -> tuple[Text, Text]:
     """Both as text or both as messages: text beside messages is the user's or assistant's turn."""
     if isinstance(prompt, str) and isinstance(completion, list):
         prompt = [{"role": "user", "content": prompt}] if prompt else []
@@ -224,7 +224,7 @@ def _split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     return chosen[:length], chosen[length:], rejected[length:]
 
 
-def _check_carried(record: Record) -> None:
+def _check_serializable(record: Record) -> None:
     """Refuses what could not travel on as JSON in UTF-8 to the chat template."""
     try:
         content = encode(record)

@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from kto_lightning.batches.class_weights import ClassWeights, check_weights, resolve_weights
 from kto_lightning.batches.loader import Batching, PairingKind, check_validation_interval
-from kto_lightning.batches.sampler import Pairing, PlanSampler
-from kto_lightning.data.reading import Reading
+from kto_lightning.batches.pairing import Pairing
+from kto_lightning.batches.sampler import PlanSampler
+from kto_lightning.data.dataset import Reading
 from kto_lightning.data.rewards import without_rewards
 from kto_lightning.data.split import split_by_prompt
 from kto_lightning.data.streaming.sampler import StreamSampler
@@ -182,7 +183,7 @@ class RunData(LightningDataModule):
         assert self.trainer is not None
         module = self._module
         check_stream_settings(self.buffer_size, self.validation, self.trainer)
-        module.optimization.require_length(module.num_training_steps())
+        module.optimization.check_length(module.num_training_steps())
         weights = module.desirable_weight, module.undesirable_weight
         self.class_weights = stream_weights(*weights)
         return open_stream(

@@ -19,7 +19,7 @@ def parse_json(text: str) -> object:
         Unusable: for whatever is not that, and for what is nested too deep or too long to read.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_reject_constant)
     except json.JSONDecodeError as error:
         at = f"{error.msg}, column {error.colno}"
         raise Unusable(f"invalid JSON ({at}). Mend or drop it.", error.lineno) from error
@@ -40,7 +40,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     raise Unusable(f"an object has the key {json.dumps(twice[:60])} twice. Keep one of the two.")
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise Unusable(f"{name} is not JSON. Write null or a number, or drop it.")
 
 

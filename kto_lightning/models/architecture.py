@@ -4,9 +4,14 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kto_lightning.errors import ConfigError
+
+_OPT_OFFSET = 2
+"""Rows that OPT's tables begin with and no position has."""
 
 
 def effective_head(head: Any) -> tuple[Tensor, Tensor | None]:
@@ -42,3 +47,47 @@ def logit_scale(config: PreTrainedConfig) -> float:
         return 1.0
     # HyperCLOVA X multiplies by what Granite and MiniCPM divide by.
     return float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
+
+
+def auxiliary_coefficient(config: PreTrainedConfig) -> float:
+    """A Mixture of Experts' own factor on its load-balancing loss; 0 for other models."""
+    if not hasattr(config, "output_router_logits"):
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0)
+
+
+def num_experts(config: Any) -> int:
+    return config.num_experts if hasattr(config, "num_experts") else config.num_local_experts
+
+
+def num_positions(model: PreTrainedModel) -> int | None:
+    """The length of a model's table of learned positions (GPT-2, OPT, GPT-Neo); None: it has none,
+    and computes whatever position it is asked for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    tokens = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    is_table = any(table.num_embeddings in (limit, limit + _OPT_OFFSET) for table in tables)
+    return limit if is_table else None
+
+
+def check_positions(model: PreTrainedModel, name: str, longest: int | None) -> None:
+    """Refuse sequences that a model has no positions for, before the first of them comes.
+
+    Args:
+        model: the policy.
+        name: what it was loaded by.
+        longest: tokens that a sequence may have; None: any number.
+
+    Raises:
+        ConfigError: with the length to set.
+    """
+    known = num_positions(model)
+    if known is None or (longest is not None and longest <= known):
+        return
+    found = "sequences of any length" if longest is None else f"sequences of up to {longest} tokens"
+    raise ConfigError(
+        f"{name} has {known} positions, and {found} would be given to it. Set --data.max_length "
+        f"{known}."
+    )

@@ -187,7 +187,7 @@ def packed_attention(
         UnsupportedAttentionError: if the layer passes an option this function does not know
             (soft-capping, sinks, position biases), a mask, or no `packed_run`.
     """
-    _refuse_unknown(module, attention_mask, packed_run, options)
+    _check_known(module, attention_mask, packed_run, options)
     assert packed_run is not None
     packed_run.num_calls += 1
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -197,7 +197,7 @@ def packed_attention(
     return attend(query, key, value, packed_run, scaling, window, dropout), None
 
 
-def _refuse_unknown(module, attention_mask, packed_run, options) -> None:
+def _check_known(module, attention_mask, packed_run, options) -> None:
     if packed_run is None:
         raise UnsupportedAttentionError("attention was called without the run's segments")
     if attention_mask is not None:

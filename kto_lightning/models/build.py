@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kto_lightning.distributed import on_any_rank
-from kto_lightning.errors import ConfigError
+from kto_lightning.errors import ConfigError, check_one_of
 from kto_lightning.models.following import Follow, FollowingReference
 from kto_lightning.models.loading import (
     LoadedModel,
@@ -21,15 +21,14 @@ from kto_lightning.models.loading import (
 )
 from kto_lightning.models.packing_probe import make_policy
 from kto_lightning.models.policy import Policy
-from kto_lightning.models.quantization import Quantization, require_quantization
+from kto_lightning.models.quantization import Quantization, check_quantization
 from kto_lightning.models.reference import FrozenReference, Reference, make_reference
 from kto_lightning.models.reference_cache import (
     CachedReference,
     ReferenceCache,
     reference_fingerprint,
 )
-from kto_lightning.training.checkpoints import check_weights_fit
-from kto_lightning.training.optimizers import require_one_of
+from kto_lightning.models.weights import check_weights_fit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -68,7 +67,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
-            require_one_of("dtype", self.dtype, DTYPES)
+            check_one_of("dtype", self.dtype, DTYPES)
         frozen_base = self.lora is not None or is_adapter(self.policy)
         if self.dtype == "bfloat16" and not frozen_base:
             raise ConfigError(
@@ -76,7 +75,7 @@ class Recipe:
                 "lost in bfloat16 weights. Add --model.lora, or leave the weights in float32 and "
                 "compute in bfloat16 with --trainer.precision bf16-mixed."
             )
-        require_quantization(self.quantization, frozen_base=frozen_base)
+        check_quantization(self.quantization, frozen_base=frozen_base)
         if self.follow is not None and frozen_base:
             raise ConfigError(
                 "--model.follow is for full fine-tuning: with an adapter the reference is its "
@@ -184,7 +183,7 @@ def _make_reference(
     return FollowingReference(reference, recipe.follow, policy)
 
 
-def reassemble(checkpoint: dict[str, Any]) -> Policy:
+def load_policy_from_checkpoint(checkpoint: dict[str, Any]) -> Policy:
     """The policy as it was before training, then with a checkpoint's weights.
 
     Args:

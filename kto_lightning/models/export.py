@@ -1,8 +1,6 @@
 """From a trained policy to directories that `from_pretrained` opens."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kto_lightning.errors import KTOError
-from kto_lightning.models.loading import load_causal_lm
+from kto_lightning.files import _whole_directory
+from kto_lightning.models.loading import load_causal_lm, whole_name
 from kto_lightning.models.model_card import model_card
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.quantization import is_quantized
-
-ORIGIN_FILE = "kto_lightning.json"
-"""Beside the weights: where they came from, so that rewards are measured against that."""
+from kto_lightning.models.reference import ORIGIN_FILE
 
 
 def save_policy(
@@ -121,44 +117,3 @@ def _base_layer(layer: Any) -> Any:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def remembered_reference(name: str) -> str | None:
-    """The reference that a model written by `save_policy` was trained against."""
-    try:
-        origin = json.loads((Path(name) / ORIGIN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return origin.get("reference") if isinstance(origin, dict) else None
-
-
-def whole_name(name: str) -> str:
-    """A directory by its whole path, so that it is found from elsewhere; a hub id as it is."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-
-class _whole_directory:
-    """A directory that appears under its name when all of it is written, or not at all."""
-
-    def __init__(self, target: Path) -> None:
-        self._target = target
-        self._part = target.with_name(f".{target.name}.part")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self._part, ignore_errors=True)
-        self._part.mkdir(parents=True)
-        return self._part
-
-    def __exit__(self, kind: type[BaseException] | None, error: Any, _: Any) -> None:
-        if kind is None:
-            shutil.rmtree(self._target, ignore_errors=True)
-            os.replace(self._part, self._target)
-            return
-        shutil.rmtree(self._part, ignore_errors=True)
-        # What is written in Rust (weights, tokenizers) raises errors of its own kinds.
-        if issubclass(kind, OSError) or "(os error " in str(error):
-            message = (
-                f"{self._target} cannot be written: {error}. Make room, then the same command "
-                "writes it: `export`, or `fit` with --ckpt_path last."
-            )
-            raise KTOError(message) from error

@@ -165,7 +165,7 @@ def load_causal_lm(
 
     `from_pretrained` returns eval mode, in which activation checkpointing would silently be off.
     """
-    require_model_files(name)
+    check_model_files(name)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -194,7 +194,7 @@ def load_causal_lm(
     return model.train()
 
 
-def require_model_files(name: str) -> None:
+def check_model_files(name: str) -> None:
     directory = Path(name)
     if not name:
         raise ModelError("the name of a model is empty. Give a directory or hub id.")
@@ -300,10 +300,15 @@ def _load_adapter(model: PreTrainedModel, name: str) -> nn.Module:
 def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int:
     """How many token ids a model knows, read from its config alone."""
     base = adapter_base(name) if is_adapter(name) else name
-    require_model_files(base)
+    check_model_files(base)
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = reason_of_failure(base, error)
         raise ModelError(f"--model.policy {name} cannot be loaded: {reason}") from error
     return config.get_text_config().vocab_size
+
+
+def whole_name(name: str) -> str:
+    """A directory by its whole path, so that it is found from elsewhere; a hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name

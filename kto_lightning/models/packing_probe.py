@@ -35,7 +35,7 @@ def make_policy(model: nn.Module) -> tuple[Policy, str | None]:
             state, or would not stay so in training: neither path would be right.
     """
     padded = Policy(model, packed=False)
-    _refuse_unlike_linear(padded.causal_lm)
+    _check_linear_like(padded.causal_lm)
     batch = _probe_batch(padded.causal_lm)
     training = model.training
     model.eval()
@@ -73,7 +73,7 @@ def _packing_obstacle(
     return None
 
 
-def _refuse_unlike_linear(causal_lm: PreTrainedModel) -> None:
+def _check_linear_like(causal_lm: PreTrainedModel) -> None:
     """What a head computes beside its weight and one low-rank update, and at first not visibly."""
     head: Any = causal_lm.get_output_embeddings()
     name = type(causal_lm).__name__

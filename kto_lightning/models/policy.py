@@ -13,12 +13,17 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from kto_kernels import linear_logps
 from kto_lightning.batches.types import Logps, PackedBatch, Sequences
-from kto_lightning.models.architecture import effective_head, logit_scale
+from kto_lightning.models.architecture import (
+    auxiliary_coefficient,
+    effective_head,
+    logit_scale,
+    num_experts,
+)
 from kto_lightning.models.attention import (
     PACKED,
     PackedRun,
@@ -256,17 +261,6 @@ def sum_per_owner(
     columns = torch.arange(len(owners), device=owners.device) - first[owners]
     table = token_logps.new_zeros(len(lengths), max(lengths, default=0))
     return table.index_put((owners, columns), token_logps).sum(dim=1)
-
-
-def auxiliary_coefficient(config: PreTrainedConfig) -> float:
-    """A Mixture of Experts' own factor on its load-balancing loss; 0 for other models."""
-    if not hasattr(config, "output_router_logits"):
-        return 0.0
-    return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0)
-
-
-def num_experts(config: Any) -> int:
-    return config.num_experts if hasattr(config, "num_experts") else config.num_local_experts
 
 
 def _starts(lengths: list[int]) -> list[int]:

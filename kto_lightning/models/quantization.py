@@ -11,7 +11,7 @@ from kto_lightning.errors import ConfigError
 Quantization = Literal["4bit"]
 
 
-def require_quantization(quantization: Quantization | None, *, frozen_base: bool) -> None:
+def check_quantization(quantization: Quantization | None, *, frozen_base: bool) -> None:
     """Refuse what could not be run, before any model is loaded.
 
     Raises:

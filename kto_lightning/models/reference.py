@@ -5,8 +5,10 @@ a frozen copy. Cached and following references wrap these.
 """
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -202,3 +204,16 @@ def make_reference(
     if shard is not None:
         shard(frozen.policy)
     return frozen
+
+
+ORIGIN_FILE = "kto_lightning.json"
+"""Beside the weights: where they came from, so that rewards are measured against that."""
+
+
+def remembered_reference(name: str) -> str | None:
+    """The reference that a model written by `save_policy` was trained against."""
+    try:
+        origin = json.loads((Path(name) / ORIGIN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return origin.get("reference") if isinstance(origin, dict) else None

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kto_lightning.batches.keys import KEY_BYTES
+from kto_lightning.batches.collate import KEY_BYTES
 from kto_lightning.batches.types import Logps, PackedBatch
 from kto_lightning.errors import KTOError
 from kto_lightning.models.reference import Reference

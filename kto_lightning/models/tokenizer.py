@@ -7,10 +7,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from kto_lightning.errors import ModelError
 from kto_lightning.models.loading import (
     adapter_base,
+    check_model_files,
     first_line,
     is_adapter,
     reason_of_failure,
-    require_model_files,
 )
 
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
@@ -31,7 +31,7 @@ def load_tokenizer(
     if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
         name = adapter_base(name)
     if not Path(name).is_dir():
-        require_model_files(name)
+        check_model_files(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:

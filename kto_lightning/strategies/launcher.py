@@ -25,7 +25,7 @@ _GRACE = 5.0
 
 
 @contextmanager
-def ended_together(trainer: Trainer) -> Iterator[None]:
+def terminate_ranks_together(trainer: Trainer) -> Iterator[None]:
     """Train, validate or predict in this block: what Lightning starts in it ends with it, or with
     this process.
 
@@ -72,10 +72,10 @@ def _end_with_starter() -> None:
         return
     if os.getppid() != starter:
         raise KTOError("the process that started this rank has ended.")
-    threading.Thread(target=_outlive_no, args=(starter,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(starter,), daemon=True).start()
 
 
-def _outlive_no(starter: int) -> None:
+def _exit_with_parent(starter: int) -> None:
     while os.getppid() == starter:
         time.sleep(1.0)
     print("error: the process that started this rank has ended.", file=sys.stderr, flush=True)

@@ -1,6 +1,8 @@
 """Checkpoints that are whole or not there at all."""
 
 import os
+import re
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +13,10 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
-from torch import nn
 
 from kto_lightning.errors import ConfigError, KTOError
+
+_NAME = re.compile(r"step=(\d+)\.ckpt")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -70,48 +73,9 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def check_weights_fit(checkpoint: dict[str, Any], module: nn.Module) -> None:
-    """Refuse a checkpoint of another model: what does not fit would be left out without a word.
-
-    Raises:
-        ConfigError: unless it holds every trained weight of `module`, in its shape, and no other.
-    """
-    saved = checkpoint.get("state_dict")
-    if not saved:
-        return  # sharded: each rank loads its own part
-    own = {name: weight.shape for name, weight in module.state_dict().items()}
-    trained = [n for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad]
-    wrong = [name for name in trained if name not in saved]
-    wrong += [n for n, value in saved.items() if n not in own or own[n] != value.shape]
-    if not wrong:
-        return
-    origin = checkpoint.get("kto", {})
-    raise ConfigError(
-        f"the checkpoint does not hold the weights of this policy ({len(wrong)} do not fit, "
-        f"{wrong[0]} is one). It was saved with --model.policy {origin.get('policy')} and "
-        f"--model.lora {origin.get('lora')}: give the same."
-    )
-
-
-def without_frozen(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """The part of a module's state that training changes: frozen weights are left out."""
-    # Tied weights stand in the state under each of their names.
-    parameters = module.named_parameters(remove_duplicate=False)
-    frozen = {name for name, p in parameters if not p.requires_grad}
-    # Four-bit weights keep their scales beside them, as `….weight.absmax`.
-    return {
-        name: value
-        for name, value in state.items()
-        if name not in frozen and _weight_of(name) not in frozen
-    }
-
-
-def _weight_of(name: str) -> str | None:
-    weight, dot, _ = name.rpartition(".weight.")
-    return f"{weight}.weight" if dot else None
-
-
-def settle_progress(fit_loop: dict[str, Any], *, num_epochs: int, num_in_epoch: int) -> None:
+def normalize_loop_progress(
+    fit_loop: dict[str, Any], *, num_epochs: int, num_in_epoch: int
+) -> None:
     """Write where a run is in the one form from which Lightning 2.6 goes on rightly: within an
     epoch, its steps so far complete; after an epoch's last step, within the next, before its first.
 
@@ -153,3 +117,135 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def checkpoints_of(output_dir: str | Path) -> Path:
+    """Where a run keeps them."""
+    return Path(output_dir) / "checkpoints"
+
+
+def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """The checkpoints of a run and their steps, oldest first."""
+    found = [
+        (int(match.group(1)), path)
+        for path in checkpoints_of(output_dir).glob("step=*.ckpt")
+        if (match := _NAME.fullmatch(path.name))
+    ]
+    return sorted(found)
+
+
+def find_checkpoint(path: str, output_dir: str) -> Path | None:
+    """What `--ckpt_path` means.
+
+    Args:
+        path: of a checkpoint; `last`: the latest whole one of `output_dir`.
+        output_dir: of the run that goes on.
+
+    Returns:
+        None for the `last` of a run that was killed before its first: it begins anew.
+
+    Raises:
+        KTOError: if there is none, or the one given is damaged.
+    """
+    if path == "last" and results_of(output_dir) == ["metrics.csv"]:
+        print(f"warning: {output_dir} has no checkpoint yet: beginning anew.", file=sys.stderr)
+        return None
+    if path == "last":
+        return _last_checkpoint(output_dir)
+    if not Path(path).exists():
+        raise KTOError(f"--ckpt_path {path}: there is no such checkpoint. Check the path.")
+    if Path(path).is_dir():
+        raise KTOError(
+            f"--ckpt_path {path} is a directory. Give one of its checkpoints, or --ckpt_path last "
+            "with the --output_dir of the run."
+        )
+    if not is_whole(Path(path)):
+        raise KTOError(
+            f"--ckpt_path {path} is no checkpoint that can be read, or it is damaged. Give one "
+            "that `fit` wrote, or --ckpt_path last."
+        )
+    return Path(path)
+
+
+def _last_checkpoint(output_dir: str) -> Path:
+    for _, found in reversed(list_checkpoints(output_dir)):
+        if is_whole(found):
+            return found
+        print(f"warning: {found} is damaged; looking for the one before it.", file=sys.stderr)
+    raise KTOError(
+        f"--ckpt_path last: there is no whole checkpoint in {checkpoints_of(output_dir)}. "
+        "Check --output_dir, or leave --ckpt_path out to begin anew."
+    )
+
+
+def check_not_read(output_dir: str, model: Any) -> None:
+    """Refuse to end a run by overwriting what it begins with.
+
+    Args:
+        output_dir: of the run that begins.
+        model: the settings under `model`.
+
+    Raises:
+        ConfigError: if the policy or its reference lies where the run writes its own.
+    """
+    output = Path(output_dir)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output_dir {output_dir} is a file. Name a directory.")
+    written = [(output / name).resolve() for name in ("model", "adapter")]
+    for key in ("policy", "reference"):
+        name = model[key]
+        if name is not None and Path(name).resolve() in written:
+            raise ConfigError(
+                f"--model.{key} {name} would be overwritten by this run's own model. "
+                "Choose another --output_dir."
+            )
+
+
+def check_unused(output_dir: str, checkpoint: Path | None, *, goes_on: bool) -> None:
+    """Refuse to begin a run where another one's results lie; to go on with that one is allowed.
+
+    What a run leaves that ended before its first step is no result.
+
+    Args:
+        output_dir: of the run that begins.
+        checkpoint: what it goes on from; None: from nothing.
+        goes_on: whether it was asked to go on.
+
+    Raises:
+        ConfigError: with what was found, and what to do.
+    """
+    if checkpoint is not None and checkpoint.resolve().parent == _resolved(output_dir):
+        return
+    found = results_of(output_dir)
+    if not found or (goes_on and checkpoint is None):
+        return
+    can_go_on = list_checkpoints(output_dir) or found == ["metrics.csv"]
+    go_on = "go on with it by --ckpt_path last, " if can_go_on else ""
+    raise ConfigError(
+        f"--output_dir {output_dir} holds an earlier run: {', '.join(found)}. Give another "
+        f"--output_dir, {go_on}or remove {output_dir} first."
+    )
+
+
+def _resolved(output_dir: str) -> Path:
+    return checkpoints_of(output_dir).resolve()
+
+
+def results_of(output_dir: str | Path) -> list[str]:
+    """What a run has left in a directory: rows of metrics, checkpoints, models."""
+    output, found = Path(output_dir), []
+    if _has_rows(output / "metrics.csv"):
+        found.append("metrics.csv")
+    found += [f"checkpoints/{path.name}" for _, path in list_checkpoints(output)[-1:]]
+    for name in ("model", "adapter"):
+        if (output / name).is_dir() and any((output / name).iterdir()):
+            found.append(name)
+    return found
+
+
+def _has_rows(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        file.readline()
+        return bool(file.readline().strip())

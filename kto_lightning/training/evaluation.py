@@ -8,7 +8,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc
 
+from kto_lightning.batches.types import Prediction, StepBatch
 from kto_lightning.training.metrics import BatchSums, batch_metrics
+from kto_lightning.training.scoring import BatchScorer
 
 
 class RewardAUC(Metric):
@@ -87,3 +89,45 @@ class ValidationSums:
         metrics |= {"z0": z0, "z0_raw": z0_raw, "tokens": self._num_tokens}
         metrics["reward/auc"] = None if auc != auc else auc
         return metrics
+
+
+def validate_batch(scorer: BatchScorer, batch: StepBatch, sums: ValidationSums) -> None:
+    """Add the numbers of a held-out batch, the same as a training step's, to `sums`."""
+    known = [scorer.all_logps(micro_batch) for micro_batch in batch.micro_batches]
+    z0_raw, z0 = scorer.reference_point(batch, known, sums.batches)
+    auxiliary = torch.zeros((), device=z0.device)
+    for micro_batch, logps in zip(batch.micro_batches, known, strict=True):
+        scorer.add_losses(micro_batch, logps, z0, sums.batches)
+        auxiliary += scorer.auxiliary_loss(micro_batch, logps.policy, batch.num_tokens)
+        reward, is_real = scorer.rewards(logps), ~micro_batch.is_filler
+        sums.auc.update(reward[is_real], micro_batch.desirable[is_real])
+    sums.add_batch(
+        z0_raw=z0_raw,
+        z0=z0,
+        auxiliary=auxiliary,
+        num_examples=batch.num_examples,
+        num_tokens=batch.num_tokens,
+    )
+
+
+def predict_batch(scorer: BatchScorer, batch: StepBatch) -> list[Prediction]:
+    """Reward and log-probs of every example that this rank counts."""
+    predictions = []
+    for micro_batch in batch.micro_batches:
+        logps = scorer.all_logps(micro_batch)
+        assert logps.policy.matched is not None
+        assert logps.reference.matched is not None
+        numbers = zip(
+            micro_batch.indices,
+            scorer.rewards(logps).tolist(),
+            logps.policy.matched.tolist(),
+            logps.reference.matched.tolist(),
+            micro_batch.is_filler.tolist(),
+            strict=True,
+        )
+        predictions += [
+            Prediction(index, reward, policy, reference)
+            for index, reward, policy, reference, is_filler in numbers
+            if not is_filler
+        ]
+    return predictions

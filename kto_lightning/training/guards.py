@@ -11,8 +11,7 @@ from lightning import Trainer
 
 from kto_lightning.batches.types import PackedBatch, StepBatch
 from kto_lightning.distributed import gathered, warn
-from kto_lightning.errors import ModelError, StoppedRun
-from kto_lightning.training.optimizers import require_one_of
+from kto_lightning.errors import ModelError, StoppedRun, check_one_of
 from kto_lightning.training.scoring import BatchScorer, MicroLogps
 
 NON_FINITE = ("stop", "skip")
@@ -44,10 +43,10 @@ def examine(
     """
     findings: list[Finding] = []
     for micro_batch, logps in zip(batch.micro_batches, scored, strict=True):
-        counted = micro_batch.counted.tolist()
+        is_filler = micro_batch.is_filler.tolist()
         wrong = _wrong_logps(logps) if logps is not None else {}
         for place, index in enumerate(micro_batch.indices):
-            if counted[place]:
+            if not is_filler[place]:
                 findings.append((index, location(index), ", ".join(wrong.get(place, []))))
     return findings
 
@@ -79,7 +78,7 @@ class NonFiniteGuard:
     """
 
     def __init__(self, action: str) -> None:
-        require_one_of("non_finite", action, NON_FINITE)
+        check_one_of("non_finite", action, NON_FINITE)
         self._action = action
         self._num_skipped = self._num_in_a_row = 0
 
@@ -174,7 +173,7 @@ def by_file(places: Iterable[str]) -> str:
 
 
 @contextmanager
-def memory_named(scorer: BatchScorer, trainer: Trainer) -> Iterator[None]:
+def explain_out_of_memory(scorer: BatchScorer, trainer: Trainer) -> Iterator[None]:
     """Turn running out of memory into an error that names the micro-batch and what to try.
 
     Args:
@@ -190,8 +189,8 @@ def memory_named(scorer: BatchScorer, trainer: Trainer) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        assert scorer.at_hand is not None
-        message = _memory_advice(scorer.at_hand)
+        assert scorer.current_micro_batch is not None
+        message = _memory_advice(scorer.current_micro_batch)
         reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
         kind = StoppedRun if trainer.world_size == 1 else ModelError
         raise kind(f"out of memory ({reason}): {message}") from error

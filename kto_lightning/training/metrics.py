@@ -1,15 +1,25 @@
 """What a step says of itself: sums over its micro-batches and ranks, then one row of numbers."""
 
 import math
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 _NUM_CLASS_SUMS = 5
 _NUM_MATCHED_SUMS = 2 * _NUM_CLASS_SUMS + 1
 NUM_SUMS = _NUM_MATCHED_SUMS + 3
+MEASURED = ("tokens_per_second", "peak_memory_mib")
+_BYTES_PER_MIB = 2**20
 
 
 @dataclass(kw_only=True, slots=True)
@@ -17,8 +27,8 @@ class BatchSums:
     """Sums over the examples of a batch, in float64, so that the order of adding shows nowhere.
 
     A vector, so that all ranks' are added in one reduction: of each class `_ClassSums`, the losses'
-    sum, and count, sum and sum of squares of the mismatched log-ratios. Stand-ins (not `counted`)
-    are in none. Squares are of float32 values as they are, not of differences to a mean that no
+    sum, and count, sum and sum of squares of the mismatched log-ratios. Fillers are in
+    none. Squares are of float32 values as they are, not of differences to a mean that no
     rank knows yet: in float64 a spread of a millionth of the mean is still exact to 1e-4.
     """
 
@@ -41,24 +51,24 @@ class BatchSums:
         logps: Float32[Tensor, " batch"],
         gradient_left: Float[Tensor, " batch"],
         desirable: Bool[Tensor, " batch"],
-        counted: Bool[Tensor, " batch"],
+        is_filler: Bool[Tensor, " batch"],
     ) -> None:
-        good = (desirable & counted).to(self.values.dtype)
-        bad = (~desirable & counted).to(self.values.dtype)
+        good = (desirable & ~is_filler).to(self.values.dtype)
+        bad = (~desirable & ~is_filler).to(self.values.dtype)
         per_class = torch.stack([good, bad])  # [2, batch]
         ones = torch.ones_like(loss)
         terms = torch.stack([ones, reward, logps, gradient_left]).detach().to(self.values.dtype)
         terms = torch.cat([terms, terms[1:2].square()])  # [5, batch]
         class_sums = per_class @ terms.T  # [2, 5]
-        total_loss = (loss.detach() * counted).to(self.values.dtype).sum()
+        total_loss = (loss.detach() * ~is_filler).to(self.values.dtype).sum()
         self.values[:_NUM_MATCHED_SUMS] += torch.cat([class_sums.flatten(), total_loss[None]])
 
     def add_mismatched(
-        self, log_ratio: Float[Tensor, " batch"], counted: Bool[Tensor, " batch"]
+        self, log_ratio: Float[Tensor, " batch"], is_filler: Bool[Tensor, " batch"]
     ) -> None:
         """Mismatched log-ratios in nats, of which z0 is the mean."""
-        terms = (log_ratio.detach() * counted).to(self.values.dtype)
-        sums = torch.stack([counted.sum().to(terms), terms.sum(), terms.square().sum()])
+        terms = (log_ratio.detach() * ~is_filler).to(self.values.dtype)
+        sums = torch.stack([(~is_filler).sum().to(terms), terms.sum(), terms.square().sum()])
         self.values[_NUM_MATCHED_SUMS:] += sums
 
 
@@ -106,3 +116,39 @@ def sample_std(count: float, total: float, squares: float) -> float | None:
         return None
     variance = (squares - total * total / count) / (count - 1)
     return math.sqrt(max(variance, 0.0))  # rounding may leave less; a NaN stays one in this order
+
+
+class StepClock:
+    """Seconds from the end of one step to the end of the next, waiting for data included; whatever
+    lies between them without being training (validation, a checkpoint) is left out by `start`."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+
+    def start(self) -> None:
+        """From now on the next step is timed."""
+        self._started = time.perf_counter()
+
+    def measures(self, num_tokens: int, peaks_mib: Sequence[float]) -> dict[str, float | None]:
+        """`MEASURED` of a step that just ended, its device already waited for.
+
+        Args:
+            num_tokens: real matched tokens of the step, over all ranks.
+            peaks_mib: `peak_memory_mib` of every rank, 0 where it is not known.
+        """
+        seconds = time.perf_counter() - self._started
+        return {
+            "tokens_per_second": num_tokens / seconds if seconds > 0 else None,
+            "peak_memory_mib": max(peaks_mib) or None,
+        }
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """The most memory that this process has held so far, of one device and in MiB: what PyTorch
+    allocated on a CUDA device, else resident memory. None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _BYTES_PER_MIB
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # of getrusage: bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _BYTES_PER_MIB

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from kto_lightning.errors import KTOError
-from kto_lightning.training.measures import MEASURED
+from kto_lightning.training.metrics import MEASURED
 
 TRAIN_METRICS = (
     "loss",
@@ -53,7 +53,7 @@ COLUMNS = (
     *(f"train/{name}" for name in (*DIAGNOSTICS, *MEASURED)),
     *(f"val/{name}" for name in DIAGNOSTICS),
 )
-WATCHABLE = tuple(name for name in COLUMNS if name.startswith("val/"))
+MONITORABLE_METRICS = tuple(name for name in COLUMNS if name.startswith("val/"))
 """What a callback can wait for: EarlyStopping, say."""
 
 

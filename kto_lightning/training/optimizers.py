@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import SchedulerType, get_scheduler
 from transformers.optimization import Adafactor
 
-from kto_lightning.errors import ConfigError
+from kto_lightning.errors import ConfigError, check_number, check_one_of
 
 _PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16")
 
@@ -62,31 +62,6 @@ _LEAST_SHARE = 0.1
 _NEVER_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|[._])norm(\.|$)", re.IGNORECASE)
 
 
-def require_number(
-    name: str,
-    value: float,
-    *,
-    least: float = 0.0,
-    above: float | None = None,
-    most: float = math.inf,
-) -> None:
-    """Raise ConfigError unless `least` (or, exclusively, `above`) ≤ value ≤ `most` and finite."""
-    enough = value >= least if above is None else value > above
-    if enough and value <= most and math.isfinite(value):
-        return
-    limits = f"at least {least:g}" if above is None else f"a number above {above:g}"
-    if math.isfinite(most):
-        limits = f"{limits} and at most {most:g}"
-    raise ConfigError(f"--model.{name} must be {limits}, got {value:g}.")
-
-
-def require_one_of(name: str, value: str, known: Iterable[str]) -> None:
-    """Raise ConfigError unless it is one of them."""
-    known = list(known)
-    if value not in known:
-        raise ConfigError(f"--model.{name} must be one of {', '.join(known)}, got {value}.")
-
-
 @dataclass(kw_only=True, slots=True)
 class Optimization:
     """How the weights are moved, under the names of `KTOModule`'s arguments.
@@ -105,22 +80,22 @@ class Optimization:
     gradient_clip_norm: float | None
 
     def __post_init__(self) -> None:
-        require_one_of("optimizer", self.optimizer, OPTIMIZERS)
+        check_one_of("optimizer", self.optimizer, OPTIMIZERS)
         if self.optimizer == "adamw_8bit":
-            _require_bitsandbytes()
-        require_number("learning_rate", self.learning_rate)
-        require_number("weight_decay", self.weight_decay)
+            _check_bitsandbytes()
+        check_number("learning_rate", self.learning_rate)
+        check_number("weight_decay", self.weight_decay)
         if self.gradient_clip_norm is not None:
-            require_number("gradient_clip_norm", self.gradient_clip_norm, above=0.0)
-        require_one_of("lr_schedule", self.lr_schedule, SCHEDULES)
-        require_number("warmup_ratio", self.warmup_ratio, most=1.0)
+            check_number("gradient_clip_norm", self.gradient_clip_norm, above=0.0)
+        check_one_of("lr_schedule", self.lr_schedule, SCHEDULES)
+        check_number("warmup_ratio", self.warmup_ratio, most=1.0)
         self._scheduler(SGD([torch.zeros(1)], lr=self.learning_rate), num_steps=1000)
 
     def configure(
         self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, num_steps: int | None
     ) -> dict[str, Any]:
         """Optimizer and schedule, as Lightning's `configure_optimizers` returns them."""
-        self.require_length(num_steps)
+        self.check_length(num_steps)
         optimizer = make_optimizer(
             self.optimizer,
             named_parameters,
@@ -129,7 +104,7 @@ class Optimization:
         )
         return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer, num_steps)}
 
-    def require_length(self, num_steps: int | None) -> None:
+    def check_length(self, num_steps: int | None) -> None:
         """Refuse a schedule that stretches over the whole run where its length is not known.
 
         Raises:
@@ -149,7 +124,7 @@ class Optimization:
         )
 
 
-def _require_bitsandbytes() -> None:
+def _check_bitsandbytes() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "--model.optimizer adamw_8bit needs bitsandbytes, which is not installed. "

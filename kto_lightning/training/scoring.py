@@ -22,7 +22,7 @@ class MicroLogps:
     policy: Logps
     reference: Logps
 
-    def let_go(self) -> None:
+    def detach_(self) -> None:
         """Keep the numbers alone: the graph behind them may hold activations even after its
         backward, of layers that nothing trained comes before."""
         if self.policy.matched is not None:
@@ -54,7 +54,7 @@ class BatchScorer:
         self._policy, self._reference = policy, reference
         self._beta, self._loss = beta, loss_name
         self._sum_over_ranks = sum_over_ranks
-        self.at_hand: PackedBatch | None = None
+        self.current_micro_batch: PackedBatch | None = None
         """The micro-batch that was scored last, or is being scored."""
 
     def logps_before_backward(self, micro_batches: list[PackedBatch]) -> list[MicroLogps | None]:
@@ -78,13 +78,13 @@ class BatchScorer:
         The reference goes first: what it needs while it runs is free again before the policy's
         activations begin to wait for backward.
         """
-        self.at_hand = micro_batch
+        self.current_micro_batch = micro_batch
         reference = self._reference.logps(micro_batch)
         return MicroLogps(self._policy(micro_batch), reference)
 
     @torch.no_grad()
     def _logps_without_gradient(self, micro_batch: PackedBatch) -> MicroLogps:
-        self.at_hand = micro_batch
+        self.current_micro_batch = micro_batch
         policy = self._policy(micro_batch, matched=False)
         return MicroLogps(policy, self._reference.logps(micro_batch))
 
@@ -93,7 +93,7 @@ class BatchScorer:
         if known is None:
             return self.all_logps(micro_batch)
         if known.policy.matched is None:
-            self.at_hand = micro_batch
+            self.current_micro_batch = micro_batch
             known.policy = self._policy(micro_batch, mismatched=False)
         return known
 
@@ -109,8 +109,8 @@ class BatchScorer:
                 continue
             assert logps.reference.mismatched is not None
             log_ratio = logps.policy.mismatched.detach() - logps.reference.mismatched
-            total += (log_ratio * micro_batch.counted).sum()
-            sums.add_mismatched(log_ratio, micro_batch.counted)
+            total += (log_ratio * ~micro_batch.is_filler).sum()
+            sums.add_mismatched(log_ratio, micro_batch.is_filler)
         total = self._sum_over_ranks(total)
         return total / batch.num_examples, loss.reference_point(total, batch.num_examples)
 
@@ -121,7 +121,7 @@ class BatchScorer:
         z0: Float[Tensor, ""],
         sums: BatchSums,
     ) -> Float[Tensor, " batch"]:
-        """Per-example losses, 0 for stand-ins; their sums and the rewards' go into `sums`."""
+        """Per-example losses, 0 for fillers; their sums and the rewards' go into `sums`."""
         policy, reference = logps.policy.matched, logps.reference.matched
         assert policy is not None
         assert reference is not None
@@ -136,9 +136,9 @@ class BatchScorer:
             logps=policy,
             gradient_left=loss.gradient_left(log_ratio.detach(), z0, beta=self._beta),
             desirable=micro_batch.desirable,
-            counted=micro_batch.counted,
+            is_filler=micro_batch.is_filler,
         )
-        return losses * micro_batch.counted
+        return losses * ~micro_batch.is_filler
 
     def auxiliary_loss(
         self, micro_batch: PackedBatch, logps: Logps, num_tokens: int
@@ -148,8 +148,8 @@ class BatchScorer:
         if logps.auxiliary_loss is None:
             return torch.zeros((), device=micro_batch.weight.device)
         share = sum(micro_batch.matched.lengths) / num_tokens
-        counted = micro_batch.counted[0]  # a micro-batch of a stand-in is nothing else
-        return self._policy.auxiliary_coefficient * logps.auxiliary_loss * share * counted
+        is_real = ~micro_batch.is_filler[0]  # a filler is a micro-batch of its own
+        return self._policy.auxiliary_coefficient * logps.auxiliary_loss * share * is_real
 
     def rewards(self, logps: MicroLogps) -> Float[Tensor, " batch"]:
         """β · log-ratio of the matched completions."""

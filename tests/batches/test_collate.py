@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from kto_lightning.batches.collate import StepBatches, pack
 from kto_lightning.batches.packing import MicroBatch, example_costs
-from kto_lightning.batches.sampler import PlanSampler, StepPlan, pair_rotate, unpaired
+from kto_lightning.batches.pairing import pair_rotate, unpaired
+from kto_lightning.batches.sampler import PlanSampler, StepPlan
 from kto_lightning.batches.types import PackedBatch, Sequences, StepBatch
 
 
@@ -219,13 +220,13 @@ def test_weights_are_those_of_the_class_times_the_records_own():
     (micro_batch,) = batches[plan_of(MicroBatch([0, 1, 2]))].micro_batches
     assert micro_batch.weight.tolist() == [0.0, 8.0, 1.5]
     assert micro_batch.weight.dtype == torch.float32
-    assert micro_batch.counted.tolist() == [True, True, True]
+    assert micro_batch.is_filler.tolist() == [False, False, False]
 
 
-def test_a_stand_in_runs_and_counts_for_nothing():
-    plan = plan_of(MicroBatch([1], zero_weight=True))
+def test_a_filler_runs_and_counts_for_nothing():
+    plan = plan_of(MicroBatch([1], is_filler=True))
     (micro_batch,) = batches_of(InMemoryExamples(SIX))[plan].micro_batches
-    assert micro_batch.counted.tolist() == [False]
+    assert micro_batch.is_filler.tolist() == [True]
     assert micro_batch.weight.tolist() == [0.0]
     assert micro_batch.matched.lengths == [6]
     assert micro_batch.mismatched.lengths == [1]
@@ -301,7 +302,7 @@ def test_lightning_moves_every_tensor_and_leaves_the_lengths_on_the_host():
         tensors = [sequences.input_ids, sequences.position_ids, sequences.boundaries]
         tensors += [sequences.scored.rows, sequences.scored.targets, sequences.scored.owners]
         assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert micro_batch.counted.device.type == "meta"
+    assert micro_batch.is_filler.device.type == "meta"
     assert micro_batch.matched.lengths == [4, 6, 5]
     assert moved.num_tokens == 15
 

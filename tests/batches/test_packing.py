@@ -21,7 +21,7 @@ def cost(micro_batch: MicroBatch, lengths: list[int], padded: bool) -> int:
 
 
 def trained(plan: list[list[MicroBatch]]) -> list[MicroBatch]:
-    return [micro for rank in plan for micro in rank if not micro.zero_weight]
+    return [micro for rank in plan for micro in rank if not micro.is_filler]
 
 
 def count_first_fit(lengths: list[int], max_tokens: int, padded: bool) -> int:
@@ -64,15 +64,15 @@ def test_ranks_run_the_same_number_and_no_more_than_first_fit(
 
 
 @given(batches, budgets, worlds, st.booleans())
-def test_a_stand_in_is_the_shortest_example_and_only_where_examples_are_lacking(
+def test_a_filler_is_the_shortest_example_and_only_where_examples_are_lacking(
     lengths, max_tokens, world_size, padded
 ):
     plan = plan_micro_batches(lengths, max_tokens=max_tokens, world_size=world_size, padded=padded)
-    stand_ins = [micro for rank in plan for micro in rank if micro.zero_weight]
+    fillers = [micro for rank in plan for micro in rank if micro.is_filler]
     num_lacking = max(0, sum(len(rank) for rank in plan) - len(lengths))
-    assert len(stand_ins) == num_lacking < world_size
-    for stand_in in stand_ins:
-        (position,) = stand_in.positions
+    assert len(fillers) == num_lacking < world_size
+    for filler in fillers:
+        (position,) = filler.positions
         assert lengths[position] == min(lengths)
 
 
@@ -129,8 +129,8 @@ def test_a_rank_without_examples_stands_in_with_the_shortest():
     assert plan == [
         [MicroBatch([0])],
         [MicroBatch([1])],
-        [MicroBatch([1], zero_weight=True)],
-        [MicroBatch([1], zero_weight=True)],
+        [MicroBatch([1], is_filler=True)],
+        [MicroBatch([1], is_filler=True)],
     ]
 
 

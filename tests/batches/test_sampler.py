@@ -7,15 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kto_lightning.batches.sampler import (
-    Pairing,
-    PlanSampler,
-    StepPlan,
-    epoch_order,
-    pair_distinct_prompts,
-    pair_rotate,
-    unpaired,
-)
+from kto_lightning.batches.pairing import Pairing, pair_distinct_prompts, pair_rotate, unpaired
+from kto_lightning.batches.sampler import PlanSampler, StepPlan, epoch_order
 from kto_lightning.errors import ConfigError, DataError
 
 seeds = st.none() | st.integers(min_value=0, max_value=2**31)
@@ -259,7 +252,7 @@ def test_ranks_cut_the_same_batches_into_as_many_micro_batches(pairing, world_si
             assert as_tuple(plan)[:3] == as_tuple(whole)[:3]
             assert len(plan.micro_batches) == len(plans[0].micro_batches)
         trained = [
-            i for p in plans for m in p.micro_batches if not m.zero_weight for i in m.positions
+            i for p in plans for m in p.micro_batches if not m.is_filler for i in m.positions
         ]
         assert sorted(trained) == list(range(len(whole.examples)))
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kto_lightning.callbacks.generations import chosen, require_whole_model
+from kto_lightning.callbacks.generations import check_whole_model, chosen
 from kto_lightning.errors import ConfigError
 from tests.support import cli
 from tests.support.pages import read_page
@@ -123,5 +123,5 @@ def test_wrong_numbers_exit_2(inputs: Path, tmp_path: Path, capsys) -> None:
 
 def test_a_sharded_model_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--report\.generate needs the whole model"):
-        require_whole_model(ModelParallelStrategy())
-    require_whole_model(DDPStrategy())
+        check_whole_model(ModelParallelStrategy())
+    check_whole_model(DDPStrategy())

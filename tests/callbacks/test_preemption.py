@@ -14,7 +14,7 @@ import torch
 from kto_lightning.callbacks.preemption import SIGNALS
 from kto_lightning.callbacks.reporting import Summary
 from kto_lightning.module import KTOModule
-from kto_lightning.training.output import list_checkpoints
+from kto_lightning.training.checkpoints import list_checkpoints
 from tests.support.cli import fit, fit_arguments, rows, small_model, weights
 from tests.support.ranks import fit_on_ranks, run_ranks
 

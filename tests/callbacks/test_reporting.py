@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kto_lightning.callbacks.diagnostics import Diagnostics
+from kto_lightning.callbacks.reporting import Diagnostics
 from kto_lightning.reports.diagnosis import (
     STUCK_STEPS,
     WINDOW,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kto_lightning.models.positions import num_positions
+from kto_lightning.models.architecture import num_positions
 from tests.support.cli import fit, rows, run_cli, small_model
 from tests.support.factories import make_model, write_jsonl
 

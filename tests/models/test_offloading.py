@@ -106,12 +106,12 @@ def test_a_second_model_is_on_the_device_only_while_it_is_asked() -> None:
     tensors = [*policy.parameters(), *policy.buffers()]
     places, values = {t.data_ptr() for t in tensors}, [t.clone() for t in tensors]
     with pytest.raises(KeyError), _on_device(policy, torch.device("cpu")):
-        _require_elsewhere(tensors, places)
+        _check_elsewhere(tensors, places)
     assert {t.data_ptr() for t in tensors} == places
     assert all(torch.equal(t, value) for t, value in zip(tensors, values, strict=True))
 
 
-def _require_elsewhere(tensors: list[torch.Tensor], places: set[int]) -> None:
+def _check_elsewhere(tensors: list[torch.Tensor], places: set[int]) -> None:
     assert not {t.data_ptr() for t in tensors} & places
     raise KeyError
 

@@ -13,9 +13,9 @@ from transformers import LlamaConfig
 
 import kto_lightning.models.policy
 from kto_lightning.batches.types import Logps, PackedBatch
-from kto_lightning.models.architecture import logit_scale
+from kto_lightning.models.architecture import auxiliary_coefficient, logit_scale
 from kto_lightning.models.attention import PromptStore
-from kto_lightning.models.policy import Policy, auxiliary_coefficient, sum_per_owner
+from kto_lightning.models.policy import Policy, sum_per_owner
 from tests.support.factories import ARCHITECTURES, make_model
 from tests.support.plain_forwards import (
     Triple,

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kto_lightning.__main__ import main
-from kto_lightning.batches.keys import pair_key
+from kto_lightning.batches.collate import pair_key
 from kto_lightning.models.reference_cache import RECORD, ReferenceCache, reference_fingerprint
 from tests.support.factories import make_tokenizer, plain_records, save_model, write_jsonl
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from kto_lightning.module import KTOModule
-from kto_lightning.training.output import list_checkpoints
+from kto_lightning.training.checkpoints import list_checkpoints
 from tests.support.agreement import assert_numbers_agree, assert_runs_agree, assert_weights_agree
 from tests.support.cli import fit, numbers, rows, run_cli, small_model, weights
 from tests.support.factories import plain_records, write_jsonl
@@ -20,7 +20,7 @@ SGD = ("--model.optimizer", "sgd", "--model.learning_rate", 0.1)
 SEVERAL = (*SGD, "--data.max_tokens", 60)
 ADAMW = ("--model.lr_schedule", "cosine", "--model.weight_decay", 0.1)
 CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "one micro-batch, the last with a stand-in": ("qwen2", (*SGD, "--data.batch_size", 23)),
+    "one micro-batch, the last with a filler": ("qwen2", (*SGD, "--data.batch_size", 23)),
     "clipped": ("llama", (*SEVERAL, "--model.gradient_clip_norm", 0.5)),
     "checkpointing, apo_zero": (
         "gpt2",

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from kto_lightning.errors import ModelError
-from kto_lightning.training.output import list_checkpoints
+from kto_lightning.training.checkpoints import list_checkpoints
 from tests.callbacks.test_preemption import call_in_step
 from tests.support.cli import fit_arguments, small_model
 from tests.support.ranks import Ended, fit_on_ranks, job, run_ranks

@@ -16,7 +16,7 @@ from lightning import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher, subprocess_script
 
 from kto_lightning.strategies import launcher as launched
-from kto_lightning.training.output import list_checkpoints
+from kto_lightning.training.checkpoints import list_checkpoints
 from tests.support.cli import ROOT, fit_arguments, rows
 from tests.support.ranks import fit_on_ranks, job
 from tests.training.test_resume import assert_equal_runs
@@ -36,7 +36,7 @@ def test_what_was_started_has_a_moment_to_end(monkeypatch: pytest.MonkeyPatch):
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
     launcher = trainer.strategy.launcher
     assert isinstance(launcher, _SubprocessScriptLauncher)
-    with launched.ended_together(trainer):
+    with launched.terminate_ranks_together(trainer):
         started = [subprocess.Popen(["sh", "-c", c]) for c in ("exit 3", "exec sleep 600")]
         launcher.procs += started
     assert [process.returncode for process in started] == [3, -signal.SIGKILL]
@@ -74,7 +74,7 @@ def start_a_rank(pid_file: Path) -> None:
     if os.fork() == 0:
         os.environ["LOCAL_RANK"] = "1"
         trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
-        with launched.ended_together(trainer):
+        with launched.terminate_ranks_together(trainer):
             pid_file.write_text(str(os.getpid()))
             time.sleep(600)
     time.sleep(600)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kto_lightning.training.output import list_checkpoints
+from kto_lightning.training.checkpoints import list_checkpoints
 from tests.data.streaming.test_runs import SMALL_BUFFERS
 from tests.strategies.test_killed import LAST, kill_in_step_four
 from tests.support.agreement import assert_numbers_agree, assert_weights_agree

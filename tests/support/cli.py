@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kto_lightning.__main__ import main
-from kto_lightning.training.measures import MEASURED
+from kto_lightning.training.metrics import MEASURED
 from tests.support.factories import make_tokenizer, plain_records, save_model, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,7 @@ import torch
 
 from kto_lightning.cli import lightning_cli as cli
 from kto_lightning.module import KTOModule
-from kto_lightning.training.checkpoints import is_whole
-from kto_lightning.training.output import list_checkpoints
+from kto_lightning.training.checkpoints import is_whole, list_checkpoints
 from tests.support.cli import fit, fit_arguments, rows, run_cli, small_data, weights
 
 LAST = ("--ckpt_path", "last")

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from kto_lightning.batches.packing import example_costs
-from kto_lightning.batches.sampler import pair_distinct_prompts
+from kto_lightning.batches.pairing import pair_distinct_prompts
 from kto_lightning.batches.types import Logps, PackedBatch
 from kto_lightning.data.dataset import load_records
 from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.tokenizer import load_tokenizer
+from kto_lightning.training.checkpoints import list_checkpoints
 from kto_lightning.training.guards import MOST_IN_A_ROW, by_file
-from kto_lightning.training.output import list_checkpoints
 from tests.support.cli import fit, numbers, rows, run_cli, small_model, weights
 
 EVERY_STEP = ("--checkpoint.every_n_steps", 1)
@@ -34,7 +34,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, example: int, value: float, *, gradie
     def spoiled(self: Policy, batch: PackedBatch, **options: Any) -> Logps:
         logps = forward(self, batch, **options)
         trains = torch.is_grad_enabled() and logps.matched is not None
-        if trains and example in batch.indices and batch.counted.all():
+        if trains and example in batch.indices and not batch.is_filler.any():
             mask = torch.zeros(len(batch), dtype=torch.bool)
             mask[batch.indices.index(example)] = True
             if gradient:

@@ -17,8 +17,13 @@ from kto_lightning.batches.types import Logps
 from kto_lightning.loss import gradient_left, kto_loss
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.reference import FrozenReference
-from kto_lightning.training.measures import StepClock, peak_memory_mib
-from kto_lightning.training.metrics import BatchSums, batch_metrics, sample_std
+from kto_lightning.training.metrics import (
+    BatchSums,
+    StepClock,
+    batch_metrics,
+    peak_memory_mib,
+    sample_std,
+)
 from kto_lightning.training.metrics_csv import COLUMNS, DIAGNOSTICS, MetricsFile
 from tests.test_module import LENGTHS, Examples, Rows, fit, module_of, step_batch
 
@@ -31,20 +36,20 @@ LEFT = [1.0, 0.5, 0.25, 0.5, 0.0]
 MISMATCHED = [0.0, 2.0, 4.0, 6.0, -2.0]
 
 
-def added(sums: BatchSums, chosen: list[int], *, counted: bool = True) -> None:
+def added(sums: BatchSums, chosen: list[int], *, is_filler: bool = False) -> None:
     """One micro-batch of the examples above."""
 
     def pick(values: list) -> Tensor:
         return torch.tensor([values[i] for i in chosen])
 
-    count = torch.full((len(chosen),), counted)
+    count = torch.full((len(chosen),), is_filler)
     sums.add(
         loss=pick(REWARDS) / 10,
         reward=pick(REWARDS),
         logps=pick(LOGPS),
         gradient_left=pick(LEFT),
         desirable=pick(DESIRABLE),
-        counted=count,
+        is_filler=count,
     )
     sums.add_mismatched(pick(MISMATCHED), count)
 
@@ -73,17 +78,17 @@ def test_numbers_worked_by_hand() -> None:
 @given(
     order=st.permutations(range(5)),
     cuts=st.sets(st.integers(1, 4)),
-    stand_ins=st.lists(st.integers(0, 4), max_size=2),
+    fillers=st.lists(st.integers(0, 4), max_size=2),
 )
-def test_no_cut_changes_them(order: list[int], cuts: set[int], stand_ins: list[int]) -> None:
+def test_no_cut_changes_them(order: list[int], cuts: set[int], fillers: list[int]) -> None:
     whole = BatchSums.zero(torch.device("cpu"))
     added(whole, list(range(5)))
     ranks = [BatchSums.zero(torch.device("cpu")) for _ in range(2)]
     bounds = [0, *sorted(cuts), 5]
     for index, (start, end) in enumerate(pairwise(bounds)):
         added(ranks[index % 2], order[start:end])
-    for stand_in in stand_ins:
-        added(ranks[1], [stand_in], counted=False)
+    for filler in fillers:
+        added(ranks[1], [filler], is_filler=True)
     found = batch_metrics((ranks[0].values + ranks[1].values).tolist())
     assert found == pytest.approx(batch_metrics(whole.values.tolist()), rel=1e-12)
 

@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 from kto_lightning.cli.trainer import main
-from kto_lightning.errors import ConfigError
+from kto_lightning.errors import ConfigError, check_number
 from kto_lightning.training.optimizers import (
     SCHEDULES,
     Optimization,
     gradient_norm,
     make_optimizer,
     make_scheduler,
-    require_number,
 )
 from tests.support.factories import make_model
 
@@ -237,8 +236,8 @@ def test_the_norm_is_that_before_clipping(clip_norm: float | None) -> None:
 
 
 def test_the_bounds_of_numbers() -> None:
-    require_number("x", 0.0)
-    require_number("x", 1.0, most=1.0)
+    check_number("x", 0.0)
+    check_number("x", 1.0, most=1.0)
     for value, limits in ((-1.0, {}), (0.0, {"above": 0.0}), (2.0, {"most": 1.0})):
         with pytest.raises(ConfigError, match=r"--model\.x must be"):
-            require_number("x", value, **limits)
+            check_number("x", value, **limits)

@@ -15,7 +15,7 @@ import torch
 from kto_lightning.callbacks.checkpoints import Checkpoints
 from kto_lightning.module import KTOModule
 from kto_lightning.training import checkpoints as checkpoint_io
-from kto_lightning.training.output import list_checkpoints
+from kto_lightning.training.checkpoints import list_checkpoints
 from tests.support.cli import ROOT, fit, rows, run_cli, small_data, small_model, weights
 
 EVERY_STEP = ("--checkpoint.every_n_steps", 1)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from torch.utils.data import Dataset, Sampler
 
 from kto_lightning.batches.class_weights import ClassWeights
-from kto_lightning.batches.loader import Batching, Placement
+from kto_lightning.batches.loader import Batching, ExecutionContext
 from kto_lightning.batches.sampler import StepPlan
 from kto_lightning.batches.types import StepBatch
 from kto_lightning.data.streaming.buffers import (
@@ -20,7 +20,7 @@ from kto_lightning.data.streaming.buffers import (
     cut_into_buffers,
     with_its_examples,
 )
-from kto_lightning.data.streaming.stream import ExampleStream, StreamPlace
+from kto_lightning.data.streaming.stream import ExampleStream, StreamPosition
 from kto_lightning.errors import ConfigError, DataError
 
 
@@ -35,13 +35,13 @@ class StreamSampler(Sampler[StreamedStep]):
 
     stream: ExampleStream
     batching: Batching
-    placement: Placement
+    context: ExecutionContext
     needs_partners: bool
     seed: int
     """Of the orders of the epochs."""
     epoch: int = field(default=0, init=False)
-    _start: StreamPlace = field(default_factory=StreamPlace, init=False)
-    _given: OrderedDict[int, tuple[StreamPlace, dict[int, str]]] = field(
+    _start: StreamPosition = field(default_factory=StreamPosition, init=False)
+    _given: OrderedDict[int, tuple[StreamPosition, dict[int, str]]] = field(
         default_factory=OrderedDict, init=False
     )
     """By the number of steps done: where to go on, and where the last step's examples stand."""
@@ -73,7 +73,7 @@ class StreamSampler(Sampler[StreamedStep]):
         plans = self.batching.plans(
             buffer.examples,
             pairing,
-            self.placement,
+            self.context,
             shuffle=self.batching.shuffle,
             seed=self.seed,
             buffer=number,
@@ -85,7 +85,7 @@ class StreamSampler(Sampler[StreamedStep]):
     def _remember(self, buffer: Buffer, plan: StepPlan, first_step: int) -> None:
         in_buffer = plan.step_in_epoch + 1
         first, done = buffer.examples[0], first_step + in_buffer
-        place = StreamPlace(
+        place = StreamPosition(
             epoch=self.epoch,
             step=done,
             buffer=buffer.number,
@@ -93,7 +93,7 @@ class StreamSampler(Sampler[StreamedStep]):
             checksum=first.checksum,
         )
         if buffer.is_last and in_buffer == self._num_plans:
-            place = StreamPlace(epoch=self.epoch + 1)
+            place = StreamPosition(epoch=self.epoch + 1)
         locations = {
             (example := buffer.examples[position]).index: example.location
             for position in plan.examples.tolist()
@@ -106,10 +106,10 @@ class StreamSampler(Sampler[StreamedStep]):
     def set_epoch(self, epoch: int) -> None:
         """Begin `epoch`: from where a loaded state left it, if that is the epoch it was in."""
         if epoch != self.epoch:
-            self.epoch, self._start = epoch, StreamPlace(epoch=epoch)
+            self.epoch, self._start = epoch, StreamPosition(epoch=epoch)
             self._given.clear()
 
-    def place(self, num_steps_done: int, *, ends_epoch: bool) -> StreamPlace:
+    def place(self, num_steps_done: int, *, ends_epoch: bool) -> StreamPosition:
         """Where to go on after that many steps of this epoch, one of the latest few.
 
         Args:
@@ -117,7 +117,7 @@ class StreamSampler(Sampler[StreamedStep]):
             ends_epoch: whether the trainer stops this epoch there, though the stream goes on.
         """
         if ends_epoch:
-            return StreamPlace(epoch=self.epoch + 1)
+            return StreamPosition(epoch=self.epoch + 1)
         if num_steps_done == self._start.step:
             return self._start
         return self._given[num_steps_done][0]
@@ -145,7 +145,9 @@ class StreamSampler(Sampler[StreamedStep]):
                     f"checkpoint was saved and is {now} now. Use the same --data settings and "
                     "seeds as then, or start a new run from the exported model."
                 )
-        self._start = StreamPlace(**{name.name: state[name.name] for name in fields(StreamPlace)})
+        self._start = StreamPosition(
+            **{name.name: state[name.name] for name in fields(StreamPosition)}
+        )
         self.epoch = self._start.epoch
 
     def _order_settings(self) -> dict[str, int]:
@@ -169,8 +171,8 @@ class StreamedBatches(Dataset[StepBatch]):
 
     batching: Batching
     weights: ClassWeights
-    placement: Placement
+    context: ExecutionContext
 
     def __getitem__(self, step: StreamedStep) -> StepBatch:
-        batches = self.batching.batches(step.examples, self.weights, self.placement)
+        batches = self.batching.batches(step.examples, self.weights, self.context)
         return batches[step.plan]

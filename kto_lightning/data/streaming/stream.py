@@ -27,7 +27,7 @@ file or the wrong form, and not a few spoilt lines."""
 
 
 @dataclass(kw_only=True, slots=True)
-class StreamPlace:
+class StreamPosition:
     """Where an epoch of a stream goes on, in numbers that a checkpoint holds."""
 
     epoch: int = 0
@@ -76,7 +76,7 @@ class ExampleStream:
     counts: StreamCounts = field(default_factory=StreamCounts, init=False)
     _num_shown: int = field(default=0, init=False)
 
-    def examples(self, start: StreamPlace) -> Iterator[StreamedExample]:
+    def examples(self, start: StreamPosition) -> Iterator[StreamedExample]:
         """The examples of an epoch, in the order of the files, from the buffer of `start` on.
 
         Raises:
@@ -213,7 +213,7 @@ def open_stream(
         buffer_size=-(-buffer_size // batch_size) * batch_size,
         warn=warn,
     )
-    next(replace(stream, warn=lambda _: None).examples(StreamPlace()))
+    next(replace(stream, warn=lambda _: None).examples(StreamPosition()))
     return stream
 
 

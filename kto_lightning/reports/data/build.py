@@ -11,8 +11,12 @@ from kto_lightning.data.dataset import FEATURES, Record, load_records, read_reco
 from kto_lightning.data.records import encode
 from kto_lightning.data.tokenize import ExampleSet, tokenize_records
 from kto_lightning.errors import DataError
-from kto_lightning.reports.data.columns import published_columns
-from kto_lightning.reports.data.facts import Facts, gather_facts, records_of_dataset
+from kto_lightning.reports.data.facts import (
+    Facts,
+    gather_facts,
+    published_columns,
+    records_of_dataset,
+)
 from kto_lightning.reports.data.fields import (
     DataReport,
     Lengths,
@@ -22,13 +26,13 @@ from kto_lightning.reports.data.fields import (
     Weights,
 )
 from kto_lightning.reports.data.findings import findings_of
-from kto_lightning.reports.data.shapes import shapes_of
 from kto_lightning.reports.data.statistics import (
     format_of,
     labels_of,
     lengths_of,
     order_of,
     repeats_of,
+    shapes_of,
     weights_of,
 )
 

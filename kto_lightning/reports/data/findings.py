@@ -6,11 +6,11 @@ from math import sqrt
 from pathlib import Path
 
 from kto_lightning.batches.class_weights import ClassWeights, check_weights
-from kto_lightning.reports.data.chance import single_label_chance
 from kto_lightning.reports.data.fields import DataReport, Places
+from kto_lightning.reports.data.statistics import single_label_chance
 from kto_lightning.reports.finding import Finding
 
-TELLING_AUC = 0.7
+PREDICTIVE_AUC = 0.7
 """Length predicts the label from here on, and from 1 minus this downwards."""
 MANY_SINGLE_LABEL = 0.2
 """Share of single-label batches from which on they are worth a word."""
@@ -188,7 +188,7 @@ def _length_tells(report: DataReport) -> bool:
     if auc is None or not good or not bad:
         return False
     error = sqrt((good + bad + 1) / (12 * good * bad))
-    return abs(auc - 0.5) >= max(TELLING_AUC - 0.5, 3 * error)
+    return abs(auc - 0.5) >= max(PREDICTIVE_AUC - 0.5, 3 * error)
 
 
 def _about_truncation(report: DataReport) -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 """The numbers of the report: each part of it from the arrays that decide it."""
 
+from math import exp, inf, lgamma
 from typing import Literal
 
 import numpy as np
@@ -8,11 +9,11 @@ from jaxtyping import Bool, Int64
 from torchmetrics.functional.classification import binary_auroc
 
 from kto_lightning.batches.class_weights import effective_ratio, recommended_weights
-from kto_lightning.batches.sampler import pair_rotate
-from kto_lightning.reports.data.chance import single_label_chance
+from kto_lightning.batches.pairing import pair_rotate
 from kto_lightning.reports.data.facts import Facts
 from kto_lightning.reports.data.fields import (
     Format,
+    Histogram,
     Labels,
     Lengths,
     Order,
@@ -20,6 +21,7 @@ from kto_lightning.reports.data.fields import (
     Places,
     Quantiles,
     Repeats,
+    Shapes,
     Weights,
 )
 
@@ -30,6 +32,14 @@ ALTERNATING = 0.8
 half."""
 SORTED = 0.1
 """Below which share of the changes that chance would give labels count as sorted."""
+NUM_BINS = 32
+NUM_STRETCHES = 60
+LEAST_STRETCH = 8
+"""Records in a stretch of the file: the share of fewer says nothing."""
+RecordLengths = Int64[np.ndarray, " records"]
+RecordLabels = Bool[np.ndarray, " records"]
+FileLabels = Bool[np.ndarray, " file_records"]
+"""Of all records in the file: those that `max_length` drops are not measured."""
 
 
 def format_of(facts: Facts) -> Format:
@@ -214,3 +224,51 @@ def _contradictions(facts: Facts) -> Places:
 
 def _share(marked: Bool[np.ndarray, " records"]) -> float | None:
     return float(marked.mean()) if len(marked) else None
+
+
+def single_label_chance(num_desirable: int, num_undesirable: int, batch_size: int) -> float | None:
+    """The chance that a batch drawn from these records has one label only; None if too few."""
+    total = num_desirable + num_undesirable
+    if total < batch_size:
+        return None
+    ways = [_log_comb(count, batch_size) for count in (num_desirable, num_undesirable)]
+    return sum(exp(way - _log_comb(total, batch_size)) for way in ways)
+
+
+def _log_comb(total: int, size: int) -> float:
+    """log of how many batches there are; exact numbers would have millions of digits."""
+    if size > total:
+        return -inf
+    return lgamma(total + 1) - lgamma(size + 1) - lgamma(total - size + 1)
+
+
+def shapes_of(
+    prompt: RecordLengths, completion: RecordLengths, measured: RecordLabels, labels: FileLabels
+) -> Shapes:
+    """Histograms of lengths, and how the labels are spread over the file.
+
+    Args:
+        prompt: length of each measured prompt.
+        completion: length of each measured completion.
+        measured: whether each of these is desirable.
+        labels: whether each record of the file is, in file order.
+    """
+    num_stretches = max(1, min(NUM_STRETCHES, len(labels) // LEAST_STRETCH))
+    stretches = np.array_split(labels, num_stretches)
+    return Shapes(
+        prompt=histogram(prompt, measured),
+        completion=histogram(completion, measured),
+        both=histogram(prompt + completion, measured),
+        stretch_records=[len(stretch) for stretch in stretches],
+        stretch_desirable=[int(stretch.sum()) for stretch in stretches],
+    )
+
+
+def histogram(lengths: RecordLengths, desirable: RecordLabels) -> Histogram:
+    """Counts per class between edges that grow by the same factor: lengths spread over orders of
+    magnitude. Edges are whole numbers, so that no bin between two of them stays empty for ever."""
+    low, high = max(1, int(lengths.min())), max(2, int(lengths.max()) + 1)
+    edges = np.unique(np.geomspace(low, max(high, low + 1), NUM_BINS + 1).round().astype(np.int64))
+    inside = np.clip(lengths, low, None)  # a length of 0 has no place on a logarithmic axis
+    good, bad = (np.histogram(inside[mask], edges)[0].tolist() for mask in (desirable, ~desirable))
+    return Histogram(edges=edges.astype(float).tolist(), desirable=good, undesirable=bad)

@@ -311,8 +311,8 @@ def _for_html(svg: str, chart: Chart, number: int) -> Markup:
     body = body[body.index(">") + 1 :]
     body = _IDS.sub(rf"\g<1>c{number}-", body).replace("xlink:href", "href")
     body = _FONT.sub(r"\1var(--font)", body)
-    for name, stand_in in _STAND_INS.items():
-        body = body.replace(stand_in, f"var(--{name})")
+    for name, filler in _STAND_INS.items():
+        body = body.replace(filler, f"var(--{name})")
     width, height = WIDTH * 72, HEIGHT * 72
     label = escape(chart.description())
     return Markup(

@@ -14,11 +14,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from kto_lightning.batches.class_weights import ClassWeights
-from kto_lightning.batches.loader import Batching, Placement
+from kto_lightning.batches.loader import Batching, ExecutionContext
 from kto_lightning.batches.types import StepBatch
 from kto_lightning.data.streaming.buffers import StreamedExample, cut_into_buffers
 from kto_lightning.data.streaming.sampler import StreamedBatches, StreamSampler
-from kto_lightning.data.streaming.stream import ExampleStream, StreamPlace, open_stream
+from kto_lightning.data.streaming.stream import ExampleStream, StreamPosition, open_stream
 from kto_lightning.errors import DataError
 from tests.support.factories import make_tokenizer, plain_records, write_jsonl
 
@@ -83,20 +83,20 @@ def sampler_of(
             pairing_seed=0,
             num_workers=0,
         ),
-        placement=Placement(rank=rank, world_size=world_size, packed=True, with_keys=True),
+        context=ExecutionContext(rank=rank, world_size=world_size, packed=True, with_keys=True),
         needs_partners=True,
         seed=0,
     )
 
 
 def batches_of(sampler: StreamSampler) -> Iterator[StepBatch]:
-    made = StreamedBatches(batching=sampler.batching, weights=WEIGHTS, placement=sampler.placement)
+    made = StreamedBatches(batching=sampler.batching, weights=WEIGHTS, context=sampler.context)
     return (made[step] for step in sampler)
 
 
 def seen(batches: Iterator[StepBatch]) -> list[list[int]]:
     return [
-        sorted(i for part in batch.micro_batches if part.counted[0] for i in part.indices)
+        sorted(i for part in batch.micro_batches if not part.is_filler[0] for i in part.indices)
         for batch in batches
     ]
 
@@ -163,16 +163,16 @@ def test_a_place_leads_to_the_rest_of_the_epoch(train: Path):
         assert seen(batches_of(other)) == whole[done:]
     last = sampler_of(stream_of(train))
     list(last)
-    assert last.place(len(whole), ends_epoch=False) == StreamPlace(epoch=1)
-    assert last.place(3, ends_epoch=True) == StreamPlace(epoch=1)
+    assert last.place(len(whole), ends_epoch=False) == StreamPosition(epoch=1)
+    assert last.place(3, ends_epoch=True) == StreamPosition(epoch=1)
 
 
 def test_what_is_skipped_is_not_tokenized(train: Path, monkeypatch: pytest.MonkeyPatch):
-    place = StreamPlace()
+    place = StreamPosition()
     for held in cut_into_buffers(stream_of(train).examples(place), 8):
         if held.number == 3:
             first = held.examples[0]
-            place = StreamPlace(buffer=3, step=6, records=first.index, checksum=first.checksum)
+            place = StreamPosition(buffer=3, step=6, records=first.index, checksum=first.checksum)
     num_tokenized = 0
     call = PreTrainedTokenizerFast.__call__
 
@@ -195,7 +195,7 @@ def test_no_more_than_two_buffers_are_alive(tmp_path: Path):
         __slots__ = ("__weakref__",)
 
     def counted(stream: ExampleStream) -> Iterator[StreamedExample]:
-        for e in stream.examples(StreamPlace()):
+        for e in stream.examples(StreamPosition()):
             fields = {name: getattr(e, name) for name in StreamedExample.__slots__}
             copy = Counted(**fields)
             made.append(weakref.ref(copy))
@@ -212,11 +212,11 @@ def test_no_more_than_two_buffers_are_alive(tmp_path: Path):
 
 def test_lengths_and_drops_are_those_of_a_data_set(train: Path):
     longest = 12
-    start = list(stream_of(train, max_length=longest).examples(StreamPlace()))
+    start = list(stream_of(train, max_length=longest).examples(StreamPosition()))
     assert 0 < len(start) < 37
     assert all(len(e.prompt_ids) < longest for e in start)
     stream = stream_of(train, max_length=longest, truncation="keep_end")
-    end = list(stream.examples(StreamPlace()))
+    end = list(stream.examples(StreamPosition()))
     assert len(end) == 37
     assert all(len(e.prompt_ids) + min(len(e.completion_ids), longest - 1) <= longest for e in end)
     assert stream.counts.dropped == 0
@@ -248,7 +248,7 @@ def test_a_stream_is_tried_before_it_is_needed(tmp_path: Path):
     stream = opened(data)
     assert not said
     assert stream.buffer_size == 12
-    assert len(list(stream.examples(StreamPlace()))) == 3
+    assert len(list(stream.examples(StreamPosition()))) == 3
     assert len(said) == 1
 
 
@@ -266,7 +266,7 @@ def test_a_hub_data_set_is_read_as_it_is_fetched(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     stream = stream_of(Path("owner/feedback"), max_length=None)
-    examples = stream.examples(StreamPlace())
+    examples = stream.examples(StreamPosition())
     assert next(examples).location == "owner/feedback:1"
     assert len(fetched) < 200
     assert len(list(examples)) == 199
@@ -283,7 +283,7 @@ def test_a_hub_data_set_that_breaks_off_is_named(monkeypatch: pytest.MonkeyPatch
         lambda *_, **__: datasets.IterableDataset.from_generator(rows),
     )
     with pytest.raises(DataError, match="the line is dead"):
-        list(stream_of(Path("owner/feedback")).examples(StreamPlace()))
+        list(stream_of(Path("owner/feedback")).examples(StreamPosition()))
 
 
 def test_the_sampler_tells_where_its_examples_stand(train: Path):

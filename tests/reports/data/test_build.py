@@ -22,9 +22,8 @@ from kto_lightning.reports.data import (
     report_of_training_set,
     write_report,
 )
-from kto_lightning.reports.data.chance import single_label_chance
 from kto_lightning.reports.data.fields import Column, Order, PerClass, Places
-from kto_lightning.reports.data.statistics import length_auc, order_of
+from kto_lightning.reports.data.statistics import length_auc, order_of, single_label_chance
 from tests.support.factories import (
     chat_records,
     make_tokenizer,

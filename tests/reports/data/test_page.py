@@ -11,7 +11,7 @@ from kto_lightning.cli.inspect import inspect_main
 from kto_lightning.reports.data import DataReport, report_of_source
 from kto_lightning.reports.data.findings import findings_of
 from kto_lightning.reports.data.page import data_charts, data_page
-from kto_lightning.reports.data.shapes import histogram, shapes_of
+from kto_lightning.reports.data.statistics import histogram, shapes_of
 from kto_lightning.reports.html import render
 from tests.support.factories import chat_records, make_tokenizer, plain_records, write_jsonl
 from tests.support.pages import read_page
