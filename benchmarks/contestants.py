@@ -128,7 +128,7 @@ def train_ours(task: Task, turns: Turns) -> None:
         def on_train_batch_end(
             self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
         ) -> None:
-            turns.end_step(lambda: self._tell(pl_module.last_row, batch))
+            turns.end_step(lambda: self._tell(pl_module.published.last_row, batch))
 
         def _tell(self, row: dict[str, float], batch: Any) -> dict[str, Any]:
             cached, frozen = task.reference == "cached", task.adapter is not None

@@ -201,7 +201,7 @@ def trained_log_ratios(
     Once for each of several ways to pair the examples, the first of which it was trained with.
     """
     module, data = fit(WholeBatchModule, settings, seed)
-    examples, policy, reference = data.train_set, module.policy, module.reference
+    examples, policy, reference = data.prepared.train_set, module.policy, module.reference
     assert examples is not None
     assert policy is not None
     assert reference is not None

@@ -1,7 +1,7 @@
 """What the processes of one job say, to each other beside tensors of a step and to the user."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from lightning import Trainer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kto_lightning.errors import KTOError
 
@@ -74,6 +75,15 @@ def by_rank(value: float, rank: int, num_ranks: int) -> Float[Tensor, " ranks"]:
     vector = torch.zeros(num_ranks, dtype=torch.float64)
     vector[rank] = value
     return vector
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], clip_norm: float | None) -> Tensor:
+    """The global L2 norm of the gradients before clipping; clips them to `clip_norm` if given."""
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(trained, clip_norm, norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def warn(trainer: Trainer, message: str) -> None:

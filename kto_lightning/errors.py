@@ -4,7 +4,11 @@ Every message says what is wrong, where, what was got and what to do.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class KTOError(Exception):
@@ -31,6 +35,13 @@ class StoppedRun(KTOError):
     """
 
     status = 1
+
+
+def pick_settings(kind: type[T], settings: Mapping[str, Any]) -> T:
+    """A dataclass of settings, its fields taken by name from all arguments of a constructor."""
+    assert is_dataclass(kind)
+    names = (field.name for field in fields(kind))
+    return kind(**{name: settings[name] for name in names if name in settings})
 
 
 def check_number(

@@ -1,49 +1,43 @@
 """`KTOModule`: one optimizer step of KTO, from a packed batch to updated weights."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from kto_lightning.batches.class_weights import resolve_weights
+from kto_lightning.batches.objective import Objective
 from kto_lightning.batches.types import Prediction, StepBatch
-from kto_lightning.distributed import by_rank
-from kto_lightning.errors import ConfigError, check_number, check_one_of
+from kto_lightning.errors import ConfigError, pick_settings
 from kto_lightning.models.architecture import check_positions
-from kto_lightning.models.build import Recipe, assemble, check_device
+from kto_lightning.models.build import ModelSettings, build_models, check_device
 from kto_lightning.models.following import (
     Follow,
     FollowingReference,
-    reference_state,
     restore_reference,
 )
 from kto_lightning.models.loading import LoRA, whole_name
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.reference import Reference, remembered_reference
 from kto_lightning.models.reference_cache import CachedReference
-from kto_lightning.models.weights import check_weights_fit, without_frozen
-from kto_lightning.training.checkpoints import check_epochs_left
+from kto_lightning.models.weights import check_weights_fit
+from kto_lightning.strategies.protocol import TrainingStrategy, training_strategy
+from kto_lightning.training.checkpoints import add_policy_state, check_epochs_left, policy_origin
 from kto_lightning.training.evaluation import ValidationSums, predict_batch, validate_batch
 from kto_lightning.training.guards import NonFiniteGuard, explain_out_of_memory
 from kto_lightning.training.metrics import (
-    MEASURED,
     BatchSums,
     StepClock,
-    batch_metrics,
-    peak_memory_mib,
+    read_step,
 )
-from kto_lightning.training.metrics_csv import MetricsFile
 from kto_lightning.training.optimizers import (
     Optimization,
     check_precision,
     check_same_optimizer,
     count_steps,
-    gradient_norm,
 )
+from kto_lightning.training.publishing import PublishedMetrics
 from kto_lightning.training.scoring import BatchScorer
 
 
@@ -114,58 +108,27 @@ class KTOModule(LightningModule):
         offload_reference: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
+        settings = dict(locals())
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint under LoRA has no frozen weights
-        self.policy_name, self.reference_name = policy, reference
-        self.reference_cache, self.trust_remote_code = reference_cache, trust_remote_code
-        self.beta, self.loss = beta, loss
-        self.desirable_weight: Literal["auto"] | float = desirable_weight
-        self.undesirable_weight: Literal["auto"] | float = undesirable_weight
-        self.optimization = Optimization(
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            warmup_ratio=warmup_ratio,
-            lr_schedule=lr_schedule,
-            gradient_clip_norm=gradient_clip_norm,
-        )
-        self.recipe = Recipe(
-            policy=policy,
-            reference=reference,
-            dtype=dtype,
-            quantization=quantization,
-            lora=lora,
-            dropout=dropout,
-            activation_checkpointing=activation_checkpointing,
-            activation_offloading=activation_offloading,
-            reference_cache=reference_cache,
-            follow=follow,
-            offload_reference=offload_reference,
-            trust_remote_code=trust_remote_code,
-        )
+        # Each setting has one owner, which checks it: the models, the objective, the optimizer.
+        self.model_settings = pick_settings(ModelSettings, settings)
+        self.objective = pick_settings(Objective, settings)
+        self.optimization = pick_settings(Optimization, settings)
         self.policy: Policy | None = None
         """Loaded by `configure_model`, after the records have been read."""
         self.reference: Reference | None = None
         self.packing_obstacle: str | None = None
         """Why the model runs padded; None: it runs packed."""
-        self.latest_metrics: dict[str, float] = {}
-        """The latest of each metric that the batch decides."""
-        self.last_row: dict[str, float] = {}
-        """What was published last, without what its batch could not give."""
+        self.published = PublishedMetrics()
         self.validated_step = -1
         self._validation = ValidationSums(torch.device("cpu"))
         self._clock = StepClock()
         self._guard = NonFiniteGuard(non_finite)
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        check_number("beta", self.beta, above=0.0)
-        check_one_of("loss", self.loss, ("kto", "apo_zero_unpaired"))
-        resolve_weights(1, 1, desirable=self.desirable_weight, undesirable=self.undesirable_weight)
 
     def setup(self, stage: str) -> None:
-        """Refuse what no plain `Trainer` knows to refuse, before any weight is loaded."""
+        """Refuse what a plain `Trainer` accepts and this module cannot run, before any loading."""
         check_precision(self.trainer.precision)
         if stage == "fit":
             self._check_data()
@@ -174,16 +137,17 @@ class KTOModule(LightningModule):
         """Load the policy and its reference. Lightning calls this once the data is set up."""
         if self.policy is not None:
             return
-        shard = getattr(self.trainer.strategy, "shard", None)
-        rounds_weights = getattr(self.trainer.strategy, "rounds_weights", False)
-        recipe = replace(self.recipe, shard=shard, rounds_weights=rounds_weights)
+        strategy = self._strategy
+        settings = replace(
+            self.model_settings, shard=strategy.shard, rounds_weights=strategy.rounds_weights
+        )
         data = self._data
         if self.trainer.state.fn == "fit":
-            check_device(recipe, self.trainer.strategy.root_device)
-        elif recipe.reference is None:
-            recipe = replace(recipe, reference=remembered_reference(self.policy_name))
-        models = assemble(
-            recipe,
+            check_device(settings, self.trainer.strategy.root_device)
+        elif settings.reference is None:
+            settings = replace(settings, reference=remembered_reference(settings.policy))
+        models = build_models(
+            settings,
             precision=str(self.trainer.precision),
             reference_keys=lambda: data.reference_keys(),
         )
@@ -191,10 +155,20 @@ class KTOModule(LightningModule):
         self.packing_obstacle = models.packing_obstacle
         longest = getattr(data, "longest_sequence", None)  # as `facts` below
         if longest is not None:
-            check_positions(models.policy.causal_lm, self.policy_name, longest())
+            check_positions(models.policy.causal_lm, settings.policy, longest())
+
+    @property
+    def _strategy(self) -> TrainingStrategy:
+        return training_strategy(self.trainer.strategy)
+
+    @property
+    def _compute_device(self) -> torch.device:
+        """Where this rank computes; offloaded weights, and so `self.device`, may be elsewhere."""
+        return self.trainer.strategy.root_device
 
     @property
     def _data(self) -> Any:
+        # Lightning sets this attribute without declaring it.
         return self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
 
     def _check_data(self) -> None:
@@ -210,8 +184,8 @@ class KTOModule(LightningModule):
         return BatchScorer(
             self.policy,
             self.reference,
-            beta=self.beta,
-            loss_name=self.loss,
+            beta=self.objective.beta,
+            loss_name=self.objective.loss,
             sum_over_ranks=self._sum_over_ranks,
         )
 
@@ -258,10 +232,10 @@ class KTOModule(LightningModule):
 
     def _place_reference(self) -> None:
         assert self.reference is not None
-        self.reference.to(self.device)
+        self.reference.to(self._compute_device)
 
     def on_validation_epoch_start(self) -> None:
-        self._validation = ValidationSums(self.device)
+        self._validation = ValidationSums(self._compute_device)
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         scorer = self._scorer()
@@ -270,8 +244,8 @@ class KTOModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.validated_step = self.trainer.global_step
-        self.publish("val", self._validation.metrics(self._sum_over_ranks))
-        known = {k: v for k, v in self.latest_metrics.items() if k.startswith("val/")}
+        self.published.publish(self.trainer, "val", self._validation.metrics(self._sum_over_ranks))
+        known = {k: v for k, v in self.published.latest.items() if k.startswith("val/")}
         self.log_dict(known, logger=False)  # for callbacks that watch a metric: EarlyStopping
 
     def on_predict_start(self) -> None:
@@ -287,48 +261,55 @@ class KTOModule(LightningModule):
         scorer, micro_batches = self._scorer(), batch.micro_batches
         with explain_out_of_memory(scorer, self.trainer):
             known = scorer.logps_before_backward(micro_batches)
-            sums = BatchSums.zero(self.device)
+            sums = BatchSums.zero(self._compute_device)
             z0_raw, z0 = scorer.reference_point(batch, known, sums)
-            auxiliary = torch.zeros((), device=self.device)
+            auxiliary = torch.zeros((), device=self._compute_device)
             for index, micro_batch in enumerate(micro_batches):
-                with self._synchronised(last=index == len(micro_batches) - 1):
+                last = index == len(micro_batches) - 1
+                with self._strategy.synchronize_gradients(last=last):
                     logps = known[index] = scorer.with_matched(micro_batch, known[index])
                     losses = scorer.add_losses(micro_batch, logps, z0, sums)
                     balance = scorer.auxiliary_loss(micro_batch, logps.policy, batch.num_tokens)
                     loss = losses.sum() / batch.num_examples + balance
+                    # DDP and FSDP2 average gradients over ranks, and `num_examples` counts the
+                    # examples of all ranks: times the world size, the average is the sum.
                     self.manual_backward(loss * self.trainer.world_size)
                     auxiliary += balance.detach()
+                    # A graph keeps activations alive even after its backward. Without these two
+                    # lines they would still be there during the next micro-batch's forward.
                     logps.detach_()
-                    del losses, balance, loss  # with what the graph holds even after backward
+                    del losses, balance, loss
         norm = self._gradient_norm()
         scalars = torch.stack([z0_raw, z0, norm.to(z0)])
-        metrics, peaks = self._read_step(batch, sums, auxiliary, scalars)
+        metrics, peaks = read_step(
+            batch,
+            sums,
+            auxiliary,
+            scalars,
+            rank=self.global_rank,
+            num_ranks=self.trainer.world_size,
+            sum_over_ranks=self._sum_over_ranks,
+        )
         if not self._guard.allows(self.trainer, metrics, batch, known):
-            self._drop_gradients()
+            self._strategy.drop_gradients(self)
         metrics["lr"] = self._update()
-        self.publish("train", metrics | self._clock.measures(batch.num_tokens, peaks))
+        measured = self._clock.measures(batch.num_tokens, peaks)
+        self.published.publish(self.trainer, "train", metrics | measured)
 
     def _gradient_norm(self) -> Tensor:
-        """Before clipping, which is done here or by a strategy that keeps gradients to itself."""
-        own = getattr(self.trainer.strategy, "gradient_norm", None)
-        if own is not None:
-            return own()
         assert self.policy is not None
-        return gradient_norm(self.policy.parameters(), self.optimization.gradient_clip_norm)
-
-    def _drop_gradients(self) -> None:
-        """A step without gradients changes nothing."""
-        own = getattr(self.trainer.strategy, "drop_gradients", None)
-        own() if own is not None else self.zero_grad(set_to_none=True)
+        return self._strategy.gradient_norm(
+            self.policy.parameters(), self.optimization.gradient_clip_norm
+        )
 
     def _update(self) -> float:
-        """Step, schedule, follow; the learning rate used."""
+        """Step the optimizer, its schedule and a following reference; the learning rate used."""
         assert self.policy is not None
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         learning_rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
-        self.zero_grad()  # not the optimizer's, in which a strategy may have put other weights
+        self.zero_grad()
         scheduler: Any = self.lr_schedulers()
         scheduler.step()
         if isinstance(self.reference, FollowingReference):
@@ -338,81 +319,33 @@ class KTOModule(LightningModule):
     def on_train_end(self) -> None:
         self._guard.conclude(self.trainer)
 
-    @contextmanager
-    def _synchronised(self, *, last: bool) -> Iterator[None]:
-        """Gradients are averaged over ranks once a step, in the last micro-batch's backward."""
-        block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        with nullcontext() if last or block is None else block():
-            yield
-
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        # Declared by Lightning as a tensor or whatever it was given.
         return self.trainer.strategy.reduce(values, reduce_op="sum")  # pyright: ignore[reportReturnType]
-
-    def _read_step(
-        self, batch: StepBatch, sums: BatchSums, auxiliary: Tensor, scalars: Tensor
-    ) -> tuple[dict[str, float | None], list[float]]:
-        """The step's numbers over all ranks, and each rank's peak memory in MiB: the one read from
-        the device that a step makes. Before its optimizer step, which depends on them and runs on
-        while the next batch is prepared.
-        """
-        num_ranks = self.trainer.world_size
-        peak = by_rank(peak_memory_mib(self.device) or 0.0, self.global_rank, num_ranks)
-        parts = [peak.to(sums.values), sums.values, auxiliary[None].to(sums.values)]
-        over_ranks = self._sum_over_ranks(torch.cat(parts))
-        together = torch.cat([over_ranks, scalars.to(over_ranks)]).tolist()
-        peaks, numbers = together[:num_ranks], together[num_ranks:]
-        *totals, auxiliary_total, z0_raw, z0, norm = numbers
-        metrics = batch_metrics(totals)
-        if metrics["loss"] is not None:
-            metrics["loss"] += auxiliary_total
-        metrics |= {"z0": z0, "z0_raw": z0_raw, "grad_norm": norm}
-        metrics["tokens"] = batch.num_tokens
-        return metrics, peaks
-
-    def publish(self, stage: str, metrics: dict[str, float | None]) -> None:
-        """Send metrics to every logger; what a batch cannot give is left out."""
-        known = {f"{stage}/{name}": value for name, value in metrics.items() if value is not None}
-        measured = {f"{stage}/{name}" for name in MEASURED}
-        self.latest_metrics |= {k: v for k, v in known.items() if k not in measured}
-        self.last_row = known
-        step = self.trainer.global_step
-        every: int = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
-        due = stage != "train" or (every > 0 and step % every == 0)
-        for logger in self.loggers:
-            if due or isinstance(logger, MetricsFile):  # the file has a row for every step
-                logger.log_metrics(known, step=step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained: under LoRA the frozen base stays where it came from."""
-        checkpoint["state_dict"] = without_frozen(checkpoint["state_dict"], self)
-        checkpoint |= reference_state(self.reference)
-        checkpoint["kto"] = self.origin()
+        add_policy_state(checkpoint, self, self.reference, self.origin())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's weights, and settings that a restored optimizer would override."""
-        check_weights_fit(checkpoint, self)
         trains = self.trainer.state.fn == "fit"
+        check_weights_fit(checkpoint, self)
         if trains:
             check_epochs_left(checkpoint, self.trainer.max_epochs)
             check_same_optimizer(checkpoint.get("kto", {}), self.origin())
-        named = whole_name(self.reference_name) if self.reference_name is not None else None
+        name = self.model_settings.reference
+        named = None if name is None else whole_name(name)
         restore_reference(checkpoint, self.reference, named=named, trains=trains)
 
     def origin(self) -> dict[str, Any]:
         """Where this policy came from, in plain values: what `export` needs to build it again."""
-        facts = getattr(self._data, "facts", dict)  # ours tells; any other will do in `fit`
-        return {
-            "policy": whole_name(self.policy_name),
-            "reference": whole_name(self.reference_name or self.policy_name),
-            "beta": self.beta,
-            "loss": self.loss,
-            "dtype": self.recipe.dtype,
-            "quantization": self.recipe.quantization,
-            "lora": asdict(self.recipe.lora) if self.recipe.lora is not None else None,
-            "follow": asdict(self.recipe.follow) if self.recipe.follow is not None else None,
-            "trust_remote_code": self.trust_remote_code,
-            **asdict(self.optimization),
-            "step": self.trainer.global_step,
-            "results": dict(self.latest_metrics),
-            "data": facts(),
-        }
+        facts = getattr(self._data, "facts", dict)  # a data module of another kind has none
+        return policy_origin(
+            self.model_settings,
+            self.objective,
+            self.optimization,
+            step=self.trainer.global_step,
+            results=self.published.latest,
+            data=facts(),
+        )

@@ -247,22 +247,23 @@ def oracle(module: KTOModule, examples: Examples) -> tuple[dict[str, float], dic
     with torch.no_grad():
         old = logps(reference.model, 0)
         raw = (logps(policy.model, 1) - logps(reference.model, 1)).mean()
-    z0 = raw.clamp(min=0) if module.loss == "kto" else torch.zeros(())
+    beta, loss_name = module.objective.beta, module.objective.loss
+    z0 = raw.clamp(min=0) if loss_name == "kto" else torch.zeros(())
     losses = []
     for i in range(count):
         gain = matched[i] - old[i] - z0 if examples.desirable[i] else z0 - (matched[i] - old[i])
         weight = DESIRABLE if examples.desirable[i] else UNDESIRABLE
-        losses.append(weight * examples.weights[i] * (1 - torch.sigmoid(module.beta * gain)))
+        losses.append(weight * examples.weights[i] * (1 - torch.sigmoid(beta * gain)))
     loss = torch.stack(losses).mean()
     loss.backward()
     gradients = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
     norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
     row = {"loss": loss, "z0": z0, "grad_norm": norm}
-    if module.loss == "kto":
+    if loss_name == "kto":
         row["z0_raw"] = raw
     for name, chosen in (("desirable", examples.desirable), ("undesirable", ~examples.desirable)):
         if chosen.any():
-            row[f"reward/{name}"] = module.beta * (matched - old)[torch.from_numpy(chosen)].mean()
+            row[f"reward/{name}"] = beta * (matched - old)[torch.from_numpy(chosen)].mean()
             row[f"logps/{name}"] = matched[torch.from_numpy(chosen)].mean()
     return {f"train/{name}": value.item() for name, value in row.items()}, gradients
 

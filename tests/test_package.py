@@ -96,7 +96,7 @@ def test_a_trainer_runs_the_module_and_the_data_module(tmp_path):
     )
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == 2
-    assert module.latest_metrics["train/grad_norm"] > 0
+    assert module.published.latest["train/grad_norm"] > 0
 
 
 def trainer_of(tmp_path, **settings):

@@ -41,6 +41,7 @@ class Batching:
     batch_size: int
     max_tokens: int
     max_length: int | None
+    """Tokens at which prompt + completion are cut; None: no cut."""
     shuffle: bool
     pairing: PairingKind
     pairing_seed: int
@@ -54,6 +55,8 @@ class Batching:
             if getattr(self, name) < least:
                 got = getattr(self, name)
                 raise ConfigError(f"--data.{name} must be at least {least}, got {got}.")
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(f"--data.max_length must be at least 2, got {self.max_length}.")
 
     def pair(
         self, prompt_keys: Int64[np.ndarray, " examples"], *, needs_partners: bool, buffer: int = 0

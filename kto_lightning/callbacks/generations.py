@@ -49,7 +49,7 @@ class Generations(Callback):
         if self.generate and stage == "fit":
             check_whole_model(trainer.strategy)
             data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-            if data.stream is not None and data.validation_set is None:
+            if data.prepared.stream is not None and data.prepared.validation_set is None:
                 raise ConfigError(
                     "--report.generate takes prompts from records that are kept, and with "
                     "--data.streaming true there are none. Give --data.validation FILE."
@@ -69,20 +69,20 @@ class Generations(Callback):
         if not self.generate or not trainer.is_global_zero:
             return
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        held_out = data.validation_set is not None
-        examples: ExampleSet = data.validation_set if held_out else data.train_set
+        held_out = data.prepared.validation_set is not None
+        examples: ExampleSet = data.prepared.validation_set if held_out else data.prepared.train_set
         samples = []
         with _answering(module.policy) as model, trainer.precision_plugin.forward_context():
             for index in chosen(
                 examples.prompt_keys, examples.prompt_lengths, self.generate
             ).tolist():
                 example = examples[index]
-                prompt = data.tokenizer.decode(example.prompt_ids)
-                answer = self._answer(model, data.tokenizer, example.prompt_ids)
+                prompt = data.prepared.tokenizer.decode(example.prompt_ids)
+                answer = self._answer(model, data.prepared.tokenizer, example.prompt_ids)
                 samples.append(
                     {
                         "prompt": prompt,
-                        "completion": data.tokenizer.decode(
+                        "completion": data.prepared.tokenizer.decode(
                             example.completion_ids, skip_special_tokens=True
                         ),
                         "desirable": example.desirable,

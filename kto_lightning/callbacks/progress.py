@@ -48,5 +48,5 @@ class ProgressLines(Callback):
 
 def shown_metrics(module: Any, *, digits: int = 4) -> dict[str, str]:
     """Loss, z0 and margin of the latest step that had them."""
-    latest = module.latest_metrics
+    latest = module.published.latest
     return {name: f"{latest[key]:.{digits}f}" for name, key in _SHOWN.items() if key in latest}

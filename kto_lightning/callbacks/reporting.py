@@ -34,7 +34,7 @@ class Summary(Callback):
         module: Any = pl_module
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-        data_rows = _data_rows(data) if data.stream is None else _stream_rows(data)
+        data_rows = _data_rows(data) if data.prepared.stream is None else _stream_rows(data)
         rows = [*data_rows, *_model_rows(module, data)]
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold")
@@ -43,7 +43,7 @@ class Summary(Callback):
             table.add_row(name, value)
         with trimmed(console):
             console.print(table)
-        warnings = list(data.warnings)
+        warnings = list(data.prepared.warnings)
         num_steps = module.num_training_steps()
         if isinstance(module.reference, FollowingReference) and num_steps is not None:
             warnings += module.reference.warnings(num_steps)
@@ -59,12 +59,12 @@ class Summary(Callback):
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        if data.stream is not None:
-            print(f"stream    {data.stream.counts}", flush=True)
+        if data.prepared.stream is not None:
+            print(f"stream    {data.prepared.stream.counts}", flush=True)
 
 
 def _data_rows(data: Any) -> list[tuple[str, str]]:
-    counts, weights = data.train_set.counts, data.class_weights
+    counts, weights = data.prepared.train_set.counts, data.prepared.class_weights
     good, bad = effective_ratio(counts.desirable, counts.undesirable, weights)
     dropped = counts.dropped_desirable + counts.dropped_undesirable + counts.dropped_empty
     where = f" ({', '.join(counts.dropped)}…)" if dropped else ""
@@ -74,7 +74,7 @@ def _data_rows(data: Any) -> list[tuple[str, str]]:
         (
             "truncated",
             f"{counts.truncated_desirable} desirable, {counts.truncated_undesirable} undesirable "
-            f"to {data.max_length} tokens",
+            f"to {data.batching.max_length} tokens",
         ),
         (
             "weights",
@@ -83,8 +83,8 @@ def _data_rows(data: Any) -> list[tuple[str, str]]:
         ),
         ("tokens", f"{counts.prompt_tokens} in prompts, {counts.completion_tokens} in completions"),
     ]
-    if data.report_line:
-        rows.append(("data report", data.report_line))
+    if data.prepared.report_line:
+        rows.append(("data report", data.prepared.report_line))
     if counts.prompts_not_prefix:
         rows.append(
             (
@@ -97,9 +97,9 @@ def _data_rows(data: Any) -> list[tuple[str, str]]:
 
 
 def _stream_rows(data: Any) -> list[tuple[str, str]]:
-    weights = data.class_weights
+    weights = data.prepared.class_weights
     return [
-        ("records", f"streamed; partners from among {data.stream.buffer_size} neighbours"),
+        ("records", f"streamed; partners from among {data.prepared.stream.buffer_size} neighbours"),
         ("weights", f"desirable {weights.desirable:g}, undesirable {weights.undesirable:g}"),
     ]
 
@@ -112,11 +112,11 @@ def _model_rows(module: Any, data: Any) -> list[tuple[str, str]]:
     attention = "packed, prompts shared by both completions"
     if module.packing_obstacle is not None:
         attention = f"padded, because {module.packing_obstacle}"
-    per_step = data.batch_size
-    if data.train_set is not None:
-        per_step = min(per_step, len(data.train_set))
+    per_step = data.batching.batch_size
+    if data.prepared.train_set is not None:
+        per_step = min(per_step, len(data.prepared.train_set))
     return [
-        ("model", f"{module.policy_name}: {trained:,} of {total:,} parameters trained"),
+        ("model", f"{module.model_settings.policy}: {trained:,} of {total:,} parameters trained"),
         ("reference", module.reference.description),
         ("attention", attention),
         ("steps", f"{num_steps}, {per_step} examples each"),
@@ -148,34 +148,34 @@ class DataReportFile(Callback):
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        if data.stream is not None:
+        if data.prepared.stream is not None:
             _write_stream_report(trainer)
             return
         report = report_of_training_set(
             data.train,
-            data.train_set.records,
-            data.train_set,
-            batch_size=data.batch_size,
-            max_length=data.max_length,
-            tokenizer=data.tokenizer.name_or_path,
+            data.prepared.train_set.records,
+            data.prepared.train_set,
+            batch_size=data.batching.batch_size,
+            max_length=data.batching.max_length,
+            tokenizer=data.prepared.tokenizer.name_or_path,
         )
         path = Path(trainer.default_root_dir) / "data_report.json"
         write_report(path, report)
         count = len(report.findings)
         found = f"{count} finding{'' if count == 1 else 's'}"
-        data.report_line = f"{path}, {found} (report.html shows them)"
+        data.prepared.report_line = f"{path}, {found} (report.html shows them)"
         sentence = length_finding(report)
         if sentence is not None:
-            data.warnings.append(sentence[0].lower() + sentence[1:])
+            data.prepared.warnings.append(sentence[0].lower() + sentence[1:])
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.datamodule.stream is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        if trainer.datamodule.prepared.stream is not None:  # pyright: ignore[reportAttributeAccessIssue]
             _write_stream_report(trainer)
 
 
 def _write_stream_report(trainer: Any) -> None:
-    stream = trainer.datamodule.stream
+    stream = trainer.datamodule.prepared.stream
     sources = [stream.source] if isinstance(stream.source, str) else stream.source
     content = {"sources": sources, "streamed": True} | asdict(stream.counts)
     path = Path(trainer.default_root_dir) / "data_report.json"
@@ -189,7 +189,8 @@ class Diagnostics(Callback):
         self._diagnosis: RunningDiagnosis | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._diagnosis = RunningDiagnosis(pl_module.beta)  # pyright: ignore[reportArgumentType]
+        module: Any = pl_module
+        self._diagnosis = RunningDiagnosis(module.objective.beta)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
@@ -197,6 +198,7 @@ class Diagnostics(Callback):
         if not trainer.is_global_zero:
             return
         assert self._diagnosis is not None
-        row: Any = pl_module.last_row
+        module: Any = pl_module
+        row: Any = module.published.last_row
         for sentence in self._diagnosis.read(row):
             warn(trainer, sentence)

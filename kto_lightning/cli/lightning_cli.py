@@ -35,8 +35,8 @@ from kto_lightning.module import KTOModule
 from kto_lightning.reports.run import report_of_run
 from kto_lightning.reports.run.run_file import mark_finished
 from kto_lightning.strategies.checks import check_strategy
-from kto_lightning.strategies.fsdp2 import FSDP2
 from kto_lightning.strategies.launcher import terminate_ranks_together
+from kto_lightning.strategies.protocol import training_strategy
 from kto_lightning.training.checkpoints import (
     AtomicCheckpointIO,
     check_not_read,
@@ -178,23 +178,24 @@ class KTOCLI(LightningCLI):
 
     def after_fit(self) -> None:
         module, data = self._parts()
-        if data.validation_set is not None and module.validated_step != self.trainer.global_step:
+        held_out = data.prepared.validation_set is not None
+        if held_out and module.validated_step != self.trainer.global_step:
             self.trainer.validate(module, datamodule=data, verbose=False)
-        strategy, origin = self.trainer.strategy, module.origin()
-        in_parts = isinstance(strategy, FSDP2)
-        trained = strategy.lightning_module_state_dict() if in_parts else None
+        origin = module.origin()
+        sharded = training_strategy(self.trainer.strategy).whole_state()
         with wait_for_each_other():
             if self.trainer.is_global_zero:
                 policy = module.policy
-                if trained is not None:
-                    policy = load_policy_from_checkpoint({"state_dict": trained, "kto": origin})
+                if sharded is not None:
+                    checkpoint = {"state_dict": sharded, "kto": origin}
+                    policy = load_policy_from_checkpoint(checkpoint)
                 assert policy is not None
                 self._export(policy, data, origin)
 
     def _export(self, policy: Policy, data: KTODataModule, origin: dict[str, Any]) -> None:
-        assert data.tokenizer is not None
+        assert data.prepared.tokenizer is not None
         output = Path(self.trainer.default_root_dir)
-        save_policy(policy, data.tokenizer, output, origin=origin)
+        save_policy(policy, data.prepared.tokenizer, output, origin=origin)
         print(f"model     {output / 'model'}")
         print(f"metrics   {output / 'metrics.csv'}")
         _report(output)
@@ -208,9 +209,9 @@ class KTOCLI(LightningCLI):
     @rank_zero_only
     def after_validate(self) -> None:
         module, data = self._parts()
-        for warning in data.warnings:
+        for warning in data.prepared.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        metrics = module.latest_metrics
+        metrics = module.published.latest
         if not any(metrics.get(f"val/reward/{side}") for side in ("desirable", "undesirable")):
             _warn_of_identical_reference(module)
         width = max(map(len, metrics), default=0)
@@ -219,8 +220,8 @@ class KTOCLI(LightningCLI):
 
     def after_predict(self) -> None:
         module, data = self._parts()
-        assert data.predict_set is not None
-        for warning in data.warnings:
+        assert data.prepared.predict_set is not None
+        for warning in data.prepared.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         parts = self.trainer.predict_loop.predictions
         predictions = gathered([prediction for part in parts for prediction in part])
@@ -228,7 +229,8 @@ class KTOCLI(LightningCLI):
             return
         if not any(prediction.reward for prediction in predictions):
             _warn_of_identical_reference(module)
-        for path in write_rewards(data.predict_set, predictions, self.trainer.default_root_dir):
+        output_dir = self.trainer.default_root_dir
+        for path in write_rewards(data.prepared.predict_set, predictions, output_dir):
             print(f"rewards   {path}")
 
     def _parts(self) -> tuple[KTOModule, KTODataModule]:
@@ -251,9 +253,9 @@ def _report(output: Path) -> None:
 
 def _warn_of_identical_reference(module: KTOModule) -> None:
     print(
-        f"warning: every reward is 0: the policy {module.policy_name} and its reference are the "
-        "same model. Name the model that it was trained from with --model.reference, or trained "
-        "weights with --ckpt_path.",
+        f"warning: every reward is 0: the policy {module.model_settings.policy} and its reference "
+        "are the same model. Name the model that it was trained from with --model.reference, or "
+        "trained weights with --ckpt_path.",
         file=sys.stderr,
     )
 

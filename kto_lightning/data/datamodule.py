@@ -3,22 +3,24 @@
 import os
 from typing import Any
 
+from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from kto_lightning.batches.class_weights import ClassWeights
 from kto_lightning.batches.collate import StepBatches, all_keys
-from kto_lightning.batches.loader import ExecutionContext
+from kto_lightning.batches.loader import Batching, ExecutionContext, PairingKind
 from kto_lightning.batches.pairing import Pairing, unpaired
 from kto_lightning.batches.sampler import PlanSampler
 from kto_lightning.batches.types import StepBatch
-from kto_lightning.data.run_data import RunData
+from kto_lightning.data.dataset import Reading
+from kto_lightning.data.prepared import PreparedData, Source
 from kto_lightning.data.streaming.sampler import StreamedBatches, StreamSampler
 from kto_lightning.data.streaming.stream import StreamPosition
-from kto_lightning.data.tokenize import ExampleSet
-from kto_lightning.errors import ConfigError
+from kto_lightning.data.tokenize import ExampleSet, Truncation
+from kto_lightning.errors import ConfigError, KTOError, pick_settings
 
 
-class KTODataModule(RunData):
+class KTODataModule(LightningDataModule):
     """Records, tokenized, paired with mismatched completions and cut into steps.
 
     What depends on the model (its tokenizer, the loss, class weights, whether it shares prompts) is
@@ -51,55 +53,177 @@ class KTODataModule(RunData):
         ConfigError: if a number is outside what it may be.
     """
 
+    def __init__(
+        self,
+        train: str | list[str] | None = None,
+        validation: float | str | list[str] | None = None,
+        predict: str | list[str] | None = None,
+        batch_size: int = 8,
+        max_tokens: int = 16384,
+        max_length: int | None = 1024,
+        truncation: Truncation = "keep_start",
+        shuffle: bool = True,
+        pairing: PairingKind = "distinct_prompts",
+        pairing_seed: int = 0,
+        tokenizer: str | None = None,
+        chat_template: str | None = None,
+        num_workers: int = 0,
+        preprocessing_workers: int | None = None,
+        streaming: bool = False,
+        buffer_size: int = 1024,
+    ) -> None:
+        settings = dict(locals())
+        super().__init__()
+        self.train, self.validation, self.predict = train, validation, predict
+        self.streaming, self.buffer_size = streaming, buffer_size
+        # Each setting has one owner, which checks it.
+        self.reading = pick_settings(Reading, settings)
+        self.batching = pick_settings(Batching, settings)
+        self._prepared: PreparedData | None = None
+        self._sampler: PlanSampler | StreamSampler | None = None
+        self._state: dict[str, Any] = {}
+        """The state of the run that this one resumes."""
+        self._error: KTOError | None = None
+
+    @property
+    def prepared(self) -> PreparedData:
+        """The records, once `setup` has read them."""
+        assert self._prepared is not None
+        return self._prepared
+
+    @property
+    def _run(self) -> Trainer:
+        if self.trainer is None:
+            raise ConfigError(
+                "KTODataModule asks its trainer's KTOModule for tokenizer, loss and weights. Give "
+                "it to a trainer: trainer.fit(module, datamodule=data)."
+            )
+        return self.trainer
+
+    @property
+    def _module(self) -> Any:
+        # A `KTOModule`, which stands above this room and cannot be imported.
+        return self._run.lightning_module
+
+    @property
+    def num_steps_per_epoch(self) -> int | None:
+        """Optimizer steps; None: unknown, because the records are streamed."""
+        return None if self.streaming else self.prepared.num_steps_per_epoch
+
+    def longest_sequence(self) -> int | None:
+        """The most tokens that a sequence of this run can have; None: no limit."""
+        return self.prepared.longest_sequence()
+
+    def prepare_data(self) -> None:
+        """Read and tokenize once per machine; the other processes find it in the cache.
+
+        An error is kept for `setup`, where every process raises it: a process that ended here would
+        leave the others waiting.
+        """
+        if self.trainer is None or self.trainer.state.fn is None:
+            return  # `setup` raises
+        try:
+            self._load(self.trainer.state.fn.value)
+        except KTOError as error:
+            self._error = error
+
+    def setup(self, stage: str) -> None:
+        if self._error is not None:
+            raise self._error
+        self._load(stage)
+        if self.prepared.validation_set is None and self.trainer is not None:
+            # Lightning would warn of an empty validation loader in every run.
+            self.trainer.limit_val_batches = 0
+
+    def _load(self, stage: str) -> None:
+        """Read the records of a stage (`fit`, `validate` or `predict`), each set once."""
+        fraction = isinstance(self.validation, (int, float))
+        from_train = stage == "fit" or (stage == "validate" and fraction)
+        key = "train" if from_train else "predict" if stage == "predict" else "validation"
+        source = self._source(key)
+        data = self._prepared = self._prepared or self._begin()
+        if stage == "predict":
+            if data.predict_set is None:
+                data.load_predict(source)
+            return
+        if data.validation_set is None and self.validation is not None and not fraction:
+            data.load_validation(self._source("validation"))
+        if stage == "fit" and self.streaming:
+            if data.stream is None:
+                self._module.optimization.check_length(self._module.num_training_steps())
+                data.load_stream(source, self.validation, self._run, buffer_size=self.buffer_size)
+        elif from_train and data.train_set is None:
+            data.load_train(source, self.validation, self._run)
+        data.pair_validation()
+
+    def _source(self, key: str) -> Source:
+        source = getattr(self, key)
+        if source is None:
+            or_fraction = ", or a fraction" if key == "validation" else ""
+            raise ConfigError(f"--data.{key} is needed: a file of records{or_fraction}.")
+        return source
+
+    def _begin(self) -> PreparedData:
+        module = self._module
+        tokenizer = self.reading.load_tokenizer(
+            module.model_settings.policy, trust_remote_code=module.model_settings.trust_remote_code
+        )
+        return PreparedData(
+            reading=self.reading,
+            batching=self.batching,
+            objective=module.objective,
+            tokenizer=tokenizer,
+        )
+
     def train_dataloader(self) -> DataLoader[StepBatch]:
-        assert self.class_weights is not None
-        if self.stream is not None:
+        data = self.prepared
+        assert data.class_weights is not None
+        if data.stream is not None:
             batches = StreamedBatches(
-                batching=self.batching, weights=self.class_weights, context=self._context()
+                batching=self.batching, weights=data.class_weights, context=self._context()
             )
             self._sampler = StreamSampler(
-                stream=self.stream,
+                stream=data.stream,
                 batching=self.batching,
                 context=self._context(),
-                needs_partners=self._needs_partners,
+                needs_partners=data.objective.needs_partners,
                 seed=_run_seed(),
             )
         else:
-            assert self.train_set is not None
-            assert self._train_pairing is not None
-            batches = self._batches(self.train_set, self.class_weights)
+            assert data.train_set is not None
+            assert data.train_pairing is not None
+            batches = self._batches(data.train_set, data.class_weights)
             shuffle = self.batching.shuffle
-            self._sampler = self._plans(self.train_set, self._train_pairing, shuffle=shuffle)
+            self._sampler = self._plans(data.train_set, data.train_pairing, shuffle=shuffle)
         if "sampler" in self._state:
             self._sampler.load_state(self._state["sampler"])
-        if self.train_set is not None:
-            self._check_records(self.train_set)
+        if data.train_set is not None:
+            self._check_records(data.train_set)
         return self.batching.loader(batches, self._sampler)
 
     def val_dataloader(self) -> DataLoader[StepBatch] | list[Any]:
-        if self.validation_set is None:
+        data, examples = self.prepared, self.prepared.validation_set
+        if examples is None:
             return []
-        assert self._validation_pairing is not None
-        examples = self.validation_set
-        # Held-out loss is weighted as in training; on its own, as its classes ask for.
-        weights = self.class_weights or self._resolve_weights(examples)
-        plans = self._plans(examples, self._validation_pairing, shuffle=False)
+        assert data.validation_pairing is not None
+        # In `fit` the held-out loss has the weights of training; alone, those of its own classes.
+        weights = data.class_weights or data.weights_of(examples)
+        plans = self._plans(examples, data.validation_pairing, shuffle=False)
         return self.batching.loader(self._batches(examples, weights), plans)
 
     def predict_dataloader(self) -> DataLoader[StepBatch]:
-        assert self.predict_set is not None
-        examples = self.predict_set
+        examples = self.prepared.predict_set
+        assert examples is not None
         plans = self._plans(examples, unpaired(len(examples)), shuffle=False)
         weights = ClassWeights(desirable=1.0, undesirable=1.0)
         return self.batching.loader(self._batches(examples, weights), plans)
 
     def _context(self) -> ExecutionContext:
-        assert self.trainer is not None
         return ExecutionContext(
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            rank=self._run.global_rank,
+            world_size=self._run.world_size,
             packed=self._module.policy.packed,
-            with_keys=self._module.reference_cache is not None,
+            with_keys=self._module.model_settings.reference_cache is not None,
         )
 
     def _plans(self, examples: ExampleSet, pairing: Pairing, *, shuffle: bool) -> PlanSampler:
@@ -111,78 +235,71 @@ class KTODataModule(RunData):
         return self.batching.batches(examples, weights, self._context())
 
     def reference_keys(self) -> set[bytes] | None:
-        """The keys of all reference log-probs that this run can ask for; None: not known."""
-        if self.stream is not None:
+        """The cache keys of all reference log-probs that this run can need; None: unknown."""
+        if self.prepared.stream is not None:
             return None
-        keys: set[bytes] = set()
-        for examples, pairing in (
-            (self.train_set, self._train_pairing),
-            (self.validation_set, self._validation_pairing),
-            # Rewards alone: no mismatched log-prob is ever asked for.
-            (self.predict_set, unpaired(len(self.predict_set or ()))),
-        ):
-            if examples is not None and pairing is not None:
-                keys |= all_keys(examples, pairing.partner, max_length=self.max_length)
-        return keys
+        max_length = self.batching.max_length
+        sets = self.prepared.paired_sets()
+        return set().union(
+            *(all_keys(examples, pairs.partner, max_length=max_length) for examples, pairs in sets)
+        )
 
     def facts(self) -> dict[str, Any]:
         """What a model card and `export` need to know of the data, in plain values."""
-        source = self.train_set or self.stream
+        data = self.prepared
+        source = data.train_set or data.stream
         counts = source.counts if source is not None else None
-        template = (
-            self.tokenizer.chat_template if self.tokenizer and self.reading.chat_template else None
-        )
+        weights = data.class_weights
         return {
             "train": self.train,
             "validation": self.validation,
             "desirable": counts.desirable if counts else None,
             "undesirable": counts.undesirable if counts else None,
-            "desirable_weight": self.class_weights.desirable if self.class_weights else None,
-            "undesirable_weight": self.class_weights.undesirable if self.class_weights else None,
-            "batch_size": self.batch_size,
-            "max_length": self.max_length,
+            "desirable_weight": weights.desirable if weights else None,
+            "undesirable_weight": weights.undesirable if weights else None,
+            "batch_size": self.batching.batch_size,
+            "max_length": self.batching.max_length,
             "truncation": self.reading.truncation,
             "pairing": self.batching.pairing,
             "tokenizer": self.reading.tokenizer,
-            "chat_template": template,
+            "chat_template": data.tokenizer.chat_template if self.reading.chat_template else None,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in the data the run is, in completed optimizer steps."""
+        """The run's position in the data, in completed optimizer steps."""
         if self._sampler is None:
             return {}
         state: dict[str, Any] = {"sampler": self._sampler.state_dict(**self._steps_done())}
-        if self.train_set is not None:
-            state["records_checksum"] = self.train_set.checksum()
+        if self.prepared.train_set is not None:
+            state["records_checksum"] = self.prepared.train_set.checksum()
         return state
 
     def _steps_done(self) -> dict[str, Any]:
-        assert self.trainer is not None
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        progress: Any = self._run.fit_loop.epoch_loop.batch_progress.current
         return {
             "num_steps_done": progress.processed,
             # `limit_train_batches` of them
-            "ends_epoch": progress.processed >= self.trainer.num_training_batches,
+            "ends_epoch": progress.processed >= self._run.num_training_batches,
         }
 
     def stream_position(self) -> StreamPosition | None:
-        """Where a stream goes on after the steps that are done; None: nothing is streamed."""
+        """Where a resumed run continues in the stream; None: nothing is streamed."""
         if isinstance(self._sampler, StreamSampler):
             return self._sampler.place(**self._steps_done())
         return None
 
     def location(self, index: int) -> str:
-        """Where an example of a batch at hand was written, as `file:line`."""
+        """The place of an example of the current batch, as `file:line`."""
         if isinstance(self._sampler, StreamSampler):
             return self._sampler.location(index)
-        assert self.train_set is not None
-        return self.train_set.location(index)
+        assert self.prepared.train_set is not None
+        return self.prepared.train_set.location(index)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict
 
     def _check_records(self, examples: ExampleSet) -> None:
-        """Refuse to go on with other records than those of which some are done."""
+        """Refuse to resume with other records than the checkpoint's run had."""
         now = examples.checksum()
         if self._state.get("records_checksum", now) != now:
             raise ConfigError(

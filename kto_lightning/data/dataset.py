@@ -154,13 +154,10 @@ class Reading:
     tokenizer: str | None
     """A directory or hub id; None: the policy's."""
     chat_template: str | None
-    max_length: int | None
     truncation: Truncation
     preprocessing_workers: int | None
 
     def __post_init__(self) -> None:
-        if self.max_length is not None and self.max_length < 2:
-            raise ConfigError(f"--data.max_length must be at least 2, got {self.max_length}.")
         if self.preprocessing_workers is not None and self.preprocessing_workers < 1:
             raise ConfigError(
                 "--data.preprocessing_workers must be at least 1, or null to choose, got "
@@ -186,12 +183,18 @@ class Reading:
             )
         return tokenizer
 
-    def examples(self, source: str | list[str], tokenizer: PreTrainedTokenizerBase) -> ExampleSet:
+    def examples(
+        self,
+        source: str | list[str],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int | None,
+    ) -> ExampleSet:
         """All records of a source, tokenized. Raises as `load_records` and `tokenize_records`."""
         return tokenize_records(
             load_records(source),
             tokenizer,
-            max_length=self.max_length,
+            max_length=max_length,
             truncation=self.truncation,
             num_workers=self.preprocessing_workers,
         )

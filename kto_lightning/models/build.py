@@ -1,4 +1,4 @@
-"""What a step is made of, put together by name: the policy, and the reference it is held to."""
+"""Building the policy and its reference from their settings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(kw_only=True, slots=True)
-class Recipe:
-    """Which models are asked for, and how they are to be loaded and run.
+class ModelSettings:
+    """The models of a run, and how to load and run them; names as `KTOModule`'s arguments.
 
     Raises:
         ConfigError: if two of these contradict each other.
@@ -44,26 +44,28 @@ class Recipe:
     policy: str
     """A directory, a hub id or an adapter directory."""
     reference: str | None
-    """The same; None: the policy as it was."""
+    """Likewise; None: the policy before training."""
     dtype: str | None
-    """Of a frozen base's weights, a key of `DTYPES`; None: float32."""
+    """Of a frozen base's weights, a key of `DTYPES`; None: float32 (bfloat16 with
+    `quantization`)."""
     quantization: Quantization | None
-    """Of a frozen base's weights; None: as `dtype` says."""
+    """Of a frozen base's weights; None: `dtype` applies."""
     lora: LoRA | None
     dropout: bool
     activation_checkpointing: bool
     activation_offloading: bool
     reference_cache: str | None
-    """A directory; None: no log-prob is kept."""
+    """A directory; None: no log-probs are cached."""
     follow: Follow | None
-    """How the reference follows the policy; None: it stays what it is."""
+    """How the reference follows the policy; None: it is frozen."""
     offload_reference: bool
-    """Keep a second model in the host's memory while it is not asked."""
+    """Keep a second model in host memory except while it scores."""
     trust_remote_code: bool
     shard: Callable[[Policy], None] | None = None
-    """Spreads a policy over all ranks, in place; None: every rank has the whole."""
+    """The strategy's: shards a policy over all ranks, in place; None: nothing is sharded."""
     rounds_weights: bool = False
-    """Whether mixed precision then rounds weights, where autocast rounds what products take in."""
+    """The strategy's: whether mixed precision rounds the weights, where autocast rounds the inputs
+    of products."""
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -71,41 +73,40 @@ class Recipe:
         frozen_base = self.lora is not None or is_adapter(self.policy)
         if self.dtype == "bfloat16" and not frozen_base:
             raise ConfigError(
-                "--model.dtype bfloat16 is for a frozen base: steps of a small learning rate are "
-                "lost in bfloat16 weights. Add --model.lora, or leave the weights in float32 and "
-                "compute in bfloat16 with --trainer.precision bf16-mixed."
+                "--model.dtype bfloat16 is for a frozen base: updates of a small learning rate are "
+                "rounded away in bfloat16 weights. Add --model.lora, or keep the weights in "
+                "float32 and compute in bfloat16 with --trainer.precision bf16-mixed."
             )
         check_quantization(self.quantization, frozen_base=frozen_base)
         if self.follow is not None and frozen_base:
             raise ConfigError(
                 "--model.follow is for full fine-tuning: with an adapter the reference is its "
-                "frozen base, which all that is trained stands on. Leave --model.follow out, or "
-                "train all weights."
+                "frozen base, which cannot follow. Remove --model.follow, or train all weights."
             )
         if self.follow is not None and self.reference_cache is not None:
             raise ConfigError(
-                "--model.reference_cache keeps the log-probs of a reference that stays as it is, "
-                "and with --model.follow it changes. Leave one of the two out."
+                "--model.reference_cache keeps the log-probs of a frozen reference, and with "
+                "--model.follow the reference changes. Remove one of the two."
             )
         if self.offload_reference and self.quantization is not None:
             raise ConfigError(
-                "--model.offload_reference does not move quantized weights. Leave one of it and "
-                "--model.quantization out."
+                "--model.offload_reference cannot move quantized weights. Remove it or "
+                "--model.quantization."
             )
         if self.offload_reference and self.shard is not None:
             raise ConfigError(
                 "--model.offload_reference moves a whole model, and under this strategy every "
-                "device holds only its share of the reference. Leave it out."
+                "device holds only its shard of the reference. Remove it."
             )
         if self.offload_reference and frozen_base and self.reference is None:
             raise ConfigError(
                 "--model.offload_reference has nothing to move: with an adapter the reference is "
-                "the policy's own base, and there is no second model. Leave it out."
+                "the policy's own base, and there is no second model. Remove it."
             )
 
 
 @dataclass(kw_only=True, slots=True)
-class Assembly:
+class BuiltModels:
     """The models of a run."""
 
     policy: Policy
@@ -114,80 +115,79 @@ class Assembly:
     """Why the policy runs padded; None: it runs packed."""
 
 
-def check_device(recipe: Recipe, device: torch.device) -> None:
-    """Refuse to move to the host's memory what is there already, before anything is loaded.
+def check_device(settings: ModelSettings, device: torch.device) -> None:
+    """Refuse offloading to host memory where the run computes on the CPU anyway.
 
     Raises:
-        ConfigError: if the run trains on the CPU and asks for it.
+        ConfigError: with the option to remove.
     """
     for name in ("activation_offloading", "offload_reference"):
-        if getattr(recipe, name) and device.type == "cpu":
+        if getattr(settings, name) and device.type == "cpu":
             raise ConfigError(
-                f"--model.{name} frees memory of a device by using the host's, and this run has no "
-                "other than the host's. Leave it out; --model.activation_checkpointing saves "
-                "memory here too."
+                f"--model.{name} moves data from a GPU to host memory, and this run trains on the "
+                "CPU. Remove it; --model.activation_checkpointing true saves memory on a CPU too."
             )
 
 
-def assemble(
-    recipe: Recipe, *, precision: str, reference_keys: Callable[[], set[bytes] | None]
-) -> Assembly:
+def build_models(
+    settings: ModelSettings, *, precision: str, reference_keys: Callable[[], set[bytes] | None]
+) -> BuiltModels:
     """Load the policy, and the reference where one is needed beside it.
 
     Args:
-        recipe: what is asked for.
-        precision: the trainer's, which decides the reference's log-probs too.
-        reference_keys: tells the keys of all reference log-probs that the run can ask for, or None
-            where that is not known; called only where there is a reference cache.
+        settings: which models.
+        precision: the trainer's, part of what addresses a reference cache.
+        reference_keys: gives the cache keys of all reference log-probs that the run can need, or
+            None where that is unknown; called only with a reference cache.
     """
     load = partial(
         load_model,
-        dtype=DTYPES[_dtype_name(recipe)],
-        quantization=recipe.quantization,
-        trust_remote_code=recipe.trust_remote_code,
+        dtype=DTYPES[_dtype_name(settings)],
+        quantization=settings.quantization,
+        trust_remote_code=settings.trust_remote_code,
     )
-    loaded = load(recipe.policy, lora=recipe.lora, dropout=recipe.dropout)
+    loaded = load(settings.policy, lora=settings.lora, dropout=settings.dropout)
     policy, obstacle = make_policy(loaded.model)
-    if recipe.shard is not None:
-        recipe.shard(policy)
-    make = partial(_make_reference, recipe, policy, loaded, load)
-    if recipe.reference_cache is None:
+    if settings.shard is not None:
+        settings.shard(policy)
+    make = partial(_make_reference, settings, policy, loaded, load)
+    if settings.reference_cache is None:
         reference = make()
     else:
-        agree = {} if recipe.shard is None else {"agree": on_any_rank}
-        cache = _cache(recipe, precision)
+        agree = {} if settings.shard is None else {"agree": on_any_rank}
+        cache = _cache(settings, precision)
         reference = CachedReference(cache, reference_keys(), make, **agree)
     if not policy.packed and obstacle is None:
         obstacle = "its reference cannot be packed"
-    if recipe.activation_checkpointing:
+    if settings.activation_checkpointing:
         policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    policy.offloads_activations = recipe.activation_offloading
-    return Assembly(policy=policy, reference=reference, packing_obstacle=obstacle)
+    policy.offloads_activations = settings.activation_offloading
+    return BuiltModels(policy=policy, reference=reference, packing_obstacle=obstacle)
 
 
 def _make_reference(
-    recipe: Recipe, policy: Policy, loaded: LoadedModel, load: Callable[[str], LoadedModel]
+    settings: ModelSettings, policy: Policy, loaded: LoadedModel, load: Callable[[str], LoadedModel]
 ) -> Reference:
     reference = make_reference(
         policy,
         loaded,
-        policy_name=recipe.policy,
-        name=recipe.reference,
+        policy_name=settings.policy,
+        name=settings.reference,
         load=load,
-        offloaded=recipe.offload_reference,
-        shard=recipe.shard,
+        offloaded=settings.offload_reference,
+        shard=settings.shard,
     )
-    if recipe.follow is None:
+    if settings.follow is None:
         return reference
     assert isinstance(reference, FrozenReference)
-    return FollowingReference(reference, recipe.follow, policy)
+    return FollowingReference(reference, settings.follow, policy)
 
 
 def load_policy_from_checkpoint(checkpoint: dict[str, Any]) -> Policy:
-    """The policy as it was before training, then with a checkpoint's weights.
+    """Build the policy as before training and load a checkpoint's weights into it.
 
     Args:
-        checkpoint: its `state_dict`, and its `kto` as `KTOModule.origin` tells.
+        checkpoint: its `state_dict`, and its `kto` as `policy_origin` makes it.
     """
     origin = checkpoint["kto"]
     loaded = load_model(
@@ -203,19 +203,19 @@ def load_policy_from_checkpoint(checkpoint: dict[str, Any]) -> Policy:
     return policy
 
 
-def _cache(recipe: Recipe, precision: str) -> ReferenceCache:
+def _cache(settings: ModelSettings, precision: str) -> ReferenceCache:
     """The cache of this reference, addressed by what decides its log-probs."""
-    assert recipe.reference_cache is not None
-    directories = weight_directories(recipe.reference or recipe.policy)
-    settings: tuple[str, ...] = (_dtype_name(recipe), precision)
-    if recipe.quantization is not None:
-        settings += (recipe.quantization,)
-    if recipe.rounds_weights and precision != "32-true":
-        settings += ("sharded",)
-    fingerprint = reference_fingerprint(directories, settings)
-    return ReferenceCache(Path(recipe.reference_cache) / fingerprint)
+    assert settings.reference_cache is not None
+    directories = weight_directories(settings.reference or settings.policy)
+    numerics: tuple[str, ...] = (_dtype_name(settings), precision)
+    if settings.quantization is not None:
+        numerics += (settings.quantization,)
+    if settings.rounds_weights and precision != "32-true":
+        numerics += ("sharded",)
+    fingerprint = reference_fingerprint(directories, numerics)
+    return ReferenceCache(Path(settings.reference_cache) / fingerprint)
 
 
-def _dtype_name(recipe: Recipe) -> str:
+def _dtype_name(settings: ModelSettings) -> str:
     """Of what is not quantized, and of the products with what is; of all weights without."""
-    return recipe.dtype or ("float32" if recipe.quantization is None else "bfloat16")
+    return settings.dtype or ("float32" if settings.quantization is None else "bfloat16")

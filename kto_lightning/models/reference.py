@@ -79,6 +79,8 @@ class FrozenReference:
         return cls(copy.deepcopy(policy), _AS_IT_WAS, offloaded=offloaded)
 
     def to(self, device: torch.device) -> None:
+        if isinstance(self.policy, FSDPModule):
+            return  # sharding has put every shard where it belongs
         if not self.offloaded or device.type == "cpu":
             self.policy.to(device)
             return

@@ -1,9 +1,9 @@
-"""Which of Lightning's strategies can run what is done here, and what is said of the others."""
+"""Checks of `--trainer.strategy` before any process is started."""
 
 from typing import Any
 
 from kto_lightning.errors import ConfigError
-from kto_lightning.strategies.fsdp2 import FSDP2
+from kto_lightning.strategies.fsdp2 import FSDP2, OFFLOAD_NAME
 from kto_lightning.strategies.fsdp2 import NAME as FSDP2_NAME
 
 _SHARD = f"Use --trainer.strategy {FSDP2_NAME}."
@@ -12,15 +12,15 @@ _DEEPSPEED = (
     "docs/coming_from_deepspeed.md has the settings."
 )
 _REFUSED = {
-    # Beginning of a name: why, and what to do.
-    "ddp_spawn": "trains in processes of its own, which end with the weights. Use ddp.",
-    "ddp_fork": "trains in processes of its own, which end with the weights. Use ddp.",
-    "ddp_notebook": "trains in processes of its own, which end with the weights. Use ddp.",
+    # prefix of a strategy's name: the reason, and what to use. The first match counts.
+    "ddp_spawn": "trains in child processes, whose weights are lost when they end. Use ddp.",
+    "ddp_fork": "trains in child processes, whose weights are lost when they end. Use ddp.",
+    "ddp_notebook": "trains in child processes, whose weights are lost when they end. Use ddp.",
     "fsdp2": "",
-    "fsdp": f"is FSDP1, whose flattened weights cannot be exported here. {_SHARD}",
-    "FSDPStrategy": f"is FSDP1, whose flattened weights cannot be exported here. {_SHARD}",
-    "ModelParallelStrategy": "does not add up gradients over the ranks of one machine unless its "
-    f"sizes are set, and numbers optimizer states in an order of its own. {_SHARD}",
+    "fsdp": f"is FSDP1, whose flattened weights cannot be exported. {_SHARD}",
+    "FSDPStrategy": f"is FSDP1, whose flattened weights cannot be exported. {_SHARD}",
+    "ModelParallelStrategy": "does not reduce gradients over the ranks of one machine by default, "
+    f"and orders optimizer states differently in checkpoints. {_SHARD}",
     "DeepSpeedStrategy": _DEEPSPEED,
     "deepspeed": _DEEPSPEED,
 }
@@ -34,25 +34,25 @@ def strategy_name(strategy: Any) -> str:
 
 
 def check_strategy(strategy: Any, model: Any) -> None:
-    """Refuse what cannot train here, before any process is started.
+    """Refuse strategies that cannot train here, and settings that a strategy cannot run.
 
     Args:
         strategy: `trainer.strategy` of the parsed config.
         model: the settings under `model`.
 
     Raises:
-        ConfigError: with what to use instead.
+        ConfigError: with the strategy or setting to use instead.
     """
     name = strategy_name(strategy)
     reason = next((why for start, why in _REFUSED.items() if name.startswith(start)), "")
     if reason:
         raise ConfigError(f"--trainer.strategy {name} {reason}")
-    if name in (FSDP2_NAME, FSDP2.__name__):
+    if name in (FSDP2_NAME, OFFLOAD_NAME, FSDP2.__name__):
         _check_sharded(model)
 
 
 def _check_sharded(model: Any) -> None:
-    """What works on shards of the weights, and what needs them whole."""
+    """Refuse settings that need whole weights or were not tried on shards."""
     if model.quantization is not None:
         raise ConfigError(
             f"--model.quantization {model.quantization} has not been tried with {FSDP2_NAME}. Use "
@@ -65,6 +65,7 @@ def _check_sharded(model: Any) -> None:
         )
     if model.offload_reference:
         raise ConfigError(
-            f"--model.offload_reference is for a whole model, and {FSDP2_NAME} leaves every rank "
-            "with a part of the reference alone. Leave it out."
+            f"--model.offload_reference moves a whole model, and under {FSDP2_NAME} every rank "
+            "holds only its shard of the reference. Remove it, or use "
+            f"--trainer.strategy {OFFLOAD_NAME}."
         )

@@ -1,50 +1,69 @@
-"""FSDP2 (`--trainer.strategy fsdp2`): weights, gradients and optimizer state in parts, one a rank.
+"""FSDP2 (`--trainer.strategy fsdp2`): weights, gradients and optimizer state sharded over ranks.
 
-Every layer is sharded by itself and what is left with the policy as a whole, so that a rank holds
-one whole layer at a time. A policy is called through `Policy.forward` alone, within which all
-weights are plain tensors. The frozen reference is sharded in the same way.
+Every layer is sharded by itself, and the rest of the policy (embeddings, norm, head) as one more
+unit, so that a rank holds one whole layer at a time. A policy is called through `Policy.forward`
+only, within which all weights are plain tensors. The frozen reference is sharded in the same way.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from itertools import chain
 from typing import Any
 
 import torch
+from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from kto_lightning.distributed import gradient_norm
 from kto_lightning.errors import ConfigError
 from kto_lightning.models.policy import Policy
 
 NAME = "fsdp2"
-# Inputs are left alone: to cast what is in a `PackedRun`, a copy of it would be handed to a layer,
-# in which nothing that the layer keeps is found again.
+OFFLOAD_NAME = "fsdp2_offload"
+# Inputs are not cast: FSDP2 would hand a layer a cast copy of its `PackedRun`, and the keys and
+# values that the layer stores in the copy would be lost.
 _HALF = MixedPrecisionPolicy(
     param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
 )
 
 
 class FSDP2(ModelParallelStrategy):
-    """Lightning's strategy, over all ranks and with checkpoints like those of any other.
+    """Lightning's `ModelParallelStrategy` over all ranks, with one whole file as a checkpoint.
 
-    As it comes, it takes its data-parallel size for the number of machines, and gradients of the
-    ranks of one machine are never added up. Its checkpoints number the optimizer's state in another
-    order than an optimizer does. Here both are as elsewhere: a run can go on with another strategy
-    and another number of ranks.
+    Lightning's own default sets the data-parallel size to the number of machines, so that gradients
+    of the ranks of one machine are never reduced, and its checkpoints number the optimizer state in
+    an order of their own. Here both are as in the other strategies: a run can be resumed with
+    another strategy and another number of ranks.
 
     Args:
-        timeout: after which a rank that waits for another gives up.
+        offload: keep sharded parameters, gradients and optimizer state in host memory, and run the
+            optimizer step there (FSDP2's `CPUOffloadPolicy`).
+        timeout: how long a rank waits for another before it gives up.
     """
 
-    def __init__(self, timeout: timedelta = timedelta(minutes=30)) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout)
-
     rounds_weights = True
+
+    def __init__(self, offload: bool = False, timeout: timedelta = timedelta(minutes=30)) -> None:
+        # Offloaded gradients are reduced to a norm on the host, where NCCL has no collectives.
+        backend = "cpu:gloo,cuda:nccl" if offload and torch.cuda.is_available() else None
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=backend,
+            timeout=timeout,
+        )
+        self._offload = offload
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -54,23 +73,48 @@ class FSDP2(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    def model_to_device(self) -> None:
+        """`shard` has put everything where it belongs; offloaded shards stay in host memory."""
+        if not self._offload:
+            super().model_to_device()
+
     def shard(self, policy: Policy) -> None:
         """Shard a policy that was just loaded, in place, over all ranks.
 
         Raises:
-            ConfigError: if that would leave ranks with gradients of their own.
+            ConfigError: if the mesh does not cover all ranks, whose gradients would differ.
         """
         mesh = self.device_mesh["data_parallel"]
         if mesh.size() != self.world_size:
             raise ConfigError(
                 f"FSDP2 shards over {mesh.size()} of {self.world_size} ranks, so that gradients "
-                f"would not be added up over all. Use --trainer.strategy {NAME}."
+                f"would not be reduced over all. Use --trainer.strategy {NAME}."
             )
         half = self.precision_plugin.precision == "bf16-mixed"
-        shard_policy(policy, mesh, _HALF if half else MixedPrecisionPolicy())
+        on_gpu = self.root_device.type == "cuda"
+        shard_policy(
+            policy,
+            mesh,
+            _HALF if half else MixedPrecisionPolicy(),
+            CPUOffloadPolicy(pin_memory=on_gpu) if self._offload else OffloadPolicy(),
+        )
+
+    def synchronize_gradients(self, *, last: bool) -> AbstractContextManager[None]:
+        """Gradients are reduced in every backward: as exact as once a step, and a rank never holds
+        the unsharded gradient of more than one layer."""
+        return nullcontext()
+
+    def gradient_norm(self, parameters: Iterable[nn.Parameter], clip_norm: float | None) -> Tensor:
+        return gradient_norm(parameters, clip_norm)
+
+    def drop_gradients(self, module: LightningModule) -> None:
+        module.zero_grad(set_to_none=True)
+
+    def whole_state(self) -> dict[str, Any] | None:
+        return self.lightning_module_state_dict()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What is trained, whole, on the first rank; nothing on the others."""
+        """The trained weights, unsharded, on rank 0; empty on the others."""
         module = self.lightning_module
         assert module is not None
         parameters = module.named_parameters(remove_duplicate=False)
@@ -79,11 +123,11 @@ class FSDP2(ModelParallelStrategy):
         return self._whole(state)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's own state with whole tensors, on the first rank; nothing on others."""
+        """The optimizer's own state, unsharded, on rank 0; empty on the others."""
         return self._whole(optimizer.state_dict())
 
     def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Gathered tensor by tensor, so that a device never holds more than one."""
+        """Gather tensor by tensor, so that a device never holds more than one unsharded."""
         whole = {key: self._whole_value(value) for key, value in state.items()}
         return whole if self.is_global_zero else {}
 
@@ -98,7 +142,7 @@ class FSDP2(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The file as it is; every rank takes its part of it below."""
+        """Read the whole file; every rank copies its own shards out of it afterwards."""
         path = self.broadcast(checkpoint_path)
         return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
 
@@ -119,35 +163,35 @@ class FSDP2(ModelParallelStrategy):
             optimizer.load_state_dict({**state, "state": parts})
 
 
-def shard_policy(policy: Policy, mesh: DeviceMesh, precision: MixedPrecisionPolicy) -> None:
-    """Shard every layer by itself, then what is left (embeddings, norm, head) as one.
-
-    Gradients are reduced in every backward, not in a step's last alone: as exact, and a rank never
-    holds a whole layer's.
-    """
-    for layer in decoder_layers(policy):
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(policy, mesh=mesh, mp_policy=precision)
+def shard_policy(
+    policy: Policy, mesh: DeviceMesh, precision: MixedPrecisionPolicy, offload: OffloadPolicy
+) -> None:
+    """Shard every layer by itself, then the rest (embeddings, norm, head) as one unit."""
+    for unit in (*decoder_layers(policy), policy):
+        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
 
 
 def decoder_layers(policy: Policy) -> list[nn.Module]:
-    """The layers of the language model: of all lists as long as its config has layers, the first
-    that the others (a layer's experts) are not around."""
+    """The layers of the language model: the outermost `ModuleList` with as many entries as its
+    config has layers (a layer's list of experts may be as long)."""
     num_layers = policy.causal_lm.config.get_text_config().num_hidden_layers
-    for module in policy.causal_lm.modules():  # from the outside in
+    for module in policy.causal_lm.modules():  # parents come before their children
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return list(module)
     return []
 
 
 def _part_of(value: Any, like: Tensor) -> Any:
-    """This rank's part of a whole tensor that is shaped like a sharded one; anything else as is."""
+    """This rank's shard of a whole tensor, laid out as `like`; anything else unchanged."""
     if not isinstance(value, Tensor) or not isinstance(like, DTensor) or value.shape != like.shape:
         return value
     whole = value.to(like.device)
-    # Every rank has read the whole: none has to send it.
+    # `src_data_rank=None`: every rank has read the whole file, so nothing is sent.
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
-if NAME not in StrategyRegistry.available_strategies():
-    StrategyRegistry.register(NAME, FSDP2, description="FSDP2 over all ranks")
+for _name, _offload in ((NAME, False), (OFFLOAD_NAME, True)):
+    if _name not in StrategyRegistry.available_strategies():
+        StrategyRegistry.register(
+            _name, FSDP2, description="FSDP2 over all ranks", offload=_offload
+        )

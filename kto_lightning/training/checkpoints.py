@@ -4,7 +4,8 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,8 +14,16 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
+from torch import nn
 
+from kto_lightning.batches.objective import Objective
 from kto_lightning.errors import ConfigError, KTOError
+from kto_lightning.models.build import ModelSettings
+from kto_lightning.models.following import reference_state
+from kto_lightning.models.loading import whole_name
+from kto_lightning.models.reference import Reference
+from kto_lightning.models.weights import without_frozen
+from kto_lightning.training.optimizers import Optimization
 
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 
@@ -109,6 +118,49 @@ def check_epochs_left(checkpoint: dict[str, Any], max_epochs: int | None) -> Non
             f"{done} epochs are done where this checkpoint was saved, more than "
             f"--trainer.max_epochs {max_epochs}. Raise it, or go on from an earlier checkpoint."
         )
+
+
+def add_policy_state(
+    checkpoint: dict[str, Any], module: nn.Module, reference: Reference | None, origin: dict
+) -> None:
+    """Complete a checkpoint: trained weights only, the state of a reference that follows the
+    policy, and under `kto` where the policy came from (`policy_origin`)."""
+    checkpoint["state_dict"] = without_frozen(checkpoint["state_dict"], module)
+    checkpoint |= reference_state(reference)
+    checkpoint["kto"] = origin
+
+
+def policy_origin(
+    models: ModelSettings,
+    objective: Objective,
+    optimization: Optimization,
+    *,
+    step: int,
+    results: Mapping[str, float],
+    data: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Where a policy came from, in plain values: what `export` needs to build it again.
+
+    Args:
+        step: optimizer steps that are completed.
+        results: its latest metrics.
+        data: what the data module says of its records.
+    """
+    return {
+        "policy": whole_name(models.policy),
+        "reference": whole_name(models.reference or models.policy),
+        "beta": objective.beta,
+        "loss": objective.loss,
+        "dtype": models.dtype,
+        "quantization": models.quantization,
+        "lora": asdict(models.lora) if models.lora is not None else None,
+        "follow": asdict(models.follow) if models.follow is not None else None,
+        "trust_remote_code": models.trust_remote_code,
+        **asdict(optimization),
+        "step": step,
+        "results": dict(results),
+        "data": dict(data),
+    }
 
 
 def _sync_directory(directory: Path) -> None:

@@ -3,12 +3,15 @@
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
+
+from kto_lightning.batches.types import StepBatch
+from kto_lightning.distributed import by_rank
 
 try:
     import resource
@@ -152,3 +155,42 @@ def peak_memory_mib(device: torch.device) -> float | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024  # of getrusage: bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _BYTES_PER_MIB
+
+
+def read_step(
+    batch: StepBatch,
+    sums: BatchSums,
+    auxiliary: Float[Tensor, ""],
+    scalars: Float[Tensor, " 3"],
+    *,
+    rank: int,
+    num_ranks: int,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+) -> tuple[dict[str, float | None], list[float]]:
+    """A training step's metrics over all ranks, and each rank's peak memory in MiB.
+
+    One reduction and one copy to the host: the only place where a step waits for its device. It
+    comes before the optimizer step, which depends on these numbers and then runs while the next
+    batch is prepared.
+
+    Args:
+        batch: this rank's part of the step.
+        sums: over its micro-batches.
+        auxiliary: this rank's sum of auxiliary losses.
+        scalars: z0 before and after its clamp, and the gradient norm: the same on all ranks.
+        rank: of `num_ranks`, of this process.
+        sum_over_ranks: adds a tensor over all ranks.
+    """
+    device = sums.values.device
+    peak = by_rank(peak_memory_mib(device) or 0.0, rank, num_ranks)
+    parts = [peak.to(sums.values), sums.values, auxiliary[None].to(sums.values)]
+    over_ranks = sum_over_ranks(torch.cat(parts))
+    together = torch.cat([over_ranks, scalars.to(over_ranks)]).tolist()
+    peaks, numbers = together[:num_ranks], together[num_ranks:]
+    *totals, auxiliary_total, z0_raw, z0, norm = numbers
+    metrics = batch_metrics(totals)
+    if metrics["loss"] is not None:
+        metrics["loss"] += auxiliary_total
+    metrics |= {"z0": z0, "z0_raw": z0_raw, "grad_norm": norm}
+    metrics["tokens"] = batch.num_tokens
+    return metrics, peaks

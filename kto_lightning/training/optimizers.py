@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import SchedulerType, get_scheduler
@@ -263,12 +262,3 @@ def make_scheduler(
             "changes with every optimizer step. Use constant, linear or cosine."
         )
     return scheduler
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter], clip_norm: float | None) -> torch.Tensor:
-    """The global L2 norm of the gradients before clipping; clips them to `clip_norm` if given."""
-    trained = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    if clip_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(trained, clip_norm, norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -58,7 +58,7 @@ def test_records_are_read_where_one_process_of_a_machine_does_it(
     setup, found = KTODataModule.setup, []
 
     def look(data: KTODataModule, stage: str) -> None:
-        found.append((str(stage.value), data.train_set is not None))
+        found.append((str(stage.value), data.prepared.train_set is not None))
         setup(data, stage)
 
     monkeypatch.setattr(KTODataModule, "setup", look)

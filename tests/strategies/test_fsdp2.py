@@ -179,7 +179,10 @@ def test_half_precision_stays_near(
             "Use --trainer.strategy fsdp2",
         ),
         (("--trainer.strategy", "fsdp2", "--model.optimizer", "adafactor"), "Use adamw"),
-        (("--trainer.strategy", "fsdp2", "--model.offload_reference", "true"), "a whole model"),
+        (
+            ("--trainer.strategy", "fsdp2", "--model.offload_reference", "true"),
+            "a whole model",
+        ),
         (
             (
                 *("--trainer.strategy", "fsdp2", "--model.lora.r", 4),

@@ -1,0 +1,166 @@
+"""The records of a run before its model is loaded: read, tokenized, split, paired and weighted."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from lightning import Trainer
+from transformers import PreTrainedTokenizerBase
+
+from kto_lightning.batches.class_weights import ClassWeights, check_weights
+from kto_lightning.batches.loader import Batching, check_validation_interval
+from kto_lightning.batches.objective import Objective
+from kto_lightning.batches.pairing import Pairing, unpaired
+from kto_lightning.data.dataset import Reading
+from kto_lightning.data.rewards import without_rewards
+from kto_lightning.data.split import split_by_prompt
+from kto_lightning.data.streaming.stream import (
+    ExampleStream,
+    check_stream_settings,
+    open_stream,
+    stream_weights,
+)
+from kto_lightning.data.tokenize import ExampleSet
+from kto_lightning.distributed import warn
+
+Source = str | list[str]
+
+
+@dataclass(kw_only=True, slots=True)
+class PreparedData:
+    """Sets of examples with their pairings and weights; each is made by one of the methods.
+
+    The methods raise ConfigError for settings that contradict each other or the records, and
+    DataError as `load_records` and `tokenize_records`.
+    """
+
+    reading: Reading
+    batching: Batching
+    objective: Objective
+    tokenizer: PreTrainedTokenizerBase
+    train_set: ExampleSet | None = None
+    validation_set: ExampleSet | None = None
+    predict_set: ExampleSet | None = None
+    stream: ExampleStream | None = None
+    """Trained on instead of `train_set`."""
+    class_weights: ClassWeights | None = None
+    train_pairing: Pairing | None = None
+    validation_pairing: Pairing | None = None
+    warnings: list[str] = field(default_factory=list)
+    """For the summary, a sentence each."""
+    report_line: str | None = None
+    """The path of the data report, for the summary."""
+
+    def load_train(self, source: Source, validation: Any, trainer: Trainer) -> None:
+        """The training set; if `validation` is a fraction, the validation set is split off it."""
+        examples = self._examples(source)
+        if isinstance(validation, (int, float)):
+            kept, held_out = split_by_prompt(
+                examples.prompt_keys,
+                examples.desirable,
+                fraction=validation,
+                seed=self.batching.pairing_seed,
+            )
+            self.validation_set = examples.select(held_out)
+            examples = examples.select(kept)
+        self.class_weights = self.weights_of(examples)
+        self.train_pairing = self._pair(examples)
+        self.train_set = examples
+        check_validation_interval(trainer, self.num_steps_per_epoch)
+
+    def load_stream(
+        self, source: Source, validation: Any, trainer: Trainer, *, buffer_size: int
+    ) -> None:
+        """The stream to train on; no record is read yet."""
+        check_stream_settings(buffer_size, validation, trainer)
+        weights = self.objective.desirable_weight, self.objective.undesirable_weight
+        self.class_weights = stream_weights(*weights)
+        self.stream = open_stream(
+            source,
+            self.tokenizer,
+            max_length=self.batching.max_length,
+            truncation=self.reading.truncation,
+            buffer_size=buffer_size,
+            batch_size=self.batching.batch_size,
+            warn=partial(warn, trainer),
+        )
+
+    def load_validation(self, source: Source) -> None:
+        """The validation set from records of its own."""
+        self.validation_set = self._examples(source)
+
+    def pair_validation(self) -> None:
+        """Pair the validation set, so that one that cannot be is refused before the model loads."""
+        if self.validation_set is None or self.validation_pairing is not None:
+            return
+        self.validation_pairing = self._pair(self.validation_set)
+        if self.train_set is None:
+            return
+        held_out = self.validation_set.prompt_keys
+        shared = int(np.isin(held_out, self.train_set.prompt_keys).sum())
+        if shared:
+            self.warnings.append(
+                f"{shared} of {len(held_out)} held-out records have prompts that are also trained "
+                "on, so val/… measures memorised prompts as well as new ones. Remove them from one "
+                "side, or give --data.validation a fraction: the split is by prompt."
+            )
+
+    def load_predict(self, source: Source) -> None:
+        """The records to reward, without the files that an earlier `predict` wrote."""
+        kept, skipped = without_rewards(source)
+        self.warnings += [f"skipped {name}, which `predict` wrote." for name in skipped]
+        self.predict_set = self._examples(kept)
+
+    @property
+    def num_steps_per_epoch(self) -> int | None:
+        """Optimizer steps; None: unknown, because the records are streamed."""
+        if self.train_set is None:
+            return None
+        return -(-len(self.train_set) // self.batching.batch_size)
+
+    def paired_sets(self) -> list[tuple[ExampleSet, Pairing]]:
+        """All sets that are loaded, with their pairings; `predict` needs no partners."""
+        pairs = [
+            (self.train_set, self.train_pairing),
+            (self.validation_set, self.validation_pairing),
+            (self.predict_set, unpaired(len(self.predict_set or ()))),
+        ]
+        return [(s, pairing) for s, pairing in pairs if s is not None and pairing is not None]
+
+    def longest_sequence(self) -> int | None:
+        """The most tokens that a sequence of this run can have; None: no limit."""
+        max_length = self.batching.max_length
+        if self.stream is not None and max_length is None:
+            return None
+        found = [
+            examples.longest(
+                mismatched=self.objective.needs_partners and examples is not self.predict_set
+            )
+            for examples, _ in self.paired_sets()
+        ]
+        return max(found if self.stream is None else [*found, max_length or 0])
+
+    def weights_of(self, examples: ExampleSet) -> ClassWeights:
+        """The class weights for a set; warns where its effective ratio is out of bounds."""
+        counts = examples.counts.desirable, examples.counts.undesirable
+        weights = self.objective.class_weights(*counts)
+        warning = check_weights(*counts, weights)
+        if warning:
+            self.warnings.append(warning)
+        return weights
+
+    def _examples(self, source: Source) -> ExampleSet:
+        return self.reading.examples(source, self.tokenizer, max_length=self.batching.max_length)
+
+    def _pair(self, examples: ExampleSet) -> Pairing:
+        pairing = self.batching.pair(
+            examples.prompt_keys, needs_partners=self.objective.needs_partners
+        )
+        if len(pairing.self_paired):
+            self.warnings.append(
+                "the last block of --data.pairing rotate has a single example, which is paired "
+                "with itself as in TRL: its reward counts as its own reference point. "
+                "--data.pairing distinct_prompts has no such case."
+            )
+        return pairing
