@@ -56,13 +56,19 @@ def counter() -> FlopCounterMode:
     backward = ATEN._scaled_dot_product_flash_attention_for_cpu_backward
 
     def forward_count(query, key, value, *_, **__) -> int:
-        return sdpa_flop_count(query, key, value)
+        return sdpa_flop_count(query, *_one_per_query_head(query, key, value))
 
     def backward_count(gradient, query, key, value, *_, **__) -> int:
-        return sdpa_backward_flop_count(gradient, query, key, value)
+        return sdpa_backward_flop_count(gradient, query, *_one_per_query_head(query, key, value))
 
     formulas = {attention: forward_count, backward: backward_count, ATEN.addmm_: addmm}
     return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def _one_per_query_head(query, *keys_and_values) -> list[torch.Size]:
+    """Shapes [batch, heads, length, width] of keys and values as if no query heads shared them:
+    products are as many, and PyTorch 2.11 refuses to count grouped heads."""
+    return [torch.Size((shape[0], query[1], *shape[2:])) for shape in keys_and_values]
 
 
 class CountedModule(KTOModule):

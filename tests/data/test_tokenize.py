@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,18 @@ def trls(rows: list[dict[str, Any]], tokenizer, tmp_path: Path, max_length: int 
     return list(zip(made["prompt_ids"], made["completion_ids"], strict=True))
 
 
+def trls_or_skip(rows: list[dict[str, Any]], tokenizer, tmp_path: Path):
+    """TRL's tokens; a skip where TRL itself fails in a template. One schema for all its rows gives
+    a message without calls `tool_calls: null`, and with transformers 5.17 Llama 3.1's template is
+    asked for the length of that."""
+    try:
+        return trls(rows, tokenizer, tmp_path)
+    except TypeError as error:
+        if traceback.extract_tb(error.__traceback__)[-1].filename != "<template>":
+            raise
+        pytest.skip(f"TRL itself cannot render these records: {error}")
+
+
 @pytest.mark.parametrize("bos", [False, True])
 def test_plain_text_has_trls_tokens(bos: bool, tmp_path: Path) -> None:
     rows = plain_records(40)
@@ -112,12 +125,12 @@ def test_tools_and_template_settings_have_trls_tokens(template: str, tmp_path: P
         row["chat_template_kwargs"] = {"enable_thinking": bool(i % 3)}
     tokenizer = make_tokenizer(chat_template=template)
     examples = tokenize_records(as_dataset(rows), tokenizer, max_length=None)
-    as_text = [{**row, "tools": json.dumps(row["tools"])} for row in rows]
-    assert ours(examples) == trls(as_text, tokenizer, tmp_path)
     prompts = [str(tokenizer.decode(e.prompt_ids)) for e in examples]
     assert ["search something" in prompt for prompt in prompts] == [
         bool(row["tools"]) for row in rows
     ]
+    as_text = [{**row, "tools": json.dumps(row["tools"])} for row in rows]
+    assert ours(examples) == trls_or_skip(as_text, tokenizer, tmp_path)
 
 
 def test_texts_of_one_call_and_of_calls_of_their_own_have_the_same_ids() -> None:
