@@ -2,9 +2,9 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,15 +18,19 @@ from kto_lightning.models.attention import PromptStore
 from kto_lightning.models.policy import Policy, sum_per_owner
 from tests.support.factories import ARCHITECTURES, make_model
 from tests.support.plain_forwards import (
+    Float64,
     Triple,
+    float64_copy,
     gradients,
     make_triples,
     pack_triples,
-    plain_logp,
     plain_logps,
+    true_logps,
 )
+from tests.tolerances import assert_errs_like_plain, assert_gradients_err_like_plain
 
 VOCABULARY = 97
+SIDES = ("matched", "mismatched")
 PADDED = ("gemma2", "bloom", "mamba", "falcon", "gpt_oss")
 PACKED = tuple(name for name in ARCHITECTURES if name not in PADDED)
 # The windows of those that have one are 16 tokens.
@@ -63,35 +67,41 @@ def weights_for(batch: PackedBatch) -> Tensor:
     return torch.linspace(-1.0, 1.5, len(batch))
 
 
-def assert_logps(found: Tensor | None, expected: Tensor) -> None:
-    assert found is not None
-    torch.testing.assert_close(found, expected.to(found), rtol=1e-6, atol=1e-6)
+class Plain:
+    """A model by separate plain forwards, in its own type and in float64."""
+
+    def __init__(self, model: Any, triples: list[Triple]) -> None:
+        self.model, self.exact = model, float64_copy(model)
+        self.logps = dict(zip(SIDES, plain_logps(model, triples), strict=True))
+        self.truth = dict(zip(SIDES, true_logps(self.exact, triples), strict=True))
+
+    def assert_logps(self, found: Logps, *sides: str) -> None:
+        """Those of these sides, of both where none is named; the other is None."""
+        for side in SIDES:
+            values = getattr(found, side)
+            assert (values is None) == (side not in (sides or SIDES))
+            if values is not None:
+                assert_errs_like_plain(values, self.logps[side], self.truth[side], name=side)
+
+    def assert_gradients(self, found: nn.Module, weights: Tensor) -> None:
+        """That of a weighted sum of the matched log-probs."""
+        for matched in (self.logps["matched"], self.truth["matched"]):
+            (matched * weights.to(matched)).sum().backward()
+        assert_gradients(found, self.model, self.exact)
 
 
-def assert_gradients(found: nn.Module, expected: nn.Module) -> None:
-    """Every parameter's, to 5e-6 of its largest one."""
-    ours, theirs = gradients(found), gradients(expected)
-    assert ours.keys() == theirs.keys()
-    assert any(gradient.abs().max() > 0 for gradient in theirs.values())
-    for name, gradient in theirs.items():
-        largest = float(gradient.abs().max())
-        torch.testing.assert_close(
-            ours[name], gradient, rtol=0.0, atol=5e-6 * largest, msg=lambda m, n=name: f"{n}: {m}"
-        )
+def assert_gradients(found: nn.Module, plain: nn.Module, exact: nn.Module) -> None:
+    assert_gradients_err_like_plain(gradients(found), gradients(plain), gradients(exact))
 
 
-def assert_like_plain(policy: Policy, plain: Any, triples: list[Triple], **options: Any) -> None:
+def assert_like_plain(policy: Policy, model: Any, triples: list[Triple], **options: Any) -> None:
     """Both log-probs, and the gradient of a weighted sum of the matched ones."""
-    batch = pack_triples(triples, **options)
+    batch, plain = pack_triples(triples, **options), Plain(model, triples)
     logps = policy(batch)
-    matched, mismatched = plain_logps(plain, triples)
-    assert_logps(logps.matched, matched)
-    assert_logps(logps.mismatched, mismatched)
-    assert logps.mismatched is not None
+    plain.assert_logps(logps)
     assert not logps.mismatched.requires_grad
     (logps.matched * weights_for(batch)).sum().backward()
-    (matched * weights_for(batch)).sum().backward()
-    assert_gradients(policy.model, plain)
+    plain.assert_gradients(policy.model, weights_for(batch))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
@@ -147,8 +157,8 @@ def test_edges(lengths: list[tuple[int, int, int]], packed: bool) -> None:
 def test_runs_of_no_token_at_all(architecture: str, lengths: list[tuple[int, int, int]]) -> None:
     # They are run all the same: under FSDP every rank has to.
     policy, triples = Policy(model_of(architecture)), triples_of(lengths)
-    _, mismatched = plain_logps(model_of(architecture), triples)
-    assert_logps(policy(pack_triples(triples), matched=False).mismatched, mismatched)
+    plain = Plain(model_of(architecture), triples)
+    plain.assert_logps(policy(pack_triples(triples), matched=False), "mismatched")
 
 
 @pytest.mark.parametrize("shares_prompts", [True, False], ids=["shared", "whole"])
@@ -158,23 +168,16 @@ def test_whatever_is_asked_for_is_the_same(
 ) -> None:
     policy, triples = Policy(model_of(architecture)), triples_of()
     batch = pack_triples(triples, shares_prompts=shares_prompts)
-    matched, mismatched = plain_logps(model_of(architecture), triples)
-
-    def assert_like(logps: Logps, expected: Tensor | None, expected_other: Tensor | None) -> None:
-        for found, value in ((logps.matched, expected), (logps.mismatched, expected_other)):
-            assert (found is None) == (value is None)
-            if value is not None:
-                assert_logps(found, value)
-
-    assert_like(policy(batch, mismatched=False), matched, None)
-    assert_like(policy(batch, matched=False), None, mismatched)
+    plain = Plain(model_of(architecture), triples)
+    plain.assert_logps(policy(batch, mismatched=False), "matched")
+    plain.assert_logps(policy(batch, matched=False), "mismatched")
     with torch.no_grad():
         without_gradient = policy(batch)
-        assert_like(without_gradient, matched, mismatched)
+        plain.assert_logps(without_gradient)
         assert not without_gradient.matched.requires_grad
-        assert_like(policy(batch, matched=False), None, mismatched)
+        plain.assert_logps(policy(batch, matched=False), "mismatched")
     batch.mismatched = None
-    assert_like(policy(batch), matched, None)
+    plain.assert_logps(policy(batch), "matched")
     assert len(stores) == (3 if shares_prompts else 0)
     assert not any(store.layers for store in stores)
 
@@ -182,15 +185,14 @@ def test_whatever_is_asked_for_is_the_same(
 def test_under_autocast_it_is_the_plain_forward_under_autocast() -> None:
     triples = triples_of()
     policy, plain = Policy(model_of("llama")), model_of("llama")
-    exact, _ = plain_logps(plain, triples)
+    truth = true_logps(float64_copy(plain), triples)
     with torch.autocast("cpu", torch.bfloat16):
         found = policy(pack_triples(triples))
-        matched, mismatched = plain_logps(plain, triples)
+        expected = plain_logps(plain, triples)
     assert found.matched.dtype == torch.float32
     # As far from the truth as plain bfloat16 is, which packing cannot be expected to repeat.
-    for values, expected in ((found.matched, matched), (found.mismatched, mismatched)):
-        torch.testing.assert_close(values, expected.float(), rtol=0.02, atol=0.0)
-    assert (found.matched - exact).abs().max() <= 2 * (matched - exact).abs().max()
+    sides = (torch.cat(side) for side in ((found.matched, found.mismatched), expected, truth))
+    assert_errs_like_plain(*sides, eps=torch.finfo(torch.bfloat16).eps)
 
 
 def lora(model: Any, **settings: Any) -> Any:
@@ -222,10 +224,9 @@ def test_an_adapter_on_and_off(
     before, _ = plain_logps(plain, triples)
     with model.disable_adapter(), torch.no_grad():
         off = policy(pack_triples(triples))
-    matched, mismatched = plain_logps(model_of(architecture), triples)
-    assert_logps(off.matched, matched)
-    assert_logps(off.mismatched, mismatched)
-    assert (before - matched).abs().max() > 0.1
+    without = Plain(model_of(architecture), triples)
+    without.assert_logps(off)
+    assert (before - without.logps["matched"]).abs().max() > 0.1
     assert_like_plain(policy, plain, triples)
 
 
@@ -237,8 +238,7 @@ def test_a_reference_pass_between_forward_and_backward_leaves_the_gradient_alone
     with model.disable_adapter(), torch.no_grad():
         policy(batch)
     (logps.matched * weights_for(batch)).sum().backward()
-    (plain_logps(plain, triples)[0] * weights_for(batch)).sum().backward()
-    assert_gradients(model, plain)
+    Plain(plain, triples).assert_gradients(model, weights_for(batch))
 
 
 def test_a_float32_adapter_on_a_bfloat16_head_is_not_rounded_to_it() -> None:
@@ -325,12 +325,15 @@ def test_the_auxiliary_loss_is_the_models_own_on_the_padded_batch(
     rows = [torch.tensor([*t.prompt_ids, *t.completion_ids]) for t in triples]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    exact = float64_copy(plain)
     # What TRL adds to its loss, before the coefficient.
     expected = plain(ids, attention_mask=mask, output_router_logits=True).aux_loss
-    torch.testing.assert_close(logps.auxiliary_loss, expected, rtol=1e-6, atol=0.0)
-    logps.auxiliary_loss.backward()
-    expected.backward()
-    assert_gradients(policy.model, plain)
+    with Float64():
+        truth = exact(ids, attention_mask=mask, output_router_logits=True).aux_loss
+    assert_errs_like_plain(logps.auxiliary_loss, expected, truth)
+    for loss in (logps.auxiliary_loss, expected, truth):
+        loss.backward()
+    assert_gradients(policy.model, plain, exact)
     assert auxiliary_coefficient(plain.config) == 0.5
     assert (
         policy(pack_triples(triples, shares_prompts=packed), matched=False).auxiliary_loss is None
@@ -392,7 +395,7 @@ def test_after_training_it_generates_as_the_plain_model_would() -> None:
     alone = plain.generate(prompts[:1, 4:], **(how | {"attention_mask": mask[:1, 4:]}))
     assert torch.equal(generated[0, 4 : 4 + alone.shape[1]], alone[0])
     assert model.training
-    assert_logps(policy(batch).matched, plain_logps(plain, triples_of())[0])
+    Plain(plain, triples_of()).assert_logps(policy(batch))
 
 
 def test_own_attention_comes_back_even_after_an_error() -> None:
@@ -406,7 +409,7 @@ def test_own_attention_comes_back_even_after_an_error() -> None:
     with pytest.raises(KeyError):
         fail()
     triples = triples_of()
-    assert_logps(policy(pack_triples(triples)).matched, plain_logps(model_of("qwen2"), triples)[0])
+    Plain(model_of("qwen2"), triples).assert_logps(policy(pack_triples(triples)))
 
 
 def test_tokens_are_summed_per_owner() -> None:
@@ -421,9 +424,8 @@ def test_tokens_are_summed_per_owner() -> None:
 
 
 def test_an_empty_prompt_leaves_the_first_token_unscored() -> None:
-    model, ids = model_of("llama"), np.arange(5, 12)
-    policy = Policy(model_of("llama"))
     (triple,) = triples_of([(0, 7, 7)])
-    object.__setattr__(triple, "completion_ids", ids)
-    found = policy(pack_triples([triple])).matched
-    assert_logps(found, plain_logp(model, ids[:1], ids[1:])[None])
+    ids, found = triple.completion_ids, Policy(model_of("llama"))(pack_triples([triple]))
+    shorter = replace(triple, prompt_ids=ids[:1], completion_ids=ids[1:])
+    plain = Plain(model_of("llama"), [shorter])
+    assert_errs_like_plain(found.matched, plain.logps["matched"], plain.truth["matched"])

@@ -1,8 +1,10 @@
 """What packing, padding and prompt sharing are held against: separate plain forwards.
 
-One sequence a forward, unpadded, the model's own attention, `log_softmax` of its own logits.
+One sequence a forward, unpadded, the model's own attention, `log_softmax` of its own logits; and
+the same in float64, which is the truth that both are held against.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from kto_lightning.batches.collate import pack
 from kto_lightning.batches.types import PackedBatch
@@ -70,6 +73,37 @@ def plain_logps(model: Any, triples: list[Triple]) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         mismatched = [plain_logp(model, t.prompt_ids, t.mismatched_ids) for t in triples]
     return torch.stack(matched), torch.stack(mismatched)
+
+
+class Float64(TorchFunctionMode):
+    """Gives float64 where a model asks for float32, as it does in norms, softmax and positions."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is Tensor.float:
+            function = Tensor.double
+        args = [_widened(argument) for argument in args]
+        return function(*args, **{k: _widened(v) for k, v in (kwargs or {}).items()})
+
+
+def _widened(argument: Any) -> Any:
+    return torch.float64 if argument is torch.float32 else argument
+
+
+def float64_copy(model: Any) -> Any:
+    """A copy to be run in `Float64`."""
+    exact = copy.deepcopy(model).double()
+    if getattr(exact.config, "num_experts_per_tok", None):
+        exact.set_experts_implementation("eager")  # the others know no float64
+    return exact
+
+
+def true_logps(model: Any, triples: list[Triple]) -> tuple[Tensor, Tensor]:
+    """`plain_logps` of a `float64_copy`."""
+    with Float64():
+        matched, mismatched = plain_logps(model, triples)
+    return matched.double(), mismatched.double()  # where nothing is scored, no model gave a type
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
