@@ -70,6 +70,13 @@ def assert_gradients_err_like_plain(
         assert_errs_like_plain(*vectors, name=layer)
 
 
+def assert_same_logps(found: Tensor, expected: Tensor) -> None:
+    """Of one model and one batch in two float32 runs, neither of which is the truth."""
+    torch.testing.assert_close(
+        found, expected, rtol=0.0, atol=LOGP_ULPS * EPS * float(expected.abs().max())
+    )
+
+
 def logp_rounding(numbers: Iterable[tuple[str, float]]) -> float:
     """What rounding may leave of a difference of log-probs, in nats.
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from kto_lightning.errors import ModelError
 from kto_lightning.models.packing_probe import make_policy
 from tests.support.factories import ARCHITECTURES, make_model
-from tests.support.plain_forwards import make_triples, pack_triples, plain_logps
+from tests.support.plain_forwards import Plain, make_triples, pack_triples
 
 VOCABULARY = 97
 OBSTACLES = {
@@ -40,9 +40,7 @@ def assert_right(model: Any, plain: Any) -> str | None:
     assert (model.config._attn_implementation == attention) is not policy.packed
     triples = make_triples([(7, 9, 5), (11, 6, 30)], vocab_size=VOCABULARY)
     logps = policy(pack_triples(triples, shares_prompts=policy.packed))
-    expected = plain_logps(plain, triples)
-    for found, value in zip((logps.matched, logps.mismatched), expected, strict=True):
-        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
+    Plain(plain, triples).assert_logps(logps)
     return obstacle
 
 
@@ -140,13 +138,13 @@ def partly_recurrent(model: Any) -> Any:
 
 
 def with_fixed_arguments(model: Any) -> Any:
-    forward = model.model.forward
+    forward = type(model.model).forward  # unbound, so that a copy of the model runs itself
 
     def strict(self: Any, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
         unknown = options.keys() - {"position_ids", "use_cache", "past_key_values", "inputs_embeds"}
         if unknown:
             raise TypeError(f"unexpected {unknown}")
-        return forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return forward(self, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     model.model.forward = MethodType(strict, model.model)
     return model

@@ -14,8 +14,8 @@ from kto_lightning.models.packing_probe import make_policy
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.reference import AdapterReference, FrozenReference, Reference
 from tests.parity.cases import save_adapter
-from tests.support.factories import make_tokenizer, save_model
-from tests.support.plain_forwards import make_triples, pack_triples, plain_logps
+from tests.support.plain_forwards import Plain, make_triples, pack_triples
+from tests.tolerances import assert_same_logps
 
 VOCABULARY = 300
 KINDS = ("frozen copy", "adapter off", "twin adapter")
@@ -78,12 +78,12 @@ def test_it_stays_what_the_policy_was(pair: tuple[Policy, Reference]) -> None:
     policy, reference = pair
     before = scores(policy)
     for found, expected in zip(scores(reference.logps), before, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
+        assert_same_logps(found, expected)
     train(policy)
     after = scores(policy)
     assert all((new - old).abs().min() > 0.01 for new, old in zip(after, before, strict=True))
     for found, expected in zip(scores(reference.logps), before, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
+        assert_same_logps(found, expected)
 
 
 def test_scoring_leaves_no_trace(pair: tuple[Policy, Reference]) -> None:
@@ -137,7 +137,7 @@ def test_it_scores_only_what_is_asked_for(
     some, both = reference.logps(batch(), **asked), reference.logps(batch())
     for name in ("matched", "mismatched"):
         if asked.get(name, True):
-            torch.testing.assert_close(getattr(some, name), getattr(both, name))
+            assert_same_logps(getattr(some, name), getattr(both, name))
         else:
             assert getattr(some, name) is None
 
@@ -162,7 +162,7 @@ def test_an_adapters_dropout_belongs_to_training(
     first = scores(reference.logps)
     assert torch.equal(first[0], scores(reference.logps)[0])
     expected, _ = make_pair(load(kind, directories), kind)
-    torch.testing.assert_close(first[0], scores(expected)[0], rtol=1e-6, atol=0.0)
+    assert_same_logps(first[0], scores(expected)[0])
 
 
 def test_the_twin_is_frozen_and_the_given_adapter_is_trained(
@@ -212,8 +212,7 @@ def test_a_frozen_copy_shares_no_weight_and_asks_for_no_gradient(
 def test_it_is_the_plain_model(directories: dict[str, Path]) -> None:
     """Neither ours alone nor peft's word: the base's own forward."""
     triples = make_triples([(7, 9, 5), (1, 20, 3), (11, 6, 30)], vocab_size=VOCABULARY)
-    plain = load_model(str(directories["model"])).model.eval()
-    expected, _ = plain_logps(plain, triples)
+    plain = Plain(load_model(str(directories["model"])).model.eval(), triples)
     for kind in ("frozen copy", "adapter off"):
         _, reference = make_pair(load(kind, directories), kind)
-        torch.testing.assert_close(scores(reference.logps)[0], expected, rtol=1e-6, atol=0.0)
+        plain.assert_logps(reference.logps(batch()))

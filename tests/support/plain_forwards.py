@@ -15,7 +15,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kto_lightning.batches.collate import pack
-from kto_lightning.batches.types import PackedBatch
+from kto_lightning.batches.types import Logps, PackedBatch
+from tests.tolerances import assert_errs_like_plain, assert_gradients_err_like_plain
+
+SIDES = ("matched", "mismatched")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,3 +112,27 @@ def true_logps(model: Any, triples: list[Triple]) -> tuple[Tensor, Tensor]:
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     """Of every parameter that has one."""
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+class Plain:
+    """A model by separate plain forwards, in its own type and in float64."""
+
+    def __init__(self, model: Any, triples: list[Triple]) -> None:
+        self.model, self.exact = model, float64_copy(model)
+        self.logps = dict(zip(SIDES, plain_logps(model, triples), strict=True))
+        self.truth = dict(zip(SIDES, true_logps(self.exact, triples), strict=True))
+
+    def assert_logps(self, found: Logps, *sides: str) -> None:
+        """Those of these sides, of both where none is named; the other is None."""
+        for side in SIDES:
+            values = getattr(found, side)
+            assert (values is None) == (side not in (sides or SIDES))
+            if values is not None:
+                assert_errs_like_plain(values, self.logps[side], self.truth[side], name=side)
+
+    def assert_gradients(self, found: torch.nn.Module, weights: Tensor) -> None:
+        """That of a weighted sum of the matched log-probs."""
+        for matched in (self.logps["matched"], self.truth["matched"]):
+            (matched * weights.to(matched)).sum().backward()
+        sides = (gradients(model) for model in (found, self.model, self.exact))
+        assert_gradients_err_like_plain(*sides)
