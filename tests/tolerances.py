@@ -24,6 +24,8 @@ ULPS = 2.0
 RELATIVE = 1e-5
 """Of log-probs, losses and gradient norms in two runs that differ in nothing but rounding: the
 project's second invariant (`kto_lightning.parity.agreement`)."""
+SIX_DIGITS = 5e-6
+"""What printing six digits leaves of a number, relative."""
 LOGP_ULPS = 4.0
 """Of a log-prob: two runs round it in two places each, the policy's and the reference's."""
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.cli import fit, numbers, rows, run_cli, small_data, small_model
 from tests.support.factories import plain_records, write_jsonl
+from tests.tolerances import RELATIVE, SIX_DIGITS, assert_same_numbers, logp_rounding
 
 SHARED = ("loss", "z0", "z0_raw", "reward/desirable", "reward/undesirable", "reward/margin")
 SHARED += ("logps/desirable", "logps/undesirable", "tokens")
@@ -34,6 +35,14 @@ def validate(capsys: pytest.CaptureFixture[str], *options: Any) -> dict[str, flo
     assert run_cli("validate", *options, "--trainer.accelerator", "cpu") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     return {line[0]: float(line[1]) for line in lines if line and line[0].startswith("val/")}
+
+
+def assert_same_as_printed(found: dict[str, float], expected: dict[str, float]) -> None:
+    """What `validate` printed is what `fit` wrote."""
+    printed, written = (
+        {name: row[f"val/{name}"] for name in (*SHARED, "reward/auc")} for row in (found, expected)
+    )
+    assert_same_numbers(printed, written, relative=RELATIVE + SIX_DIGITS)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +112,8 @@ def test_a_held_out_batch_has_the_numbers_of_a_training_batch(
     held_out = ("--data.validation", train, "--data.shuffle", "false")
     output = fit(policy, train, tmp_path, *frozen(reference, *options), *held_out)
     (trained,), (valued,) = numbers(output), numbers(output, "val")
-    for name in SHARED:
-        assert valued[f"val/{name}"] == pytest.approx(trained[f"train/{name}"], rel=1e-5), name
+    stages = (("val", valued), ("train", trained))
+    assert_same_numbers(*({n: row[f"{stage}/{n}"] for n in SHARED} for stage, row in stages))
     assert trained["train/reward/margin"] != 0.0
 
 
@@ -114,11 +123,11 @@ def test_z0_is_one_number_per_batch(policy: Path, reference: Path, train: Path, 
     output = fit(policy, train, tmp_path, *frozen(reference), *data)
     batches, valued = numbers(output), numbers(output, "val")[-1]
     assert [row["step"] for row in rows(output)] == ["1", "2", "3"]
-    for name in ("loss", "z0", "z0_raw"):
-        mean = sum(
-            size * row[f"train/{name}"] for size, row in zip((10, 10, 4), batches, strict=True)
-        )
-        assert valued[f"val/{name}"] == pytest.approx(mean / 24, rel=1e-5)
+    names = ("loss", "z0", "z0_raw")
+    sized = list(zip((10, 10, 4), batches, strict=True))
+    means = {n: sum(size * row[f"train/{n}"] for size, row in sized) / 24 for n in names}
+    rounding = logp_rounding(number for row in batches for number in row.items())
+    assert_same_numbers({n: valued[f"val/{n}"] for n in names}, means, rounding=rounding)
     assert len({row["train/z0_raw"] for row in batches}) == 3
 
 
@@ -173,9 +182,7 @@ def test_validate_reads_a_checkpoint(
             *("--data.batch_size", 4, "--output_dir", output),
             *("--model.desirable_weight", 1.0, "--model.undesirable_weight", 2.0),
         )
-        expected = numbers(output, "val")[step - 1]
-        for name in (*SHARED, "reward/auc"):
-            assert found[f"val/{name}"] == pytest.approx(expected[f"val/{name}"], rel=1e-5), name
+        assert_same_as_printed(found, numbers(output, "val")[step - 1])
     assert (output / "config.yaml").read_bytes() == config
     assert len(rows(output)) == 6
 
@@ -190,9 +197,7 @@ def test_validate_takes_the_fraction_that_fit_held_out(
         *("--model.policy", output / "model", "--data.train", train, *held_out),
         *("--output_dir", tmp_path / "validated"),
     )
-    expected = numbers(output, "val")[-1]
-    for name in (*SHARED, "reward/auc"):
-        assert found[f"val/{name}"] == pytest.approx(expected[f"val/{name}"], rel=1e-4), name
+    assert_same_as_printed(found, numbers(output, "val")[-1])
 
 
 def test_early_stopping_sees_the_held_out_loss(policy: Path, train: Path, tmp_path: Path):
