@@ -40,7 +40,7 @@ from tests.support.factories import (
     write_jsonl,
 )
 from tests.support.plain_forwards import Float64, plain_logp
-from tests.tolerances import EPS, FACTOR, RELATIVE, assert_same_numbers
+from tests.support.tolerances import EPS, FACTOR, RELATIVE, assert_same_numbers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 

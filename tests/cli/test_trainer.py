@@ -24,7 +24,7 @@ from tests.support.factories import (
     save_model,
     write_jsonl,
 )
-from tests.tolerances import EPS, RELATIVE
+from tests.support.tolerances import EPS, RELATIVE
 
 # AdamW would make whole steps of what rounding leaves of a gradient of 0, such as a key bias's.
 SGD = ("--model.optimizer", "sgd")

@@ -10,7 +10,7 @@ from kto_kernels.linear_logps import eager
 from kto_kernels.linear_logps.function import _score
 from kto_kernels.linear_logps.head import Head
 from kto_kernels.linear_logps.plan import Mode, Needs, make_plan
-from tests.tolerances import EPS, FACTOR, relative_error
+from tests.support.tolerances import EPS, FACTOR, relative_error
 
 TRAINED = (Mode.KEPT, Mode.RECOMPUTED)
 HEADS = {

@@ -23,7 +23,7 @@ from tests.kernels.cases import (
     results,
     small_plan,
 )
-from tests.tolerances import EPS, assert_errs_like_plain
+from tests.support.tolerances import EPS, assert_errs_like_plain
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WITH_GRADIENT = [Mode.FROZEN_HEAD, *TRAINED]

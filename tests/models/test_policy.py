@@ -28,7 +28,7 @@ from tests.support.plain_forwards import (
     plain_logps,
     true_logps,
 )
-from tests.tolerances import assert_errs_like_plain, assert_gradients_err_like_plain
+from tests.support.tolerances import assert_errs_like_plain, assert_gradients_err_like_plain
 
 VOCABULARY = 97
 PADDED = ("gemma2", "bloom", "mamba", "falcon", "gpt_oss")

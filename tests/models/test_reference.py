@@ -15,7 +15,7 @@ from kto_lightning.models.policy import Policy
 from kto_lightning.models.reference import AdapterReference, FrozenReference, Reference
 from tests.parity.cases import save_adapter
 from tests.support.plain_forwards import Plain, make_triples, pack_triples
-from tests.tolerances import assert_same_logps
+from tests.support.tolerances import assert_same_logps
 
 VOCABULARY = 300
 KINDS = ("frozen copy", "adapter off", "twin adapter")

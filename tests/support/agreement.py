@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from tests.support.cli import numbers, weights
-from tests.tolerances import RELATIVE, assert_same_numbers, logp_rounding
+from tests.support.tolerances import RELATIVE, assert_same_numbers, logp_rounding
 
 
 def assert_numbers_agree(

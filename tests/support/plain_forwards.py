@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from kto_lightning.batches.collate import pack
 from kto_lightning.batches.types import Logps, PackedBatch
-from tests.tolerances import assert_errs_like_plain, assert_gradients_err_like_plain
+from tests.support.tolerances import assert_errs_like_plain, assert_gradients_err_like_plain
 
 SIDES = ("matched", "mismatched")
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.cli import fit, numbers, rows, run_cli, small_data, small_model
 from tests.support.factories import plain_records, write_jsonl
-from tests.tolerances import RELATIVE, SIX_DIGITS, assert_same_numbers, logp_rounding
+from tests.support.tolerances import RELATIVE, SIX_DIGITS, assert_same_numbers, logp_rounding
 
 SHARED = ("loss", "z0", "z0_raw", "reward/desirable", "reward/undesirable", "reward/margin")
 SHARED += ("logps/desirable", "logps/undesirable", "tokens")
