@@ -1,40 +1,23 @@
-"""The benchmark's contestant with z0 over micro-batches of 2 is TRL with accumulation."""
+"""z0 under gradient accumulation: per micro-batch in TRL 1.16, per optimizer step in `fit`."""
 
-import importlib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
-from lightning import Trainer
 
-from kto_lightning.data.datamodule import KTODataModule
-from kto_lightning.parity.agreement import LATER
-from kto_lightning.parity.trace import Inputs, Settings, trained_weights
+from kto_lightning.parity.agreement import EARLY
+from kto_lightning.parity.our_trace import our_trace
+from kto_lightning.parity.trace import Inputs, Settings
 from kto_lightning.parity.trl_trace import trl_trace
-from tests.parity.assertions import assert_weights_agree
 from tests.support.factories import make_tokenizer, save_model, write_jsonl
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-SETTINGS = Settings(
-    steps=6, batch_size=8, undesirable_weight=2.0, optimizer="sgd", learning_rate=5e-2
-)
-NUM_RECORDS = 20
-"""Each epoch ends in a step of two micro-batches."""
-FOUR_EPS = 4 * torch.finfo(torch.float32).eps
+SETTINGS = Settings(steps=1, batch_size=8, optimizer="sgd")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and Lightning
 
 
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("estimator_runs")
-
-
 def _records() -> list[dict[str, Any]]:
-    """Neighbours have different prompts, so that TRL's pairs are our rings."""
+    """Neighbours have different prompts, so that our rings of two are TRL's blocks of two."""
     words = ("river", "garden", "winter", "letter", "bridge", "teacher", "engine")
     return [
         {
@@ -42,13 +25,13 @@ def _records() -> list[dict[str, Any]]:
             "completion": " " + " ".join(words[(i * k + 3) % 7] for k in range(1, 3 + i % 5)),
             "label": i % 3 != 1,
         }
-        for i in range(NUM_RECORDS)
+        for i in range(SETTINGS.batch_size)
     ]
 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Inputs:
-    """The reference is another model: z0s are far from 0, on both sides of the clamp, at once."""
+    """The reference is another model: z0 is far from 0, on both sides of the clamp, at once."""
     tokenizer = make_tokenizer()
     return Inputs(
         model=str(save_model(tmp_path / "model", "llama", tokenizer)),
@@ -57,57 +40,28 @@ def inputs(tmp_path: Path) -> Inputs:
     )
 
 
-def _ours(runs: ModuleType, contestant: Any, inputs: Inputs) -> Any:
-    module = contestant(
-        inputs.model,
-        reference=inputs.reference,
-        beta=SETTINGS.beta,
-        desirable_weight=SETTINGS.desirable_weight,
-        undesirable_weight=SETTINGS.undesirable_weight,
-        optimizer=SETTINGS.optimizer,
-        learning_rate=SETTINGS.learning_rate,
+def test_accumulation_changes_the_gradient_of_trl_alone(inputs: Inputs, tmp_path: Path):
+    """The same model, partners and batch; only the number of examples that share a z0 differs."""
+    theirs = trl_trace(inputs, SETTINGS, tmp_path / "trl", micro_batch_size=2).columns
+    one_piece, in_pieces = (
+        our_trace(
+            inputs,
+            SETTINGS,
+            tmp_path / name,
+            *("--data.pairing", "distinct_prompts", "--data.max_tokens", str(max_tokens)),
+        ).columns
+        for name, max_tokens in (("one", 16384), ("several", 48))
     )
-    data = KTODataModule(
-        inputs.train, batch_size=SETTINGS.batch_size, max_tokens=runs.WHOLE, shuffle=False
-    )
-    Trainer(
-        accelerator="cpu",
-        max_steps=SETTINGS.steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    ).fit(module, datamodule=data)
-    return module
+    means, z0s = theirs["train/z0_raw"], theirs["train/z0"]
+    assert z0s == [max(0.0, mean) for mean in means]
+    assert len(z0s) == 4
+    assert 0 < z0s.count(0.0) < 4, "the clamp must matter, and not everywhere"
 
-
-def test_it_computes_what_trl_computes(runs: ModuleType, inputs: Inputs, tmp_path: Path):
-    theirs = trl_trace(inputs, SETTINGS, tmp_path / "trl", micro_batch_size=2)
-    module = _ours(runs, runs.MicroBatchModule, inputs)
-
-    z0s = [z0 for step in module.run.micro_z0s for z0 in step]
-    expected = theirs.columns["train/z0"]
-    assert [len(step) for step in module.run.micro_z0s] == [4, 4, 2, 4, 4, 2]
-    assert len(z0s) == len(expected)
-    assert 0 < sum(z0 == 0 for z0 in z0s) < len(z0s), "the clamp must matter, and not everywhere"
-    for got, want, size in zip(z0s, expected, theirs.columns["mismatched_logps"], strict=True):
-        assert abs(got - want) <= max(LATER * abs(want), FOUR_EPS * size)
-
-    norms = [row["grad_norm"] for row in module.run.train]
-    assert norms == pytest.approx(theirs.columns["train/grad_norm"], rel=LATER)
-    weights = trained_weights(module.policy.model)
-    assert_weights_agree(weights, theirs.weights, inputs.initial_weights())
-
-
-def test_the_other_contestant_does_not(runs: ModuleType, inputs: Inputs):
-    """So that the comparison above can tell them apart."""
-    whole, micro = (
-        _ours(runs, contestant, inputs).run.train
-        for contestant in (runs.WholeBatchModule, runs.MicroBatchModule)
-    )
-    # Before the first update all that is logged is the same: it is measured alike of both.
-    assert {k: whole[0][k] for k in ("loss", "z0", "z0_raw", "reward/margin")} == {
-        k: micro[0][k] for k in ("loss", "z0", "z0_raw", "reward/margin")
-    }
-    assert micro[0]["grad_norm"] != pytest.approx(whole[0]["grad_norm"], rel=1e-2)
+    mean = sum(means) / 4
+    tolerance = EARLY * max(theirs["mismatched_logps"])
+    for ours in (one_piece, in_pieces):
+        assert ours["train/z0_raw"] == pytest.approx([mean], abs=tolerance)
+        assert ours["train/z0"] == pytest.approx([max(0.0, mean)], abs=tolerance)
+    (ours,), (cut,), (trl,) = (t["train/grad_norm"] for t in (one_piece, in_pieces, theirs))
+    assert cut == pytest.approx(ours, rel=EARLY)
+    assert trl != pytest.approx(ours, rel=1e-2)
