@@ -1,7 +1,10 @@
-# Two commands do everything on a fresh machine, set-up included: `make demo` and `make test`.
+# Set-up is part of every target. `make demo` installs what training needs; everything else installs
+# the development tools as well.
 
 PYTHON ?= python3.11
-BIN := .venv/bin
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -16,41 +19,45 @@ help:
 	@echo "make parity      the parity table against TRL"
 	@echo "make wheel-test  build the wheel, install it into an environment of its own, train with it"
 
-# Made again whenever the dependencies change. With torch installed first, nothing else asks for it.
-$(BIN)/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable ".[dev]"
+# Both stamps are remade whenever the dependencies change. torch is installed first: every later
+# install then finds that requirement satisfied.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable .
 	touch $@
 
-demo: $(BIN)/.installed
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP_INSTALL) --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.demo
 	$(BIN)/python -m kto_lightning.demo
 
-# Two processes of one thread each: with more, tiny models wait for their threads.
+# Two processes of one thread each: with more threads, tiny models are slower.
 test: export OMP_NUM_THREADS ?= 1
-test: $(BIN)/.installed
+test: $(VENV)/.dev
 	$(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: export OMP_NUM_THREADS ?= 1
-test-slow: $(BIN)/.installed
+test-slow: $(VENV)/.dev
 	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu"
 
-lint: $(BIN)/.installed
+lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/codespell
 	$(BIN)/lint-imports
 
-docs: $(BIN)/.installed
+docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-parity: $(BIN)/.installed
+parity: $(VENV)/.dev
 	$(BIN)/python -m tests.parity.table
 
-wheel-test: $(BIN)/.installed
+wheel-test: $(VENV)/.dev
 	$(BIN)/pytest -m slow tests/test_wheel.py
 
 clean:
-	rm -rf .venv demo_output output
+	rm -rf $(VENV) demo_output output

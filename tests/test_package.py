@@ -1,16 +1,21 @@
-"""The package as Python code uses it, and what its folders must not disturb."""
+"""The package's public names, its dependencies, and a short run under a plain Lightning Trainer."""
 
+import ast
 import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import lightning
 import pytest
 import torch
 import transformers.utils.import_utils as transformers_imports
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import kto_kernels
 import kto_lightning
@@ -23,6 +28,11 @@ PUBLIC = {
     for package in (kto_lightning, kto_kernels)
     for name in package.__all__
 }
+
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONAL = {"trl", "bitsandbytes", "triton"}
+"""Imported by `parity`, for QLoRA, and on CUDA, where torch brings it."""
 
 
 def own_members(kind: type) -> dict[str, Callable]:
@@ -72,9 +82,55 @@ def test_importing_the_package_imports_no_framework():
     assert printed.stdout.strip() == "[]"
 
 
+def base_distributions() -> set[str]:
+    """All that `pip install kto-lightning` brings, by canonical name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    waiting = [Requirement(text) for text in project["dependencies"]]
+    found: dict[str, set[str]] = {}
+    while waiting:
+        requirement = waiting.pop()
+        name, extras = canonicalize_name(requirement.name), {"", *requirement.extras}
+        if extras <= found.get(name, set()):
+            continue
+        found[name] = found.get(name, set()) | extras
+        for text in metadata.requires(name) or []:
+            needed = Requirement(text)
+            if needed.marker is None or any(needed.marker.evaluate({"extra": e}) for e in extras):
+                waiting.append(needed)
+    return set(found)
+
+
+def imported_modules() -> Iterator[tuple[str, str]]:
+    """Every file of both packages with each top-level module it imports, at whatever place."""
+    for folder in (ROOT / "kto_lightning", ROOT / "kernels" / "kto_kernels"):
+        for path in folder.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    names = [node.module]
+                else:
+                    continue
+                yield from ((path.relative_to(ROOT).as_posix(), n.split(".")[0]) for n in names)
+
+
+def test_the_packages_import_base_dependencies_alone():
+    """`make demo` installs nothing else, and the development environment would hide it."""
+    own = {*sys.stdlib_module_names, "kto_lightning", "kto_kernels", *OPTIONAL}
+    base, provided_by = base_distributions(), metadata.packages_distributions()
+    assert {"torch", "matplotlib", "docstring-parser"} <= base
+    assert {"trl", "pytest", "mkdocs"} & base == set()
+    undeclared = [
+        (path, module)
+        for path, module in imported_modules()
+        if module not in own
+        and not base & {canonicalize_name(name) for name in provided_by.get(module, [])}
+    ]
+    assert undeclared == []
+
+
 def test_the_kernels_folder_is_no_package_that_transformers_would_take_for_its_own():
-    root = Path(__file__).resolve().parents[1]
-    assert not (root / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not transformers_imports.is_kernels_available()
 
 
