@@ -1,6 +1,6 @@
-"""What MkDocs does beside rendering Markdown: tables made from the code, formulas as MathML.
+"""MkDocs hooks: the table of all keys, generated from the code, and formulas as MathML.
 
-Both without a script or a font from elsewhere: a browser shows MathML by itself.
+Browsers render MathML by themselves, so the pages load no script or font from a network.
 """
 
 import html
@@ -11,7 +11,7 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `mkdocs` is not `python -m`
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `mkdocs` does not add the repository
 
 _FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">(?:\\\(|\\\[)(?P<tex>.*?)(?:\\\)|\\\])</(?P=tag)>',
@@ -19,28 +19,28 @@ _FORMULA = re.compile(
 )
 _GROUPS = {
     "": "The run",
-    "model": "Model and optimisation",
+    "model": "Model and optimization",
     "data": "Data",
     "checkpoint": "Checkpoints",
-    "report": "The report",
+    "report": "Reports",
     "trainer": "Lightning's trainer",
 }
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the table of all keys where a page asks for it."""
+    """Replace `<!-- keys -->` by the table of all keys."""
     if "<!-- keys -->" not in markdown:
         return markdown
     return markdown.replace("<!-- keys -->", key_tables())
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Turn the formulas of a page into MathML."""
+    """Convert the formulas of a page to MathML."""
     return _FORMULA.sub(_mathml, html)
 
 
 def key_tables() -> str:
-    """A table a group, in Markdown."""
+    """One Markdown table per group of keys."""
     from docs.keys import COMMANDS, keys
 
     found = keys()
@@ -67,7 +67,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _cell(text: str) -> str:
-    """Lightning writes reStructuredText: double backticks, and roles around names."""
+    """A table cell from a description in reStructuredText, as Lightning writes them."""
     text = re.sub(r":\w+:`~?([^`]*)`", r"`\1`", text).replace("``", "`")
     text = re.sub(r"\s*\(type: .*$", "", text)
     return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")

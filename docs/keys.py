@@ -1,4 +1,4 @@
-"""Every key of `fit`, `validate` and `predict`, as their parser has it."""
+"""All keys of `fit`, `validate` and `predict`, read from their parser."""
 
 from argparse import SUPPRESS
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from kto_lightning.cli.lightning_cli import KTOCLI
 from kto_lightning.cli.refusals import REFUSED
 
 COMMANDS = ("fit", "validate", "predict")
-_HERE = {
+_DESCRIPTIONS = {
     "config": "a YAML file of keys; may be given several times.",
-    "print_config": "print all keys as they would be, and end.",
-    "seed_everything": "decides the order of every epoch, new adapters and dropout.",
-    "ckpt_path": "go on from this checkpoint (or take its weights, in `validate` and `predict`); "
-    "last: the newest whole one of `OUTPUT/checkpoints`.",
+    "print_config": "print all keys with their values and exit.",
+    "seed_everything": "seed of the order of every epoch, of new adapters and of dropout.",
+    "ckpt_path": "resume from this checkpoint (`validate` and `predict` take its weights); "
+    "last: the newest whole one in `OUTPUT/checkpoints`.",
     "trainer.max_epochs": "passes over the records; null: 1, or no limit if `max_steps` is given.",
     "trainer.max_steps": "optimizer steps; -1: no limit.",
     "trainer.precision": "bf16-mixed or 32-true; null: bf16-mixed on CUDA, 32-true elsewhere.",
@@ -27,7 +27,7 @@ _HERE = {
     "trainer.limit_val_batches": "validation batches, a share or a number.",
     "trainer.limit_train_batches": "optimizer steps of an epoch, a share or a number.",
 }
-"""Where Lightning's own words would be wrong or too many here."""
+"""Descriptions that replace Lightning's, which do not apply here or are too long."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,13 +45,13 @@ class Key:
         return self.name.partition(".")[0] if "." in self.name else ""
 
 
-class _ParserMade(Exception):
-    """Carries the parser out of the command line before it reads any argument."""
+class _ParserBuilt(Exception):
+    """Hands over the parser before the command line parses any argument."""
 
 
-class _ParserOnly(KTOCLI):
+class _ParserCLI(KTOCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        raise _ParserMade(parser)
+        raise _ParserBuilt(parser)
 
 
 def keys() -> list[Key]:
@@ -69,9 +69,9 @@ def keys() -> list[Key]:
 
 def _parsers() -> dict[str, Any]:
     try:
-        _ParserOnly([])
-    except _ParserMade as made:
-        parser: Any = made.args[0]
+        _ParserCLI([])
+    except _ParserBuilt as built:
+        parser: Any = built.args[0]
     choices: dict[str, Any] = {}
     for action in parser._actions:
         choices |= getattr(action, "_name_parser_map", {})
@@ -83,8 +83,8 @@ def _keys_of(parser: Any, command: str) -> Iterator[Key]:
         if action.dest in ("help", "subcommand") or not action.option_strings:
             continue
         name = next(option for option in action.option_strings if option.startswith("--"))[2:]
-        if action.default == SUPPRESS and "." not in name and name not in _HERE:
-            continue  # a whole group from a file of its own
+        if action.default == SUPPRESS and "." not in name and name not in _DESCRIPTIONS:
+            continue  # an option that reads a whole group from a file
         if name.endswith(".help"):
             continue
         yield Key(name=name, default=action.default, meaning=_meaning(action), commands=(command,))
@@ -94,7 +94,7 @@ def _keys_of(parser: Any, command: str) -> Iterator[Key]:
 
 
 def _fields_of(kind: type, name: str, command: str) -> Iterator[Key]:
-    """Of a group that is null unless one of its keys is given, such as `model.lora`."""
+    """The keys of a group that is null unless one of them is given, such as `model.lora`."""
     texts = {entry.arg_name: entry.description for entry in parse_from_object(kind).params}
     for field in fields(kind):
         yield Key(
@@ -106,8 +106,8 @@ def _fields_of(kind: type, name: str, command: str) -> Iterator[Key]:
 
 
 def _meaning(action: Any) -> str:
-    if action.dest in _HERE:
-        return _HERE[action.dest]
+    if action.dest in _DESCRIPTIONS:
+        return _DESCRIPTIONS[action.dest]
     name = action.dest.removeprefix("trainer.")
     if action.dest.startswith("trainer.") and name in REFUSED:
         return f"refused: it {REFUSED[name][1]}"

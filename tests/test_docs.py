@@ -1,4 +1,4 @@
-"""The documentation names what exists: keys, metrics, tests, and commands that parse."""
+"""README and docs: every key, metric, file, folder and test they name exists, commands parse."""
 
 import inspect
 import re
@@ -102,9 +102,26 @@ def test_every_file_and_test_that_a_page_names_exists(page: str):
             assert f"def {function}(" in (ROOT / path).read_text(encoding="utf-8"), function
 
 
+def test_the_readme_has_a_tree_of_every_folder():
+    (block,) = re.findall(
+        r"^```\n(kto_lightning/\n.*?)```", TEXTS["README"], re.DOTALL | re.MULTILINE
+    )
+    paths, parents = set(), [""]
+    for line in block.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        if depth < len(parents):  # else the second line of a description
+            parents = [*parents[: depth + 1], parents[depth] + line.split()[0]]
+            paths.add(parents[-1])
+    assert {path for path in paths if not (ROOT / path).exists()} == set()
+    rooms = {path.parent.name for path in (ROOT / "kto_lightning").glob("*/__init__.py")}
+    assert {f"kto_lightning/{room}/" for room in rooms} <= paths
+    assert {"kernels/kto_kernels/", "docs/", "configs/", "notebooks/", "benchmarks/"} <= paths
+    of_tests = {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")}
+    assert of_tests <= set(re.findall(r"\w+", block.partition("\ntests/")[2]))
+
+
 def commands() -> list[list[str]]:
-    """All `fit`, `validate` and `predict` commands of the pages' code, whole on a line or over
-    several."""
+    """All `fit`, `validate` and `predict` commands in the pages' code, on one line or several."""
     found = []
     for text in TEXTS.values():
         for block in re.findall(r"```(?:bash|console)\n(.*?)```", text, re.DOTALL):
