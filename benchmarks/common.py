@@ -1,7 +1,8 @@
-"""What the benchmarks share: who measured with what, timing in pairs, peak memory, tables.
+"""Shared parts of the benchmarks: device and versions, paired timing, peak memory, tables.
 
-Contestants are timed in turns (one run each, then the next round, starting elsewhere), so that a
-machine that is busy or warms up hits all of them; speedups are medians of the rounds' ratios.
+Contestants are timed in turns: one run of each per round, and each round starts with another one,
+so that other load or a warming machine affects all of them. Speedups are medians of the rounds'
+ratios.
 """
 
 import ctypes
@@ -32,18 +33,18 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contestant:
-    """Something to be timed."""
+    """Code to be timed."""
 
     name: str
     run: Callable[[], object]
-    """One run; what it returns is dropped."""
+    """One run; its result is ignored."""
     prepare: Callable[[], None] = _nothing
-    """Called before each run, outside the clock: empty the gradients, say."""
+    """Called before each run and not timed, for example to clear gradients."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Times:
-    """A contestant's times, one a round, in milliseconds."""
+    """A contestant's times, one per round, in milliseconds."""
 
     samples_ms: tuple[float, ...]
 
@@ -52,7 +53,7 @@ class Times:
         return statistics.median(self.samples_ms)
 
     def quantile_ms(self, share: float) -> float:
-        """The time that `share` of the runs stayed within, interpolated."""
+        """The quantile `share` of the times, interpolated."""
         ordered = sorted(self.samples_ms)
         position = share * (len(ordered) - 1)
         low = int(position)
@@ -70,7 +71,7 @@ class Times:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The device and the versions, for the head of a table and of a result file."""
+    """Device and versions, for the header of a table and of a result file."""
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -94,7 +95,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def print_header(description: dict[str, Any], stream=sys.stdout) -> None:
-    """One line a fact."""
+    """One comment line per entry."""
     for name, value in description.items():
         print(f"# {name}: {value}", file=stream)
 
@@ -102,7 +103,7 @@ def print_header(description: dict[str, Any], stream=sys.stdout) -> None:
 def time_paired(
     contestants: Sequence[Contestant], device: torch.device, *, rounds: int, warmup: int = 2
 ) -> dict[str, Times]:
-    """Every contestant's times over the same rounds, by name."""
+    """The times of all contestants over the same rounds, by name."""
     for contestant in contestants:
         for _ in range(warmup):
             contestant.prepare()
@@ -131,7 +132,7 @@ def _time_once(run: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_memory_mib(contestant: Contestant, device: torch.device) -> float | None:
-    """Memory that one run takes beyond what is there before it; None where nothing tells."""
+    """Peak memory of one run, beyond that in use before it; None if it cannot be measured."""
     contestant.prepare()
     gc.collect()
     before = reset_peak_memory(device)
@@ -141,23 +142,22 @@ def peak_memory_mib(contestant: Contestant, device: torch.device) -> float | Non
 
 
 def reset_peak_memory(device: torch.device) -> float:
-    """Forget the peak so far; the memory in use now, in MiB."""
+    """Reset the peak; returns the memory in use now, in MiB."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with suppress(OSError, AttributeError):
-            # What earlier runs freed would hide what the next one takes.
+            # Freed memory that was not returned would hide what the next run allocates.
             ctypes.CDLL(None).malloc_trim(0)
             CLEAR_REFERENCES.write_text("5")
     return used_memory_mib(device)
 
 
 def used_memory_mib(device: torch.device, *, peak: bool = False) -> float:
-    """Memory in use, or the most since `reset_peak_memory`; NaN where nothing tells.
+    """Memory in use, or its peak since `reset_peak_memory`; NaN if it cannot be measured.
 
-    On CUDA what the allocator has given out. On a CPU the process's resident memory, of which only
-    Linux tells.
+    On CUDA the memory allocated by PyTorch, on a CPU the process's resident memory (Linux only).
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -186,7 +186,7 @@ def _cpu_name() -> str:
 
 
 def print_table(rows: Sequence[dict[str, str]]) -> None:
-    """Rows of equal keys as an aligned Markdown table."""
+    """Rows with the same keys as an aligned Markdown table."""
     names = list(rows[0])
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
     print("| " + " | ".join(name.ljust(widths[name]) for name in names) + " |")
@@ -196,7 +196,7 @@ def print_table(rows: Sequence[dict[str, str]]) -> None:
 
 
 def write_result(path: Path, description: dict[str, Any], results: Sequence[dict]) -> None:
-    """A result file: the head and the rows, as JSON."""
+    """A result file: header and rows, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"header": description, "results": list(results)}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

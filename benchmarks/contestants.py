@@ -1,8 +1,8 @@
-"""Training runs that wait for their turn: ours and TRL's, each in a process of its own.
+"""Training processes that take steps on request: ours and TRL's.
 
-A contestant's process stays alive for the whole comparison. It loads everything, says how much
-memory it holds, and from then on takes one optimizer step whenever it is told to, so that a machine
-that is busy with other things is so for both. What it says of a step is a `Step`.
+A contestant's process lives for the whole comparison. It loads everything, sends the memory it then
+holds, and takes one optimizer step per request, for which it sends a `Step`. So other load on the
+machine affects both contestants.
 """
 
 import gc
@@ -26,14 +26,14 @@ Reference = Literal["computed", "cached"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """What one process trains."""
+    """The training run of one process."""
 
     contestant: Literal["ours", "TRL"]
     reference: Reference
-    """`cached`: TRL's are precomputed before its first step, ours are looked for in `cache`."""
+    """`cached`: TRL precomputes log-probs before its first step, ours are read from `cache`."""
     inputs: Inputs
     adapter: Path | None
-    """To be trained on a frozen base; None: all weights are."""
+    """An adapter to train on a frozen base; None: all weights are trained."""
     cache: Path
     output: Path
     num_steps: int
@@ -56,39 +56,41 @@ class Step:
 
     seconds: float
     cpu_seconds: float
-    """Of all threads: what a busy machine leaves as it is."""
+    """Of all threads; hardly affected by other load."""
     peak_mib: float
     """Above `idle_mib`, over all steps so far."""
     loss: float
     logps: dict[str, float]
-    """Class means, nats; a class that the batch lacks is not there."""
+    """Class means in nats, of the classes in the batch."""
     num_tokens: int
-    """Real ones of the matched sequences."""
+    """Tokens of the matched sequences, without padding."""
     floor_operations: float | None
-    """The least that such a step can cost; only ours can tell."""
+    """Lower bound of the step's operations (`step_floor.py`); None for TRL."""
 
 
 class Turns:
-    """A contestant's end of the line."""
+    """A contestant's side of the connection: it measures a step and waits for the next request."""
 
     def __init__(self, connection: Connection, device: torch.device) -> None:
         self._connection, self._device = connection, device
         self._idle_mib = self._started = self._started_cpu = 0.0
 
     def ready(self) -> None:
-        """Everything is loaded and nothing trained yet."""
+        """Send the idle memory: everything is loaded and nothing trained yet."""
         gc.collect()
         self._idle_mib = reset_peak_memory(self._device)
         self._wait({"idle_mib": self._idle_mib})
 
-    def end_step(self, tell: Callable[[], dict[str, Any]]) -> None:
-        """A step has ended; `tell` gives what else a `Step` holds, off the clock."""
+    def end_step(self, step_values: Callable[[], dict[str, Any]]) -> None:
+        """Send the step that ended; `step_values` gives its other fields, and is not timed."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - self._started
         cpu_seconds = time.process_time() - self._started_cpu
         peak_mib = used_memory_mib(self._device, peak=True) - self._idle_mib
-        self._wait(Step(seconds=seconds, cpu_seconds=cpu_seconds, peak_mib=peak_mib, **tell()))
+        self._wait(
+            Step(seconds=seconds, cpu_seconds=cpu_seconds, peak_mib=peak_mib, **step_values())
+        )
 
     def _wait(self, message: Any) -> None:
         self._connection.send(message)
@@ -96,8 +98,8 @@ class Turns:
         self._started, self._started_cpu = time.perf_counter(), time.process_time()
 
 
-def work(connection: Connection, task: Task) -> None:
-    """A contestant's life. What goes wrong is sent instead of a step."""
+def run_contestant(connection: Connection, task: Task) -> None:
+    """Run in the contestant's process. An exception is sent as text instead of a step."""
     torch.set_num_threads(task.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     turns = Turns(connection, torch.device(task.device))
@@ -109,7 +111,7 @@ def work(connection: Connection, task: Task) -> None:
 
 
 def train_ours(task: Task, turns: Turns) -> None:
-    """As `fit` does, with `metrics.csv` and the diagnostics, but nothing saved at the end."""
+    """Train as `fit` does, with `metrics.csv` and the diagnostics, but without saving a model."""
     from lightning import Callback, Trainer
 
     from kto_lightning.callbacks.checkpoints import StepSeed
@@ -128,9 +130,9 @@ def train_ours(task: Task, turns: Turns) -> None:
         def on_train_batch_end(
             self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
         ) -> None:
-            turns.end_step(lambda: self._tell(pl_module.published.last_row, batch))
+            turns.end_step(lambda: self._step_values(pl_module.published.last_row, batch))
 
-        def _tell(self, row: dict[str, float], batch: Any) -> dict[str, Any]:
+        def _step_values(self, row: dict[str, float], batch: Any) -> dict[str, Any]:
             cached, frozen = task.reference == "cached", task.adapter is not None
             names = ("desirable", "undesirable")
             logps = {name: row.get(f"train/logps/{name}") for name in names}
@@ -178,7 +180,7 @@ def train_ours(task: Task, turns: Turns) -> None:
 
 
 def train_trl(task: Task, turns: Turns) -> None:
-    """As `KTOTrainer` comes, on the same numbers: what it logs, saves and shows is left out."""
+    """Train with an unmodified `KTOTrainer` and the same settings, without logging and saving."""
     from datasets import Dataset
     from inputs import read_jsonl
     from peft import PeftModel
@@ -195,9 +197,9 @@ def train_trl(task: Task, turns: Turns) -> None:
             turns.ready()
 
         def on_step_end(self, *arguments: Any, **others: Any) -> None:
-            turns.end_step(lambda: trainer.told)
+            turns.end_step(lambda: trainer.step_values)
 
-    class Telling(KTOTrainer):
+    class RecordingTrainer(KTOTrainer):
         def training_step(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
             metrics = self._metrics["train"]
             metrics.clear()
@@ -208,7 +210,7 @@ def train_trl(task: Task, turns: Turns) -> None:
             return loss
 
         @property
-        def told(self) -> dict[str, Any]:
+        def step_values(self) -> dict[str, Any]:
             loss, logps = self.last
             return {
                 "loss": loss.item(),
@@ -222,7 +224,7 @@ def train_trl(task: Task, turns: Turns) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(task.inputs.model, dtype=dtype)
     if task.adapter is not None:
         model = PeftModel.from_pretrained(model, task.adapter, is_trainable=True)
-    trainer = Telling(
+    trainer = RecordingTrainer(
         model=model,
         args=trl_config(
             task.output,

@@ -1,4 +1,4 @@
-"""What the benchmarks train: records of a file or made ones, and a tokenizer and model for them."""
+"""Inputs of the benchmarks: records (given or generated), and a tokenizer and model for them."""
 
 import json
 from collections.abc import Iterator
@@ -22,16 +22,14 @@ PAD_TOKEN, EOS_TOKEN = "<|endoftext|>", "<|im_end|>"
 SPECIAL_TOKENS = [PAD_TOKEN, EOS_TOKEN, "<|im_start|>"]
 CHAT_TEMPLATE = "qwen2_5"
 WORDS = 3000
-"""Different words in made records; the frequent ones become tokens."""
-
-
+"""Different words in generated records; the frequent ones become tokens."""
 TOKENIZER_VOCABULARY = 8192
-"""At most: what a few hundred records can fill without making every word of theirs a token."""
+"""At most: larger ones make every word of a few hundred records a token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """A Qwen2 to be made."""
+    """The dimensions of a Qwen2 model."""
 
     hidden_size: int = 256
     intermediate_size: int = 768
@@ -40,7 +38,7 @@ class Shape:
     num_kv_heads: int = 2
     vocabulary: int = 8192
     tied: bool = True
-    """Whether the head is the embedding once more."""
+    """Whether the head and the embedding share their weight."""
 
 
 SHAPES = {
@@ -71,7 +69,7 @@ SHAPES = {
         tied=False,
     ),
 }
-"""Published shapes, from their configs, and a small one that a CPU trains in seconds."""
+"""Shapes of published models, from their configs, and a small one for a CPU."""
 
 
 def read_jsonl(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
@@ -81,7 +79,7 @@ def read_jsonl(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
-    """One record a line."""
+    """Write one record per line; returns the path."""
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     path.write_text("".join(lines), encoding="utf-8")
     return path
@@ -90,13 +88,13 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
 def made_records(
     num_records: int, *, words: int, prompt_share: float, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Plain records of some `words` words on average, most shorter, a few several times longer."""
+    """Generated plain records of `words` words on average, with exponential lengths."""
     random = Random(seed)
     vocabulary = ["".join(random.choices("abcdefghij", k=6)) for _ in range(WORDS)]
 
     def text(mean: float) -> str:
         count = 2 + int(random.expovariate(1 / mean))
-        # Squared: a word's frequency falls with its rank, as in text.
+        # Squared, so that a word's frequency falls with its rank, as in natural text.
         return " ".join(vocabulary[int(random.random() ** 2 * WORDS)] for _ in range(count))
 
     return [
@@ -110,7 +108,7 @@ def made_records(
 
 
 def texts(value: Any) -> Iterator[str]:
-    """Every string in a record, however deep."""
+    """All strings in a record, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -124,7 +122,7 @@ def texts(value: Any) -> Iterator[str]:
 def make_model(
     shape: Shape, device: str = "cpu", *, dtype: torch.dtype = torch.float32, **settings: Any
 ) -> PreTrainedModel:
-    """A model of random weights; `settings` go into its config."""
+    """A model with random weights; `settings` are added to its config."""
     config = AutoConfig.for_model(
         "qwen2",
         hidden_size=shape.hidden_size,
@@ -151,12 +149,12 @@ def save_model(
     device: str = "cpu",
     adapter: Path | None = None,
 ) -> Path:
-    """A Hugging Face directory: a model of random weights, and a tokenizer made from `records`.
+    """Save a model with random weights and a tokenizer trained on `records`; returns the directory.
 
     Args:
-        dtype: of the weights as they are saved.
-        device: where they are drawn; billions take minutes on a CPU.
-        adapter: where to save a LoRA adapter for it, of rank 16 on every linear layer.
+        dtype: of the saved weights.
+        device: where the weights are drawn; billions take minutes on a CPU.
+        adapter: a directory for a LoRA adapter of rank 16 on every linear layer; None: no adapter.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -181,6 +179,6 @@ def save_model(
         settings = LoraConfig(
             r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
         )
-        model.name_or_path = str(directory)  # peft writes it into the adapter's config
+        model.name_or_path = str(directory)  # saved in the adapter's config
         get_peft_model(model, settings).save_pretrained(str(adapter))
     return directory

@@ -5,14 +5,14 @@
     python benchmarks/linear_logps.py --output benchmarks/results/h200_linear_logps.json
 
 A shape is tokens x width x vocabulary. Three tasks: `gradient-free` (a reference, a mismatched
-pass, an evaluation), `frozen` (LoRA: only the hidden states want a gradient) and `trained`.
+pass, an evaluation), `frozen` (LoRA: only the hidden states need a gradient) and `trained`.
 
-Columns: forward, and forward with backward, median [10%, 90%] in ms; how often faster than eager;
-GEMMs, products of 2·N·D·V operations, counted by PyTorch's dispatcher in a small run on the CPU;
+Columns: forward, and forward with backward, median [10%, 90%] in ms; speedup over eager; GEMMs,
+matrix products of 2·N·D·V operations, counted by PyTorch's dispatcher in a small run on the CPU;
 ceiling, the operations of those GEMMs over the time, as a share of what this device reaches in
-such a product alone; MiB beyond the inputs at the peak; error over eager's, against float64.
-A contestant that is wrong, more than five times eager's error, gets no time. `ours` goes through
-tiles; where there is a GPU, the fused kernel is a contestant of its own.
+such a product alone; peak memory beyond the inputs in MiB; error relative to eager's, against
+float64. A contestant with more than five times eager's error is not timed. `ours` runs in tiles; on
+a GPU the fused kernel is a contestant of its own.
 """
 
 import argparse
@@ -51,7 +51,7 @@ Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(kw_only=True)
 class Problem:
-    """One shape's tensors; gradients of the summed log-probs go to the leaves."""
+    """The tensors of one shape; the leaves get the gradients of the summed log-probs."""
 
     hidden: Tensor
     weight: Tensor
@@ -69,11 +69,11 @@ class Problem:
         hidden[:confident] += 4 * weight[targets[:confident]].float()
         return cls(hidden=hidden.to(dtype), weight=weight, targets=targets)
 
-    def ask_for(self, task: str) -> None:
+    def require_gradients(self, task: str) -> None:
         self.hidden = self.hidden.detach().requires_grad_(task != "gradient-free")
         self.weight = self.weight.detach().requires_grad_(task == "trained")
 
-    def forget(self) -> None:
+    def clear_gradients(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
     def run(self, score: Score) -> Tensor:
@@ -88,7 +88,7 @@ class Problem:
 
 
 def ours(mode: Mode | None = None, *, tile_mib: int | None = None, **changes) -> Score:
-    """Our log-probs; as planned, or with something of the plan overruled."""
+    """Our log-probs, as planned or with parts of the plan overridden."""
 
     def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         plan = make_plan(hidden, weight, Needs.of(hidden, weight, None))
@@ -114,7 +114,7 @@ def liger() -> Score:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        # Its gradients are made in the forward, for a sum; one gradient per token costs it 4 GEMMs.
+        # Liger computes gradients of a sum in the forward; one gradient per token takes 4 GEMMs.
         loss = liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="sum")
         assert isinstance(loss, Tensor)
         return -loss
@@ -123,7 +123,7 @@ def liger() -> Score:
 
 
 def contestants(task: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Score]:
-    """Who can run here."""
+    """The contestants that can run a task on a device."""
     found: dict[str, Score] = {"eager": eager.linear_logps}
     if arguments.compile:
         found["torch.compile"] = torch.compile(eager.linear_logps)
@@ -144,7 +144,7 @@ def contestants(task: str, device: torch.device, arguments: argparse.Namespace) 
 
 
 def truth(problem: Problem, rows: int = 256) -> dict[str, Tensor]:
-    """Float64 results, some rows at a time."""
+    """Float64 results, computed `rows` rows at a time."""
     exact = {"logps": [], "hidden": []}
     weight = problem.weight.detach().double().requires_grad_(problem.weight.requires_grad)
     for hidden, targets in zip(
@@ -165,8 +165,8 @@ def truth(problem: Problem, rows: int = 256) -> dict[str, Tensor]:
 
 
 def errors(problem: Problem, score: Score, exact: dict[str, Tensor]) -> dict[str, float]:
-    """Root mean square error of each result over that of the truth."""
-    problem.forget()
+    """Relative error of each result, in the Euclidean norm."""
+    problem.clear_gradients()
     results = {"logps": problem.run(score)}
     for name in ("hidden", "weight"):
         if (gradient := getattr(problem, name).grad) is not None:
@@ -180,15 +180,15 @@ def errors(problem: Problem, score: Score, exact: dict[str, Tensor]) -> dict[str
     }
 
 
-def judge(problem: Problem, everyone: dict[str, Score]) -> dict[str, float]:
-    """Each contestant's largest error over eager's, of log-probs and gradients."""
+def errors_over_eager(problem: Problem, scores: dict[str, Score]) -> dict[str, float]:
+    """Each contestant's largest error of log-probs and gradients, relative to eager's."""
     exact = truth(problem)
     eagers = errors(problem, eager.linear_logps, exact)
     found = {}
-    for name, score in everyone.items():
+    for name, score in scores.items():
         mine = errors(problem, score, exact)
         if "summed" in name and len(mine) > 1:
-            del mine["logps"]  # one number, not one a token: its gradients must speak for it
+            del mine["logps"]  # one sum, in which errors cancel; its gradients are compared
         found[name] = max(mine[part] / max(eagers[part], 1e-9) for part in mine)
     return found
 
@@ -198,22 +198,24 @@ def count_gemms(task: str, name: str, score: Score) -> float | None:
     if "compile" in name or "Liger" in name:
         return None
     if "fused" in name:
-        score = ours(fused=False)  # one kernel, which no dispatcher looks into, for the same GEMM
+        score = ours(
+            fused=False
+        )  # the dispatcher does not see the fused kernel; the GEMM is the same
     shape = (64, 32, 512)
     small = Problem.make(shape, torch.device("cpu"), torch.float32)
-    small.ask_for(task)
+    small.require_gradients(task)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm}) as counter:
         small.run(score)
     return counter.get_total_flops() / (2 * shape[0] * shape[1] * shape[2])
 
 
 def addmm(total, left, right, *_, **__) -> int:
-    """Operations of `addmm_`, from shapes: FlopCounterMode overlooks what works in place."""
+    """Operations of `addmm_` from shapes: FlopCounterMode does not count in-place operations."""
     return 2 * left[0] * left[1] * right[1]
 
 
 def gemm_tflops(problem: Problem, device: torch.device, rounds: int) -> float:
-    """What the device reaches in the forward's product alone, in 10¹² operations a second."""
+    """Operations per second of the forward's matrix product alone, in 10¹²."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     vocabulary = min(weight.shape[0], 2**27 // hidden.shape[0])  # bounds the result, not the rate
     out = torch.empty(hidden.shape[0], vocabulary, dtype=hidden.dtype, device=device)
@@ -225,15 +227,17 @@ def gemm_tflops(problem: Problem, device: torch.device, rounds: int) -> float:
 def measure(
     problem: Problem, task: str, device: torch.device, arguments: argparse.Namespace
 ) -> Iterator[dict]:
-    """One row a contestant."""
-    problem.ask_for(task)
-    everyone = contestants(task, device, arguments)
-    wrong = judge(problem, everyone)
-    right = {name: score for name, score in everyone.items() if wrong[name] <= WRONG}
+    """One row per contestant."""
+    problem.require_gradients(task)
+    scores = contestants(task, device, arguments)
+    wrong = errors_over_eager(problem, scores)
+    right = {name: score for name, score in scores.items() if wrong[name] <= WRONG}
 
     def entries(run: Callable[[Score], Tensor]) -> list[Contestant]:
         return [
-            Contestant(name=name, run=lambda score=score: run(score), prepare=problem.forget)
+            Contestant(
+                name=name, run=lambda score=score: run(score), prepare=problem.clear_gradients
+            )
             for name, score in right.items()
         ]
 
@@ -244,7 +248,7 @@ def measure(
     peaks = {entry.name: peak_memory_mib(entry, device) for entry in entries(problem.run)}
     ceiling = gemm_tflops(problem, device, arguments.rounds)
     operations = 2 * problem.hidden.numel() * problem.weight.shape[0]
-    for name, score in everyone.items():
+    for name, score in scores.items():
         row = {"task": task, "contestant": name, "error_over_eager": wrong[name]}
         if name in right:
             gemms = count_gemms(task, name, score)

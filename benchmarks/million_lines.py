@@ -1,11 +1,11 @@
-"""Read and tokenize a million records: how long, and how much memory all processes took together.
+"""Time and memory for reading, tokenizing and pairing a million records.
 
     python -m benchmarks.million_lines [--lines 1000000] [--tokenizer DIR] [--limit_mib 2048]
 
-Makes a file of chat-like records in a temporary directory, with a cache of its own, and reads it as
-`fit` does. Memory is the sum over the process and its workers of what is theirs alone (USS): what
-they share, and pages of the mapped cache file, which the system takes back when it needs them, are
-counted in the resident size beside it. Exits with 1 if the limit is passed.
+Writes a file of records to a temporary directory, with a cache of its own, and reads it as `fit`
+does. Memory is summed over the process and its workers: own memory (USS), which is shared with no
+other process, and resident memory, which includes shared memory and pages of the mapped cache file
+that the system can reclaim. The exit status is 1 if own memory exceeds the limit.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def write_lines(path: Path, num_lines: int) -> None:
 
 
 def small_tokenizer(directory: Path) -> Path:
-    """Byte-level BPE of 512 ids: it makes more tokens of a text than a real one does."""
+    """Byte-level BPE with 512 ids, which gives more tokens per text than a real tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -56,7 +56,7 @@ def small_tokenizer(directory: Path) -> Path:
 
 
 class PeakMemory(threading.Thread):
-    """Watches this process and its children, ten times a second."""
+    """The peak memory of this process and its children, sampled ten times a second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -82,7 +82,7 @@ class PeakMemory(threading.Thread):
 
 
 def measure(name: str, work: Callable[[], Any]) -> tuple[float, Any]:
-    """Run `work` and print what it took; returns the MiB that were its processes' own."""
+    """Run `work`, print its time and memory; returns its peak own memory in MiB and its result."""
     memory, started = PeakMemory(), time.monotonic()
     memory.start()
     result = work()
@@ -99,7 +99,7 @@ def measure(name: str, work: Callable[[], Any]) -> tuple[float, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Read and tokenize a million records.")
     parser.add_argument("--lines", type=int, default=1_000_000)
-    parser.add_argument("--tokenizer", help="a directory or hub id; a small one is made without")
+    parser.add_argument("--tokenizer", help="a directory or hub id; none: a small one is trained")
     parser.add_argument("--limit_mib", type=float, default=2048.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

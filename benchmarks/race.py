@@ -1,4 +1,4 @@
-"""Contestants in processes of their own, told when to take their steps."""
+"""Contestants in processes of their own, and the requests that let them step in turn."""
 
 import multiprocessing
 from collections.abc import Sequence
@@ -6,19 +6,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from contestants import Step, Task, work
+from contestants import Step, Task, run_contestant
 
-PATIENCE_S = 30
-"""For a process to end."""
+EXIT_TIMEOUT_S = 30
 
 
-class Failed(Exception):
-    """A contestant ended before its time."""
+class ContestantFailed(Exception):
+    """A contestant's process ended early or sent an exception."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
-    """What a contestant did."""
+class Measurements:
+    """All steps of one contestant."""
 
     idle_mib: float
     steps: list[Step]
@@ -27,13 +26,13 @@ class Line:
         return self.steps[warmup:]
 
 
-class Child:
-    """A contestant's process."""
+class ContestantProcess:
+    """A contestant's process, seen from the parent."""
 
     def __init__(self, task: Task) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=work, args=(theirs, task), daemon=True)
+        self._process = context.Process(target=run_contestant, args=(theirs, task), daemon=True)
         self._process.start()
         theirs.close()
         self._num_steps = task.num_steps
@@ -41,7 +40,7 @@ class Child:
         self.idle_mib = self._receive()["idle_mib"]
 
     def step(self) -> None:
-        """Let it take its next step."""
+        """Request the next step and receive it."""
         self._connection.send("go")
         self.steps.append(self._receive())
 
@@ -50,30 +49,30 @@ class Child:
             message = self._connection.recv()
         except EOFError:
             self._process.join()
-            raise Failed(f"it ended with status {self._process.exitcode}") from None
+            raise ContestantFailed(f"it ended with status {self._process.exitcode}") from None
         if isinstance(message, str):
-            raise Failed(message)
+            raise ContestantFailed(message)
         return message
 
     def close(self) -> None:
-        """Let it end by itself if it has taken all its steps."""
+        """End the process: on its own if it has taken all its steps, else by killing it."""
         if len(self.steps) == self._num_steps:
             self._connection.send("go")
-            self._process.join(PATIENCE_S)
+            self._process.join(EXIT_TIMEOUT_S)
         self._process.kill()
         self._process.join()
 
 
-def race(tasks: Sequence[Task], *, turn: int) -> list[Line]:
-    """Let everyone take `turn` steps, then the next round, starting elsewhere."""
+def race(tasks: Sequence[Task], *, turn: int) -> list[Measurements]:
+    """Let each contestant take `turn` steps per round; each round starts with another one."""
     with ExitStack() as stack:
         children = []
         for task in tasks:
-            children.append(Child(task))
+            children.append(ContestantProcess(task))
             stack.callback(children[-1].close)
         for number, done in enumerate(range(0, tasks[0].num_steps, turn)):
             first = number % len(children)
             for child in (*children[first:], *children[:first]):
                 for _ in range(min(turn, tasks[0].num_steps - done)):
                     child.step()
-        return [Line(idle_mib=child.idle_mib, steps=child.steps) for child in children]
+        return [Measurements(idle_mib=child.idle_mib, steps=child.steps) for child in children]

@@ -1,19 +1,19 @@
-"""What a step costs as length, batch, vocabulary and the prompts' share grow, over plain SFT.
+"""Cost of a step relative to SFT, by length, batch, vocabulary and the prompts' share.
 
     python benchmarks/scaling.py                            # small, for a CPU
     python benchmarks/scaling.py --shape qwen2.5-0.5b --length 512 1024 2048 4096 --batch 8 16
     python benchmarks/scaling.py --json benchmarks/results/scaling.json
 
-One thing changes at a time; the others stay at the first value given for them. All sequences of a
-step are equally long. Contestants run the same model on the same packed batch, forward and
-backward, without an optimizer, in turns:
+One parameter changes at a time; the others keep their first value. All sequences of a step have the
+same length. Contestants run the same model on the same packed batch, forward and backward, without
+an optimizer, in turns:
 
-- SFT: log-probs of the completions, negated and summed: what fine-tuning would cost;
-- computed: our KTO step, whose reference is a frozen copy of the model;
-- cached: the same with the reference's log-probs at hand.
+- SFT: the negative log-likelihood of the completions (supervised fine-tuning);
+- computed: our KTO step, with a frozen copy of the model as its reference;
+- cached: the same with the reference's log-probs given.
 
-Operations are counted by PyTorch's dispatcher (on a CPU only: it does not look into the kernels
-that a GPU has for this), memory is the peak beyond what model and gradients hold.
+Operations are counted by PyTorch's dispatcher (on a CPU only: it does not see what a GPU's kernels
+compute). Memory is the peak beyond model and gradients.
 """
 
 import argparse
@@ -52,7 +52,7 @@ SFT, COMPUTED, CACHED = "SFT", "computed", "cached"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """A size to be measured."""
+    """A size to measure."""
 
     length: int
     """Tokens of a sequence, prompt and completion."""
@@ -63,7 +63,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Random tokens, as a tokenizer would give them."""
+    """A record of random tokens."""
 
     index: int
     prompt_ids: np.ndarray
@@ -71,10 +71,10 @@ class Example:
     desirable: bool
 
 
-class Known:
-    """A reference whose log-probs are at hand."""
+class GivenReference:
+    """A reference with given log-probs."""
 
-    description = "known"
+    description = "given log-probs"
 
     def __init__(self, logps: Logps) -> None:
         self._logps = logps
@@ -83,11 +83,11 @@ class Known:
         return self._logps
 
     def to(self, device: torch.device) -> None:
-        """They are there."""
+        """Nothing to move."""
 
 
 def make_step(point: Point, device: torch.device) -> StepBatch:
-    """A step of one micro-batch; each completion is its neighbour's mismatched one."""
+    """A step of one micro-batch; each completion is the mismatched one of the next example."""
     random = np.random.default_rng(0)
     num_prompt = min(max(1, round(point.length * point.prompt_share)), point.length - 1)
     tokens = random.integers(0, point.vocabulary, (point.batch, point.length))
@@ -128,7 +128,7 @@ def kto_step(scorer: BatchScorer, step: StepBatch) -> None:
 
 
 def contestants(policy: Policy, step: StepBatch) -> dict[str, Callable[[], None]]:
-    """Steps to run, by name."""
+    """The steps to run, by name."""
 
     def scorer(reference: Any) -> BatchScorer:
         return BatchScorer(
@@ -137,7 +137,7 @@ def contestants(policy: Policy, step: StepBatch) -> dict[str, Callable[[], None]
 
     frozen = FrozenReference.copy_of(policy)
     computed = scorer(frozen)
-    cached = scorer(Known(frozen.logps(step.micro_batches[0])))
+    cached = scorer(GivenReference(frozen.logps(step.micro_batches[0])))
     return {
         SFT: lambda: sft_step(policy, step),
         COMPUTED: lambda: kto_step(computed, step),
@@ -146,21 +146,21 @@ def contestants(policy: Policy, step: StepBatch) -> dict[str, Callable[[], None]
 
 
 def measure(point: Point, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a contestant at one size."""
+    """One row per contestant at one size."""
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
     model = make_model(replace(SHAPES[options.shape], vocabulary=point.vocabulary), options.device)
     policy = Policy(model)
     step = make_step(point, device)
 
-    def forget() -> None:
+    def clear_gradients() -> None:
         for parameter in policy.parameters():
             if parameter.grad is not None:
                 parameter.grad.zero_()
 
     with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
         steps = contestants(policy, step)
-        entries = [Contestant(name=n, run=run, prepare=forget) for n, run in steps.items()]
+        entries = [Contestant(name=n, run=run, prepare=clear_gradients) for n, run in steps.items()]
         operations = {} if on_gpu else {name: count(run) for name, run in steps.items()}
         times = time_paired(entries, device, rounds=options.rounds, warmup=1)
         peaks = {entry.name: peak_memory_mib(entry, device) for entry in entries}
@@ -187,7 +187,7 @@ def count(run: Callable[[], None]) -> int:
 
 
 def points(options: argparse.Namespace) -> Iterator[tuple[str, Point]]:
-    """What is changed, and the size; the first of all values once for each thing that changes."""
+    """The parameter that changes, and the size; the base case appears once per parameter."""
     given = {name: getattr(options, name) for name in Point.__dataclass_fields__}
     first = Point(**{name: values[0] for name, values in given.items()})
     for name, values in given.items():
@@ -220,7 +220,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--shape", choices=SHAPES, default="small", help="but for its vocabulary")
+    add("--shape", choices=SHAPES, default="small", help="all dimensions but the vocabulary")
     add("--length", type=int, nargs="+", default=[256, 512, 1024], help="tokens of a sequence")
     add("--batch", type=int, nargs="+", default=[4, 8], help="sequences")
     add("--vocabulary", type=int, nargs="+", default=[8192, 32768])

@@ -1,4 +1,4 @@
-"""Tables alone: what the libraries print while they work is no part of them."""
+"""Silence the libraries' progress bars, advice and warnings, so that only tables are printed."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 
 def be_quiet() -> None:
-    """From now on, in this process: no progress bars, none of the libraries' advice."""
+    """Silence the libraries in this process from now on."""
     for library in ("lightning.pytorch", "trl"):
         logging.getLogger(library).setLevel(logging.ERROR)
     disable_progress_bars()
@@ -25,7 +25,7 @@ def be_quiet() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The same, and warnings are heard again afterwards."""
+    """The same; warning filters are restored on exit."""
     with warnings.catch_warnings():
         be_quiet()
         yield

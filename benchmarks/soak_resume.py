@@ -1,9 +1,9 @@
-"""Kill a run again and again at random moments, and compare it with one that was left alone.
+"""Kill a run again and again at random moments, and compare it with an uninterrupted one.
 
     python benchmarks/soak_resume.py --kills 20 --signal KILL --steps 200
 
-Most are killed a moment after their first new checkpoint, some before. What the last one leaves
-must be the uninterrupted run's, bit for bit: weights and metrics.csv.
+Most parts are killed shortly after their first new checkpoint, some before it. The last part must
+leave the weights and metrics.csv of the uninterrupted run, bit for bit.
 """
 
 import argparse
@@ -31,32 +31,32 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPE = Shape(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, vocabulary=512)
 BATCH_SIZE = 4
 POLL_SECONDS = 0.02
-WHILE_IT_LOADS = 0.0003
-"""The chance, at each look, of a kill before the first new checkpoint: one part in seven or so."""
+EARLY_KILL_PROBABILITY = 0.0003
+"""Per poll before the first new checkpoint; about one part in seven is killed so early."""
 
 
 @dataclass(slots=True)
 class Soak:
-    """A run in many parts, and what happened to it."""
+    """A run in many parts, and how each of them ended."""
 
     command: list[str]
     output: Path
     statuses: list[int] = field(default_factory=list)
     steps_saved: list[int] = field(default_factory=list)
     num_fallbacks: int = 0
-    num_begun_anew: int = 0
+    num_started_over: int = 0
 
     def start(self) -> subprocess.Popen[str]:
-        """Go on with the last checkpoint; without one, begin anew."""
+        """Resume from the last checkpoint; without one, start over."""
         resume = ["--ckpt_path", "last"] if list_checkpoints(self.output) else []
         if not resume and results_of(self.output):
-            self.num_begun_anew += 1
+            self.num_started_over += 1
             shutil.rmtree(self.output)
         command = [*self.command, "--output_dir", str(self.output), *resume]
         return start(command)
 
     def end(self, process: subprocess.Popen[str]) -> None:
-        """Take down how a process ended."""
+        """Wait for a process and record how it ended."""
         _, errors = process.communicate()
         self.num_fallbacks += errors.count("is damaged; looking for the one before it")
         self.statuses.append(process.returncode)
@@ -78,20 +78,20 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 
 
 def soak(run: Soak, *, kills: int, signum: int, longest_wait: float, seed: int) -> None:
-    """Kill `kills` parts of the run, each at a moment of its own, and let the last one end."""
+    """Kill `kills` parts of the run at random moments, and let the last part finish."""
     moments = random.Random(seed)
     for _ in range(kills):
         before = _last_step(run.output)
         process = run.start()
         while process.poll() is None and _last_step(run.output) == before:
-            if moments.random() < WHILE_IT_LOADS:
+            if moments.random() < EARLY_KILL_PROBABILITY:
                 break
             time.sleep(POLL_SECONDS)
         time.sleep(moments.uniform(0.0, longest_wait))
         process.send_signal(signum)
         run.end(process)
         if process.returncode == 0:
-            print(f"the run was over after {len(run.statuses)} parts: raise --steps")
+            print(f"the run finished after {len(run.statuses)} parts. Raise --steps.")
             return
     process = run.start()
     run.end(process)
@@ -102,7 +102,7 @@ def _last_step(output: Path) -> int:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What two outputs do not share: names of weights, numbers of rows."""
+    """The differences between two outputs: names of weights, numbers of rows."""
     left, right = (load_file(path / "model" / "model.safetensors") for path in (one, other))
     wrong = [name for name in left if not torch.equal(left[name], right[name])]
     tables = [_rows(path / "metrics.csv") for path in (one, other)]
@@ -123,9 +123,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=200, help="of the whole run")
+    parser.add_argument("--steps", type=int, default=200, help="steps of the whole run")
     parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
-    parser.add_argument("--longest_wait", type=float, default=2.0, help="seconds to a kill")
+    parser.add_argument(
+        "--longest_wait", type=float, default=2.0, help="seconds from a new checkpoint to the kill"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("options", nargs="*", help="further options of fit, after --")
     given = parser.parse_args()
@@ -150,7 +152,7 @@ def main() -> int:
         wrong = differences(run.output, whole.output)
         print(f"{len(run.statuses) - 1} parts ended by SIG{given.signal}, statuses {run.statuses}")
         print(f"steps saved after each part: {run.steps_saved}")
-        print(f"{run.num_begun_anew} begun anew, {run.num_fallbacks} damaged checkpoints")
+        print(f"{run.num_started_over} started over, {run.num_fallbacks} damaged checkpoints")
         print(f"{time.monotonic() - began:.0f} s; differences: {', '.join(wrong) or 'none'}")
     return 1 if wrong else 0
 

@@ -1,11 +1,11 @@
-"""From the command to the first training step: ours with empty caches, ours again, and TRL.
+"""Time from the command to the first training step: ours with empty caches, ours again, and TRL.
 
     python benchmarks/startup.py --data gsm8k_solutions.jsonl --json benchmarks/results/startup.json
 
-Each run is a new process, and a tiny model, so that what is timed is everything else: imports,
-reading, tokenizing, pairing, reports. Ours is `fit` as it comes; TRL's a script that reads the same
-file with `load_dataset` and trains. The runs alternate; what is shown is each one's best round, as
-nothing but another process's work can make a run slower. CPU time is that of all processes.
+Each run is a new process with a tiny model, so that everything else is timed: imports, reading,
+tokenizing, pairing, reports. Ours is `fit` with default settings, TRL's a script that reads the
+same file with `load_dataset` and trains. The runs alternate. The best round of each is shown, as
+other load can only make a run slower. CPU time is that of all processes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ OURS, AGAIN, TRL = "ours", "ours, again", "TRL"
 
 
 class Clock:
-    """What a run has used by now. Its first reading is of a process that has just begun."""
+    """Elapsed and CPU time of a run since its process was started."""
 
     def __init__(self, result: Path, started: float) -> None:
         self._result, self._started = result, started
@@ -38,7 +38,7 @@ class Clock:
         }
 
     def first_step(self, *_: Any, **__: Any) -> NoReturn:
-        """Stands in for a trainer's step: that it is asked for is all there is to know."""
+        """Replaces a trainer's step: writes the readings and ends the process."""
         self.read("step")
         self._result.write_text(json.dumps(self._readings))
         os._exit(0)
@@ -72,7 +72,7 @@ def start_trl(options: argparse.Namespace, clock: Clock) -> None:
 
 
 def run_once(name: str, inputs: Any, directory: Path) -> dict[str, float]:
-    """Start a process and read its clock when it is about to train."""
+    """Start a process and return its readings at the first step."""
     caches = directory / ("caches_trl" if name == TRL else "caches_ours")
     if name != AGAIN:
         shutil.rmtree(caches, ignore_errors=True)
@@ -84,12 +84,14 @@ def run_once(name: str, inputs: Any, directory: Path) -> dict[str, float]:
     environment = os.environ | {"HF_DATASETS_CACHE": str(caches)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if not result.exists():
-        raise SystemExit(f"startup: {name} never came to a step:\n{done.stdout}{done.stderr}")
+        raise SystemExit(
+            f"startup: {name} did not reach its first step:\n{done.stdout}{done.stderr}"
+        )
     return json.loads(result.read_text())
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a run: its readings of the best round, and all rounds'."""
+    """One row per contestant: the readings of its best round, and of all rounds."""
     from inputs import Shape, made_records, read_jsonl, save_model, write_jsonl
     from step_runs import Inputs
 
@@ -138,13 +140,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", type=Path, help="a file of records, jsonl; none: made ones")
-    add("--records", type=int, default=5000, help="made ones")
-    add("--words", type=int, default=120, help="of a made record, on average")
+    add("--data", type=Path, help="a file of records, jsonl; none: generated ones")
+    add("--records", type=int, default=5000, help="number of generated records")
+    add("--words", type=int, default=120, help="of a generated record, on average")
     add("--rounds", type=int, default=1)
     add("--json", type=Path, help="result file")
     for name in ("start", "model", "train", "result", "output"):
-        add(f"--{name}", help=argparse.SUPPRESS)  # of a run's own process
+        add(f"--{name}", help=argparse.SUPPRESS)  # for the processes that are started
     add("--started", type=float, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -154,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.start:
         start = start_trl if options.start == TRL else start_ours
         start(options, Clock(Path(options.result), options.started))
-    # Here and not above: the processes that are timed import what they need themselves.
+    # Imported here, so that the timed processes import only what they need.
     import torch
     from common import describe, print_header, write_result
 

@@ -1,23 +1,23 @@
-"""Count what a training step costs, in units of a plain fine-tuning step on the same tokens.
+"""Operations of a training step, relative to a supervised fine-tuning step on the same tokens.
 
-    python benchmarks/step_cost.py                                   # on made records
+    python benchmarks/step_cost.py                                   # on generated records
     python benchmarks/step_cost.py --data feedback.jsonl --json benchmarks/results/step_cost.json
 
 Records are `{prompt, completion, label}` as TRL takes them, text or chat. The unit is SFT: forward
-and backward of cross entropy, one record at a time, so that nothing is padded. As the model
-computes it, its head is on every position; with `completions` on those of the completions alone.
+and backward of cross entropy, one record at a time, so that nothing is padded. The model's own loss
+runs its head on every position; `completions` runs it on the completions alone.
 
-Contestants train for one epoch on the same records, with the pairing and the order that are their
-defaults (C' depends on which completions meet which prompts), and are counted in their step:
+Contestants train for one epoch on the same records, with their default pairing and order (C'
+depends on which completions are paired with which prompts), and their steps are counted:
 
 - ours: `KTOModule` under a Trainer; with `cached`, its reference cache is full;
 - TRL: `KTOTrainer` as it runs on a CPU, where its head scores every position;
-- TRL, completions only: the same with the scoring that it has where there is Triton.
+- TRL, completions only: the same with the scoring that TRL uses where Triton is available.
 
-Operations are those of matrix products, as PyTorch's dispatcher sees them; attention is counted as
-the whole rectangle of queries and keys for everyone, also where a causal mask hides half of it.
+Operations are those of matrix products, counted by PyTorch's dispatcher. Attention is counted as
+the whole rectangle of queries and keys for all contestants, also where a causal mask hides half.
 
-The floor is derived from the lengths that the counted steps had (`step_floor.py`).
+The floor is computed from the lengths of the counted steps (`step_floor.py`).
 """
 
 import argparse
@@ -39,15 +39,15 @@ from kto_lightning.batches.types import StepBatch
 
 ALLOWED_OVER_FLOOR = 1.03
 CUTS = 3
-"""Several micro-batches: a budget that a step's tokens exceed so many times."""
+"""For several micro-batches: the tokens of the largest step over `--data.max_tokens`."""
 MADE = {"made, long prompts": 0.5, "made, short prompts": 0.05}
-"""Prompt shares of the made records."""
+"""Prompt shares of the generated records."""
 
 
 def measure_ours(
     inputs: Inputs, settings: Settings, directory: Path
 ) -> tuple[list[dict[str, Any]], list[StepBatch]]:
-    """Our rows, operations not yet divided by SFT's, and the steps of one micro-batch each."""
+    """Our rows, not yet divided by SFT's operations, and the steps with one micro-batch each."""
     model = AutoModelForCausalLM.from_pretrained(inputs.model)
     unit = UnitCosts.of(model)
     whole = settings.batch_size * settings.max_length
@@ -79,7 +79,11 @@ def measure_ours(
 def measure_trl(
     inputs: Inputs, settings: Settings, directory: Path, num_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    """TRL's rows, refused if it did not train on the same tokens."""
+    """TRL's rows.
+
+    Raises:
+        SystemExit: if TRL did not train on the same tokens.
+    """
     for micro_batches in (1, max(1, settings.batch_size // 2)):
         for completions_only in (False, True):
             for precomputed in (False, True):
@@ -108,7 +112,7 @@ def measure_trl(
 def measure(
     name: str, records: list[dict[str, Any]], settings: Settings, directory: Path
 ) -> dict[str, Any]:
-    """One data set: its tokens, and a row a contestant. The tokenizer is made from all records."""
+    """The result for one data set, a row per contestant. All records train the tokenizer."""
     directory.mkdir()
     inputs = Inputs(
         model=save_model(directory / "model", records, settings.shape),
@@ -178,7 +182,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", nargs="+", type=Path, default=[], help="files of records, jsonl")
-    parser.add_argument("--records", type=int, default=32, help="the first so many are trained on")
+    parser.add_argument("--records", type=int, default=32, help="train on the first N")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--json", type=Path, help="result file")

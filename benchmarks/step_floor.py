@@ -1,4 +1,4 @@
-"""The least that a KTO step can cost, from the lengths of its sequences.
+"""Lower bound of a KTO step's operations, from the lengths of its sequences.
 
 With P prompt tokens, C matched and C' mismatched completion tokens, in forwards of one token
 through the decoder, a step costs
@@ -6,11 +6,11 @@ through the decoder, a step costs
     3 (P + C)       forward and backward of [x y]
     + C'            forward of y' on top of x
     + P + C + C'    the same two for the reference, unless cached
-    + P             the prompts once more, in a step of several micro-batches: z0 comes first
+    + P             the prompts again, in a step of several micro-batches, as z0 comes first
 
-and likewise in attention (forward and backward: 3.5 forwards) and in the head, which scores
-completions alone. Where C' = C and the head and attention are left out, that is (4P+6C)/(3P+3C)
-of a plain fine-tuning step.
+and likewise in attention (forward and backward cost 3.5 forwards) and in the head, which scores
+completions alone. With C' = C, and without head and attention, that is (4P+6C)/(3P+3C) of a
+supervised fine-tuning step.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from kto_lightning.batches.types import PackedBatch, StepBatch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnitCosts:
-    """Operations of a model's forward."""
+    """Operations of a model's forward, per unit of work."""
 
     token: int
     """Of one token, in all matrices of the decoder."""
@@ -47,11 +47,11 @@ class UnitCosts:
 
 
 def floor(step: StepBatch, unit: UnitCosts, *, cached: bool, frozen: bool = False) -> float:
-    """The least a step of these micro-batches can cost; see the module's docstring.
+    """Lower bound of the operations of a step; see the module's docstring.
 
     Args:
-        cached: the reference is paid for.
-        frozen: only an adapter is trained: the backward needs no gradient of the matrices.
+        cached: the reference's log-probs are cached and cost nothing.
+        frozen: only an adapter is trained, so backward computes no gradient of the base's matrices.
     """
     alone = len(step.micro_batches) == 1
     return sum(
@@ -83,5 +83,5 @@ def _floor(
 def mismatched_lengths(batch: PackedBatch) -> tuple[list[int], list[int], list[int]]:
     """Lengths of prompts, of prompts with their completions, of mismatched completions."""
     if batch.mismatched is None or not batch.shares_prompts:
-        raise SystemExit("step_cost: the steps share no prompts, so there is no such floor")
+        raise SystemExit("step_cost: the steps share no prompts, so this floor does not apply")
     return batch.prompt_lengths, batch.matched.lengths, batch.mismatched.lengths

@@ -1,4 +1,4 @@
-"""Whole training runs whose steps are counted: ours, TRL's, and plain fine-tuning."""
+"""Training runs that count their steps' operations: ours, TRL's, and supervised fine-tuning."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -32,26 +32,26 @@ ATEN = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What all contestants share."""
+    """Settings of all contestants."""
 
     shape: Shape = field(default_factory=Shape)
     num_records: int = 32
     batch_size: int = 8
     max_length: int = 1024
     words: int = 150
-    """Of a made record, on average."""
+    """Of a generated record, on average."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """Where the model and the records are."""
+    """Paths of the model and the records."""
 
     model: Path
     train: Path
 
 
 def counter() -> FlopCounterMode:
-    """Counts every matrix product; PyTorch's own table lacks a CPU's attention and `addmm_`."""
+    """Counts all matrix products; PyTorch's own table lacks CPU attention and `addmm_`."""
     attention = ATEN._scaled_dot_product_flash_attention_for_cpu
     backward = ATEN._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -72,7 +72,7 @@ def _one_per_query_head(query, *keys_and_values) -> list[torch.Size]:
 
 
 class CountedModule(KTOModule):
-    """`KTOModule` that remembers its steps and their cost."""
+    """`KTOModule` that records its steps and their operations."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -87,7 +87,7 @@ class CountedModule(KTOModule):
 
 
 class CountedTrainer(KTOTrainer):
-    """`KTOTrainer` that remembers the cost of its micro-batches and the real tokens in them."""
+    """`KTOTrainer` that records operations, tokens and padded positions of its micro-batches."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         self.costs: list[int] = []
@@ -106,7 +106,7 @@ class CountedTrainer(KTOTrainer):
 def run_ours(
     inputs: Inputs, settings: Settings, *, max_tokens: int, cache: Path | None = None
 ) -> CountedModule:
-    """One epoch of KTO, counted."""
+    """Train one epoch with `KTOModule` and count it."""
     module = CountedModule(str(inputs.model), reference_cache=None if cache is None else str(cache))
     data = KTODataModule(
         str(inputs.train),
@@ -131,7 +131,7 @@ def run_ours(
 
 
 def trl_config(directory: Path, *, device: str = "cpu", **settings: Any) -> KTOConfig:
-    """TRL's settings, without what is no training: nothing saved, logged or shown."""
+    """TRL's settings, with saving, logging and progress bars turned off."""
     return KTOConfig(
         **{
             "output_dir": str(directory),
@@ -158,7 +158,7 @@ def run_trl(
     micro_batches: int,
     completions_only: bool,
 ) -> CountedTrainer:
-    """One epoch of TRL's KTO, counted."""
+    """Train one epoch with TRL and count it."""
     config = trl_config(
         directory,
         per_device_train_batch_size=max(2, settings.batch_size // micro_batches),
@@ -181,7 +181,7 @@ def run_trl(
 
 
 def sft_cost(inputs: Inputs, steps: list[StepBatch], *, completions_only: bool) -> int:
-    """Forward and backward of cross entropy on every sequence that the steps train on."""
+    """Operations of cross entropy, forward and backward, on every sequence of the steps."""
     model = AutoModelForCausalLM.from_pretrained(inputs.model)
     total = 0
     for batch in (micro_batch for step in steps for micro_batch in step.micro_batches):

@@ -1,25 +1,25 @@
-"""Whole training steps in turn: ours and TRL's, by the clock, by CPU time and by memory.
+"""Time, CPU time and memory of whole training steps, ours and TRL's in turn.
 
     python benchmarks/throughput.py --data feedback.jsonl --json benchmarks/results/throughput.json
     python benchmarks/throughput.py --shape qwen2.5-0.5b                # made records, this device
     python benchmarks/throughput.py --shape qwen2.5-7b --lora
     python benchmarks/throughput.py --shape small --vocabulary 32768 --layers 2
 
-Both train the same made model on the same records in the same order, with the same partners
-(`pairing: rotate`), batch, length and optimizer: float32 on a CPU, bfloat16 on a GPU (a frozen
-base's weights too). Each is a process of its own that takes a turn of a few steps while the other
-waits. A step is everything from the end of the one before: data, forward, backward, update, and for
-ours its row in `metrics.csv`. Steps before the first timed one (`--warmup`) count for the peak and
-the losses alone.
+Both train the same randomly initialised model on the same records in the same order, with the same
+partners (`pairing: rotate`), batch, length and optimizer: float32 on a CPU, bfloat16 on a GPU (a
+frozen base's weights too). Each runs in a process of its own that takes a few steps while the other
+waits. A step is measured from the end of the previous one: data, forward, backward, update, and for
+ours the row in `metrics.csv`. Steps before the first timed one (`--warmup`) count only for the peak
+memory and for the comparison of losses.
 
 - computed: the reference runs in every step;
-- cached: ours finds its log-probs in its cache, TRL's are precomputed. Neither pays for it here.
+- cached: ours reads log-probs from its cache, TRL's are precomputed. Neither cost is included.
 
-Memory is above that of the loaded, idle process: its peak in resident memory, on CUDA the
-allocator's. MFU, on a GPU, is the least that such a step can cost (`step_floor.py`), the same for
-both, over its time and what this device reaches in a large product.
+Memory is the peak above that of the loaded, idle process: resident memory on a CPU, allocated
+memory on CUDA. MFU, on a GPU, is the lower bound of a step's operations (`step_floor.py`, the same
+for both) over its time, relative to what this device reaches in a large matrix product.
 
-Where losses, log-probs or tokens of the two are not the same, there is no ratio: exit status 1.
+If losses, log-probs or tokens of the two differ, no ratio is given and the exit status is 1.
 """
 
 import argparse
@@ -47,17 +47,18 @@ from common import (
 )
 from contestants import Reference, Step, Task
 from inputs import SHAPES, Shape, made_records, read_jsonl, save_model, write_jsonl
-from race import Failed, Line, race
+from race import ContestantFailed, Measurements, race
 from silence import quiet
 from step_runs import Inputs
 
-# Of rounding, which training lets grow. Another pair or order moves log-probs by tens of percent.
+# For rounding, which grows in training. Other partners or another order change log-probs by tens of
+# percent.
 TOLERANCES = {"cpu": {"loss": 1e-3, "logps": 1e-4}, "cuda": {"loss": 2e-2, "logps": 1e-2}}
 OURS, TRL = "ours", "TRL"
 
 
 def disagreement(ours: Sequence[Step], theirs: Sequence[Step], device: str) -> str | None:
-    """Where the two did not do the same, or None."""
+    """The first difference between the two runs, or None."""
     allowed = TOLERANCES[device]
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=True), start=1):
         if mine.num_tokens != other.num_tokens:
@@ -76,9 +77,9 @@ def relative_difference(value: float, other: float) -> float:
     return abs(value - other) / abs(other) if other else abs(value)
 
 
-def summarise(line: Line, warmup: int, batch_size: int, peak_tflops: float | None) -> dict:
-    """A row of the result: medians over the timed steps, and the samples they come from."""
-    steps = line.timed(warmup)
+def summarize(run: Measurements, warmup: int, batch_size: int, peak_tflops: float | None) -> dict:
+    """A row of the result: medians over the timed steps, and all steps."""
+    steps = run.timed(warmup)
     times = Times(samples_ms=tuple(step.seconds * 1e3 for step in steps))
     return {
         "examples_per_second": statistics.median(batch_size / step.seconds for step in steps),
@@ -87,30 +88,29 @@ def summarise(line: Line, warmup: int, batch_size: int, peak_tflops: float | Non
         "step_ms_10": times.quantile_ms(0.1),
         "step_ms_90": times.quantile_ms(0.9),
         "cpu_ms": statistics.median(step.cpu_seconds * 1e3 for step in steps),
-        "peak_mib": line.steps[-1].peak_mib,
-        "idle_mib": line.idle_mib,
+        "peak_mib": run.steps[-1].peak_mib,
+        "idle_mib": run.idle_mib,
         "peak_tflops": peak_tflops,
-        "steps": [asdict(step) for step in line.steps],
+        "steps": [asdict(step) for step in run.steps],
     }
 
 
-def compare(lines: dict[str, Line], options: argparse.Namespace) -> dict[str, Any]:
-    """Both rows and, if they did the same, the ratios."""
+def compare(runs: dict[str, Measurements], options: argparse.Namespace) -> dict[str, Any]:
+    """Both rows and, if the two runs agree, the ratios."""
     peak = device_tflops(options.device) if options.device == "cuda" else None
     rows = {
-        name: summarise(line, options.warmup, options.batch_size, peak)
-        for name, line in lines.items()
+        name: summarize(run, options.warmup, options.batch_size, peak) for name, run in runs.items()
     }
-    ours, theirs = (lines[name].timed(options.warmup) for name in (OURS, TRL))
+    ours, theirs = (runs[name].timed(options.warmup) for name in (OURS, TRL))
     if peak is not None:
-        # The work that the result needs is the same for both, however they come by it.
+        # The lower bound is the same for both, whatever they compute in addition.
         for name, steps in ((OURS, ours), (TRL, theirs)):
             shares = [
                 (mine.floor_operations or math.nan) / step.seconds / peak / 1e12
                 for mine, step in zip(ours, steps, strict=True)
             ]
             rows[name]["mfu"] = statistics.median(shares)
-    problem = disagreement(lines[OURS].steps, lines[TRL].steps, options.device)
+    problem = disagreement(runs[OURS].steps, runs[TRL].steps, options.device)
     result: dict[str, Any] = {"rows": rows, "disagreement": problem}
     if problem is None:
         pairs = list(zip(theirs, ours, strict=True))
@@ -123,7 +123,7 @@ def compare(lines: dict[str, Line], options: argparse.Namespace) -> dict[str, An
 
 
 def device_tflops(device: str, size: int = 8192) -> float:
-    """What the device reaches in a large bfloat16 product, in 10¹² operations a second."""
+    """Operations per second of a large bfloat16 matrix product on the device, in 10¹²."""
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     product = Contestant(name="", run=lambda: torch.mm(left, right))
     best = min(time_paired([product], torch.device(device), rounds=10)[""].samples_ms)
@@ -133,7 +133,7 @@ def device_tflops(device: str, size: int = 8192) -> float:
 def measure(
     records: list[dict[str, Any]], options: argparse.Namespace, directory: Path
 ) -> Iterator[dict[str, Any]]:
-    """One result per kind of reference."""
+    """One result for each of `--reference`."""
     inputs = Inputs(model=directory / "model", train=directory / "train.jsonl")
     adapter = directory / "adapter" if options.lora else None
     frozen_half = options.lora and options.device == "cuda"
@@ -169,12 +169,12 @@ def measure(
             race([ours], turn=num_steps)  # fills the cache
         pair = [ours, replace(ours, contestant=TRL)]
         mine, theirs = race(pair, turn=options.turn)
-        lines = {OURS: mine, TRL: theirs}
-        yield {"reference": reference} | compare(lines, options)
+        runs = {OURS: mine, TRL: theirs}
+        yield {"reference": reference} | compare(runs, options)
 
 
 def print_results(results: Sequence[dict[str, Any]]) -> None:
-    """The table, then a sentence per kind of reference."""
+    """The table, then a sentence for each of `--reference`."""
     print()
     print_table(
         [as_text(r["reference"], name, row) for r in results for name, row in r["rows"].items()]
@@ -207,7 +207,7 @@ def as_text(reference: str, name: str, row: dict[str, Any]) -> dict[str, str]:
 
 
 def shape_of(options: argparse.Namespace) -> Shape:
-    """The named shape, with what was given beside it."""
+    """The named shape, with the dimensions given on the command line."""
     given = {
         "hidden_size": options.hidden,
         "intermediate_size": options.intermediate,
@@ -226,31 +226,37 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     cuda = torch.cuda.is_available()
-    add("--data", nargs="+", type=Path, default=[], help="files of records, jsonl; none: made ones")
-    add("--prompt-share", type=float, default=0.5, help="of a made record's words")
-    add("--words", type=int, default=300, help="of a made record, on average")
+    add(
+        "--data",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="files of records, jsonl; none: generated ones",
+    )
+    add("--prompt-share", type=float, default=0.5, help="of a generated record's words")
+    add("--words", type=int, default=300, help="of a generated record, on average")
     add("--shape", choices=SHAPES, default="small")
     for name in ("hidden", "intermediate", "layers", "heads", "kv-heads", "vocabulary"):
-        add(f"--{name}", type=int, help="instead of the shape's")
+        add(f"--{name}", type=int, help="overrides the shape's")
     add("--lora", action="store_true", help="train an adapter of rank 16 on a frozen base")
     add("--reference", nargs="+", choices=get_args(Reference), default=get_args(Reference))
     add("--batch-size", type=int, default=8)
     add("--max-length", type=int, default=1024)
-    add("--max-tokens", type=int, default=16384, help="of ours, per forward")
+    add("--max-tokens", type=int, default=16384, help="per forward, ours only")
     add("--learning-rate", type=float, default=1e-6)
-    add("--checkpointing", action="store_true", help="of activations, both")
-    add("--steps", type=int, default=8, help="timed ones")
-    add("--warmup", type=int, default=2, help="steps before them")
-    add("--turn", type=int, default=2, help="steps that one takes while the other waits")
+    add("--checkpointing", action="store_true", help="activation checkpointing, in both")
+    add("--steps", type=int, default=8, help="timed steps")
+    add("--warmup", type=int, default=2, help="steps before the timed ones")
+    add("--turn", type=int, default=2, help="steps per turn")
     add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-    add("--threads", type=int, default=torch.get_num_threads(), help="of each contestant")
+    add("--threads", type=int, default=torch.get_num_threads(), help="per contestant")
     add("--json", type=Path, help="result file")
     return parser.parse_args(arguments)
 
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for everything, caches of data sets included, gone afterwards."""
+    """A temporary folder for everything, including the cache of `datasets`."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         os.environ["HF_DATASETS_CACHE"] = str(directory / "datasets")
@@ -273,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     with scratch() as directory, quiet():
         try:
             results = list(measure(records, options, directory))
-        except Failed as error:
+        except ContestantFailed as error:
             print(f"throughput: {error}", file=sys.stderr)
             return 1
     print_results(results)

@@ -1,4 +1,4 @@
-"""Every file in configs/ says what it is for and needs, is understood, and runs where it can."""
+"""configs/: every file says what it is for and needs, parses, and runs with a tiny model."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ ONE_CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
 ONE_CPU += ["--trainer.devices", 1, "--trainer.num_nodes", 1, "--trainer.strategy", "auto"]
 
 
-def test_what_people_ask_for_is_there():
+def test_the_expected_configs_are_there():
     assert {path.stem for path in CONFIGS} >= HUB
 
 
@@ -51,7 +51,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_runs_shrunk(path, small, tmp_path, capsys):
-    """A tiny model, forty records and two steps on one CPU; all that is not about size stays."""
+    """A tiny model, forty records and two steps on one CPU; all settings but sizes are kept."""
     settings = ["--model.policy", small["model"], "--data.train", small["data"]]
     settings += ["--trainer.max_steps", 2, "--output_dir", tmp_path / "out", *ONE_CPU]
     quantized = "quantization" in yaml.safe_load(path.read_text())["model"]

@@ -1,4 +1,4 @@
-"""`notebooks/kto.ipynb`: committed empty, and run as a person would, with smaller settings."""
+"""`notebooks/kto.ipynb` is committed without outputs, and runs from top to bottom."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def execute(folder: Path, **settings: Any) -> NotebookNode:
 
 
 def printed(notebook: NotebookNode, name: str) -> str:
-    """What a cell wrote to its stream of standard output."""
+    """The standard output of a cell."""
     outputs = cell(notebook, name).outputs
     return "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
 
@@ -57,7 +57,7 @@ def cell(notebook: NotebookNode, name: str) -> NotebookNode:
 
 
 def shown(notebook: NotebookNode, name: str, kind: str) -> list[str]:
-    """What a cell displayed of a MIME type."""
+    """The outputs of a cell of one MIME type."""
     return [o.data[kind] for o in cell(notebook, name).outputs if kind in o.get("data", {})]
 
 
@@ -88,7 +88,7 @@ def test_it_trains_every_step_and_leaves_another_model(executed: NotebookNode, f
     labels = [json.loads(line)["label"] for line in lines]
     assert (labels.count(True), labels.count(False)) == (30, 10)
     table = rows(run)
-    # 36 records stay to train on, two epochs of five steps of eight.
+    # 36 training records: two epochs of five steps with up to eight records.
     assert [int(row["step"]) for row in table] == list(range(1, 11))
     assert all(math.isfinite(float(row["train/loss"])) for row in table)
     assert [int(row["step"]) for row in table if row["val/loss"]] == [5, 10]

@@ -36,7 +36,7 @@ OPTIONAL = {"trl", "bitsandbytes", "triton"}
 
 
 def own_members(kind: type) -> dict[str, Callable]:
-    """What a class defines itself and does not hide."""
+    """The public methods that a class itself defines."""
     members = {name: inspect.unwrap(value) for name, value in vars(kind).items() if callable(value)}
     return {name: value for name, value in members.items() if not name.startswith("_")}
 
@@ -129,7 +129,7 @@ def test_the_packages_import_base_dependencies_alone():
     assert undeclared == []
 
 
-def test_the_kernels_folder_is_no_package_that_transformers_would_take_for_its_own():
+def test_transformers_does_not_take_our_kernels_folder_for_its_kernels_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not transformers_imports.is_kernels_available()
 
@@ -155,7 +155,7 @@ def test_a_trainer_runs_the_module_and_the_data_module(tmp_path):
     assert module.published.latest["train/grad_norm"] > 0
 
 
-def trainer_of(tmp_path, **settings):
+def make_trainer(tmp_path, **settings):
     quiet = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
@@ -163,16 +163,16 @@ def trainer_of(tmp_path, **settings):
     return lightning.Trainer(**quiet, **own, **settings)
 
 
-def test_a_trainer_without_our_data_is_told(tmp_path):
-    """Before a model is loaded: there is none of this name."""
-    trainer = trainer_of(tmp_path)
+def test_a_trainer_without_our_data_module_is_refused(tmp_path):
+    """Refused before the model is loaded: there is none of this name."""
+    trainer = make_trainer(tmp_path)
     with pytest.raises(
         ConfigError, match=r"Give the trainer one: trainer.fit\(module, datamodule="
     ):
         trainer.fit(KTOModule("absent"), train_dataloaders=[1, 2], val_dataloaders=[3])
 
 
-def test_data_without_a_trainer_are_told(tmp_path):
+def test_a_data_module_without_a_trainer_is_refused(tmp_path):
     records = write_jsonl(tmp_path / "records.jsonl", plain_records(12))
     data = KTODataModule(train=str(records))
     data.prepare_data()
@@ -183,11 +183,11 @@ def test_data_without_a_trainer_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
-def test_a_trainer_of_a_precision_that_harms_is_told(precision, tmp_path):
+def test_a_trainer_with_an_unsuitable_precision_is_refused(precision, tmp_path):
     records = write_jsonl(tmp_path / "records.jsonl", plain_records(12))
     save_model(tmp_path / "model", "llama", make_tokenizer())
     module = KTOModule(str(tmp_path / "model"))
-    trainer = trainer_of(tmp_path, precision=precision)
+    trainer = make_trainer(tmp_path, precision=precision)
     with pytest.raises(ConfigError, match=f"precision {precision} .* Use bf16-mixed or 32-true"):
         trainer.fit(module, datamodule=KTODataModule(train=str(records)))
 

@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it runs from an environment of its own."""
+"""The wheel: its contents, and that it runs in an environment of its own."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    # The environment has hatchling already: nothing is fetched.
+    # No build isolation: hatchling is installed already, and nothing is downloaded.
     build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
     subprocess.run([sys.executable, *build, folder, ROOT], check=True)
     (built,) = folder.glob("*.whl")
@@ -46,8 +46,8 @@ def test_it_runs_in_an_environment_of_its_own(wheel, tmp_path):
     python = tmp_path / "venv/bin/python"
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
     subprocess.run([python, *install], check=True)
-    # torch and the like are those of this environment. A line of a .pth is a folder and nothing
-    # more: whatever is installed in there by a .pth of its own, such as this checkout, is not seen.
+    # Dependencies come from this environment. A line of a .pth adds a folder, but the .pth files in
+    # it, such as that of this editable checkout, are not read.
     (site,) = (tmp_path / "venv/lib").glob("python*/site-packages")
     (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
 

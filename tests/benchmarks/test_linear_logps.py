@@ -1,4 +1,4 @@
-"""The benchmark tells right from wrong before it tells fast from slow."""
+"""`benchmarks/linear_logps.py`: contestants with wrong results are not timed."""
 
 import argparse
 import importlib
@@ -26,13 +26,13 @@ def common(monkeypatch):
 def test_a_wrong_result_gets_no_time(benchmark, monkeypatch) -> None:
     eager = benchmark.eager.linear_logps
 
-    def forgets_a_token(hidden, weight, targets):
+    def off_by_one_token(hidden, weight, targets):
         return eager(hidden, weight[1:], targets.clamp(min=1) - 1)
 
-    def everyone(*_, **__):
-        return {"eager": eager, "ours": benchmark.ours(), "wrong": forgets_a_token}
+    def scores(*_, **__):
+        return {"eager": eager, "ours": benchmark.ours(), "wrong": off_by_one_token}
 
-    monkeypatch.setattr(benchmark, "contestants", everyone)
+    monkeypatch.setattr(benchmark, "contestants", scores)
     problem = benchmark.Problem.make((24, 16, 200), CPU, torch.float32)
     arguments = argparse.Namespace(rounds=3)
     rows = {row["contestant"]: row for row in benchmark.measure(problem, "frozen", CPU, arguments)}

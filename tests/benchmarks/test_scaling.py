@@ -1,4 +1,4 @@
-"""How a step's cost grows: every size once, at the floor's ratio to plain fine-tuning."""
+"""`benchmarks/scaling.py`: the sizes it measures, and costs at the floor's ratio to SFT."""
 
 import importlib
 import json

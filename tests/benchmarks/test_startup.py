@@ -1,4 +1,4 @@
-"""The way to the first step: a process's clock is read where training would begin."""
+"""`benchmarks/startup.py`: a process is timed until training would begin."""
 
 import importlib
 import json
@@ -35,8 +35,8 @@ def made_inputs(tmp_path: Path):
     )
 
 
-def test_a_run_is_read_at_its_first_step(benchmark, tmp_path: Path) -> None:
-    """`fit` came as far as its summary and report, and no further."""
+def test_a_run_is_timed_at_its_first_step(benchmark, tmp_path: Path) -> None:
+    """`fit` got to its summary and data report, and no further."""
     check(benchmark.run_once(benchmark.OURS, made_inputs(tmp_path), tmp_path))
     assert (tmp_path / "output" / "data_report.json").is_file()
     assert (tmp_path / "caches_ours").is_dir()
@@ -58,8 +58,8 @@ def test_the_table_and_the_result_file(benchmark, tmp_path: Path, capsys) -> Non
 
 
 @pytest.mark.slow
-def test_a_run_that_never_gets_there_says_why(benchmark, tmp_path: Path) -> None:
+def test_a_run_that_does_not_reach_a_step_says_why(benchmark, tmp_path: Path) -> None:
     inputs = made_inputs(tmp_path)
     inputs.train.write_text('{"prompt": "a", "completion": "b", "label": "perhaps"}\n')
-    with pytest.raises(SystemExit, match=r"never came to a step(.|\n)*'label'"):
+    with pytest.raises(SystemExit, match=r"did not reach its first step(.|\n)*'label'"):
         benchmark.run_once(benchmark.OURS, inputs, tmp_path)

@@ -1,4 +1,4 @@
-"""Steps in turn: both train the same, both are measured, and different work gets no ratio."""
+"""`benchmarks/throughput.py`: both train the same, and different work gets no ratio."""
 
 import importlib
 import json
@@ -84,7 +84,7 @@ def test_cached_and_with_an_adapter(benchmark, tmp_path: Path) -> None:
 
 
 def made_lines(benchmark: ModuleType) -> dict[str, Any]:
-    """Three steps of each, as two contestants that agree would send them."""
+    """Three steps each of two contestants that agree."""
     contestants, race = (importlib.import_module(name) for name in ("contestants", "race"))
     step = contestants.Step(
         seconds=0.5,
@@ -97,7 +97,7 @@ def made_lines(benchmark: ModuleType) -> dict[str, Any]:
     )
     slower = replace(step, seconds=2.0, cpu_seconds=1.2, peak_mib=400.0, floor_operations=None)
     lines = {benchmark.OURS: [step] * 3, benchmark.TRL: [slower] * 3}
-    return {name: race.Line(idle_mib=300.0, steps=steps) for name, steps in lines.items()}
+    return {name: race.Measurements(idle_mib=300.0, steps=steps) for name, steps in lines.items()}
 
 
 def test_the_ratios(benchmark: ModuleType) -> None:
@@ -121,7 +121,7 @@ def test_the_ratios(benchmark: ModuleType) -> None:
     ids=["loss", "nan", "logps", "class", "tokens"],
 )
 def test_no_ratio_of_different_work(benchmark, monkeypatch, capsys, tmp_path, change) -> None:
-    """One step of TRL's that is not ours, a warm-up's too: no ratio, and exit status 1."""
+    """One step that differs, even in the warm-up: no ratio, and exit status 1."""
     lines = made_lines(benchmark)
     theirs = lines[benchmark.TRL]
     theirs.steps[0] = replace(theirs.steps[0], **change)
@@ -137,7 +137,7 @@ def test_no_ratio_of_different_work(benchmark, monkeypatch, capsys, tmp_path, ch
 
 
 def test_a_contestant_that_fails_says_why(benchmark, monkeypatch, capsys, tmp_path) -> None:
-    """A record that cannot be trained on: the error of the process reaches the one who asked."""
+    """A bad record: the error of the process is reported."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("HF_DATASETS_CACHE", "")
     data = tmp_path / "bad.jsonl"
