@@ -54,6 +54,13 @@ def test_two_ranks_give_the_numbers_of_one(case: str, train: Path, tmp_path: Pat
     assert_runs_agree(two, one, held_out="--data.validation" in options)
 
 
+def test_offloaded_shards_give_the_numbers_of_one_rank(train: Path, tmp_path: Path):
+    policy = small_model(tmp_path / "policy")
+    options = (*SEVERAL, "--model.gradient_clip_norm", 0.5, "--trainer.max_steps", 4)
+    two = fit_on_ranks(policy, train, tmp_path / "two", *options, strategy="fsdp2_offload")
+    assert_runs_agree(two, fit(policy, train, tmp_path / "one", *options))
+
+
 def tell_what_is_held() -> None:
     """Every rank prints which share of the policy's and the reference's weights it holds."""
 
