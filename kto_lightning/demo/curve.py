@@ -5,12 +5,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
+from kto_lightning.reports.html.charts import running_mean
+
 REWARDS = {
     "desirable": "train/reward/desirable",
     "undesirable": "train/reward/undesirable",
     "margin": "train/reward/margin",
 }
 BLOCKS = "▁▂▃▄▅▆▇█"
+WINDOW = 9
+"""Steps of the running mean that is drawn."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -60,7 +66,8 @@ def write_png(curves: dict[str, Curve], path: Path) -> bool:
     axes = figure.subplots()
     for (name, curve), colour in zip(curves.items(), ("tab:green", "tab:red", "0.35"), strict=True):
         axes.plot(curve.steps, curve.values, color=colour, alpha=0.25, linewidth=1)
-        axes.plot(curve.steps, running_mean(curve.values), color=colour, linewidth=2, label=name)
+        means = running_mean(np.array(curve.values), WINDOW)
+        axes.plot(curve.steps, means, color=colour, linewidth=2, label=name)
     axes.axhline(0.0, color="0.7", linewidth=0.8, zorder=0)
     axes.set(
         title="Rewards on the training batches",
@@ -71,13 +78,3 @@ def write_png(curves: dict[str, Curve], path: Path) -> bool:
     axes.legend(frameon=False)
     figure.savefig(path)
     return True
-
-
-def running_mean(values: list[float], window: int = 9) -> list[float]:
-    """The mean over `window` values centred on each, fewer at the ends."""
-    reach = window // 2
-    means = []
-    for index in range(len(values)):
-        near = values[max(0, index - reach) : index + reach + 1]
-        means.append(sum(near) / len(near))
-    return means

@@ -211,7 +211,6 @@ def test_means_of_a_curve_by_hand():
     assert drawn.means(2) == [2.0, 7.0]
     assert drawn.means(9) == drawn.values
     assert curve.Curve(steps=[], values=[]).means(4) == []
-    assert curve.running_mean(drawn.values, window=3) == [2.0, 3.0, 5.0, 7.0, 8.0]
 
 
 def test_sparkline_spans_its_scale():

@@ -26,11 +26,11 @@ from kto_lightning.reports.data.fields import (
     Weights,
 )
 from kto_lightning.reports.data.findings import findings_of
+from kto_lightning.reports.data.order import order_of
 from kto_lightning.reports.data.statistics import (
     format_of,
     labels_of,
     lengths_of,
-    order_of,
     repeats_of,
     shapes_of,
     weights_of,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kto_lightning.batches.class_weights import ClassWeights, check_weights
 from kto_lightning.reports.data.fields import DataReport, Places
-from kto_lightning.reports.data.statistics import single_label_chance
+from kto_lightning.reports.data.order import single_label_chance
 from kto_lightning.reports.finding import Finding
 
 PREDICTIVE_AUC = 0.7

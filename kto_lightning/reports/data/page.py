@@ -48,7 +48,9 @@ def _headline(reports: list[DataReport]) -> str:
         if count
     ]
     files = "The file has" if len(reports) == 1 else f"The {len(reports)} files have"
-    return f"{files} {' and '.join(named) or 'no problem'}: each is named with what to do."
+    if not named:
+        return f"{files} no problems and no warnings."
+    return f"{files} {' and '.join(named)}. Each finding says what to do."
 
 
 def data_facts(report: DataReport) -> list[Fact]:

@@ -1,6 +1,5 @@
 """The numbers of the report: each part of it from the arrays that decide it."""
 
-from math import exp, inf, lgamma
 from typing import Literal
 
 import numpy as np
@@ -16,7 +15,6 @@ from kto_lightning.reports.data.fields import (
     Histogram,
     Labels,
     Lengths,
-    Order,
     PerClass,
     Places,
     Quantiles,
@@ -24,14 +22,10 @@ from kto_lightning.reports.data.fields import (
     Shapes,
     Weights,
 )
+from kto_lightning.reports.data.order import share
 
 NUM_FIRST = 30
 MOST_CONTRADICTIONS = 3
-ALTERNATING = 0.8
-"""From which share of changing neighbours on labels count as alternating; chance gives at most a
-half."""
-SORTED = 0.1
-"""Below which share of the changes that chance would give labels count as sorted."""
 NUM_BINS = 32
 NUM_STRETCHES = 60
 LEAST_STRETCH = 8
@@ -57,9 +51,9 @@ def format_of(facts: Facts) -> Format:
         kind=kinds[bool(chat.any()), bool((~chat).any())],
         user_turns=float(turns.mean()) if len(turns) else None,
         most_user_turns=int(turns.max()) if len(turns) else None,
-        system_share=_share(table["system"]) or 0.0,
-        tools_share=_share(table["tools"]) or 0.0,
-        tool_call_share=_share(table["tool_call"]) or 0.0,
+        system_share=share(table["system"]) or 0.0,
+        tools_share=share(table["tools"]) or 0.0,
+        tool_call_share=share(table["tool_call"]) or 0.0,
     )
 
 
@@ -72,52 +66,6 @@ def labels_of(desirable: Bool[np.ndarray, " records"]) -> Labels:
         ratio=good / bad if bad else None,
         first=desirable[:NUM_FIRST].tolist(),
     )
-
-
-def order_of(desirable: Bool[np.ndarray, " records"], *, batch_size: int) -> Order:
-    """How the labels follow each other, and what that does to batches cut in file order."""
-    good, bad = int(desirable.sum()), int((~desirable).sum())
-    total = good + bad
-    changes = _share(desirable[1:] != desirable[:-1])
-    # Of two records drawn without putting back, one is good and the other bad.
-    by_chance = 2 * good * bad / (total * (total - 1)) if total > 1 else None
-    kind, rule = _kind_of_order(changes, by_chance)
-    return Order(
-        kind=kind if total else "none",
-        rule=rule if total else "there is no record",
-        changes=changes,
-        changes_by_chance=by_chance,
-        longest_run=PerClass(
-            desirable=_longest_run(desirable), undesirable=_longest_run(~desirable)
-        ),
-        batch_size=batch_size,
-        single_label_batches=_single_label_share(desirable, batch_size),
-        single_label_batches_shuffled=single_label_chance(good, bad, batch_size),
-    )
-
-
-def _kind_of_order(
-    changes: float | None, by_chance: float | None
-) -> tuple[Literal["alternating", "natural", "sorted", "one label"], str]:
-    if changes is None or not by_chance:
-        return "one label", "all records have the same label"
-    found = f"{changes:.0%} of neighbours have different labels, {by_chance:.0%} would by chance"
-    if changes >= ALTERNATING:
-        return "alternating", f"{found}; from {ALTERNATING:.0%} on this is called alternating"
-    if changes < SORTED * by_chance:
-        return "sorted", f"{found}; below {SORTED:.0%} of chance this is called sorted"
-    return "natural", f"{found}; between sorted and alternating"
-
-
-def _longest_run(marked: Bool[np.ndarray, " records"]) -> int:
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], marked, [False]]).astype(np.int8)))
-    return int((edges[1::2] - edges[::2]).max(initial=0))
-
-
-def _single_label_share(desirable: Bool[np.ndarray, " records"], batch_size: int) -> float | None:
-    num_batches = len(desirable) // batch_size
-    good = desirable[: num_batches * batch_size].reshape(num_batches, batch_size).sum(axis=1)
-    return _share((good == 0) | (good == batch_size))
 
 
 def weights_of(num_desirable: int, num_undesirable: int) -> Weights:
@@ -189,10 +137,10 @@ def repeats_of(facts: Facts, *, batch_size: int) -> Repeats:
     mismatches = None
     if batch_size > 1 and len(facts):
         partner = pair_rotate(len(facts), batch_size).partner
-        mismatches = _share(which == which[partner])
+        mismatches = share(which == which[partner])
     return Repeats(
         distinct_prompts=len(counts),
-        repeated_prompt_share=_share(counts[which] > 1),
+        repeated_prompt_share=share(counts[which] > 1),
         commonest_prompt_share=float(counts.max() / len(facts)) if len(facts) else None,
         exact_duplicates=_duplicates(facts),
         contradictory_labels=_contradictions(facts),
@@ -220,26 +168,6 @@ def _contradictions(facts: Facts) -> Places:
     pairs = pairs[:, np.argsort(pairs[0])]
     shown = pairs[:, :MOST_CONTRADICTIONS].T.ravel().tolist()
     return Places(count=pairs.shape[1], first=[facts.place(row) for row in shown])
-
-
-def _share(marked: Bool[np.ndarray, " records"]) -> float | None:
-    return float(marked.mean()) if len(marked) else None
-
-
-def single_label_chance(num_desirable: int, num_undesirable: int, batch_size: int) -> float | None:
-    """The chance that a batch drawn from these records has one label only; None if too few."""
-    total = num_desirable + num_undesirable
-    if total < batch_size:
-        return None
-    ways = [_log_comb(count, batch_size) for count in (num_desirable, num_undesirable)]
-    return sum(exp(way - _log_comb(total, batch_size)) for way in ways)
-
-
-def _log_comb(total: int, size: int) -> float:
-    """log of how many batches there are; exact numbers would have millions of digits."""
-    if size > total:
-        return -inf
-    return lgamma(total + 1) - lgamma(size + 1) - lgamma(total - size + 1)
 
 
 def shapes_of(

@@ -1,53 +1,74 @@
-"""Charts as SVG that takes its colours from the page, so that it is legible in dark and in light.
+"""Charts: Matplotlib figures as inline SVG, legible on a light and on a dark page.
 
-Matplotlib draws with stand-in colours, which become CSS variables. Texts stay texts: they follow
-the page's font, can be searched, and screen readers get a description of the whole.
+Lines and areas have colours that stand out against both backgrounds. Texts stay text, which can be
+searched, and are black, for which Matplotlib writes no colour: `style.css` gives them the page's.
 """
 
 import io
-import itertools
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal
+from xml.etree import ElementTree
 
 import numpy as np
 from jaxtyping import Float
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from kto_lightning.errors import KTOError
 
 Colour = Literal["desirable", "undesirable", "third", "muted"]
 Array = Float[np.ndarray, " _"]
 
-WIDTH, HEIGHT = 4.9, 2.9
-"""Inches, of 72 CSS pixels: narrow, so that letters are legible where a phone shrinks them."""
-MOST_POINTS = 300
-"""Of a line: more than this cannot be told apart at this width."""
+MAX_POINTS = 300
+"""Of a line: more cannot be told apart at this width."""
 SMOOTH_FROM = 60
-"""Points from which on a running mean is drawn over what was measured."""
-MOST_MARKERS = 40
+"""Points from which on a running mean is drawn over the measured values."""
+MAX_MARKERS = 40
 """Of points with error bars."""
-_STAND_INS = {
-    "desirable": "#0072b2",
-    "undesirable": "#d55e00",
-    "third": "#009e73",
-    "muted": "#777777",
-    "ink": "#111111",
-    "grid": "#cccccc",
-}
-_DASHES: dict[str, Any] = {
+COLOURS = {"desirable": "#0072b2", "undesirable": "#c25100", "third": "#00805c", "muted": "#777777"}
+DASHES: dict[str, Any] = {
     "desirable": "solid",
     "undesirable": (0, (5, 2)),
     "third": (0, (1.5, 1.5)),
     "muted": (0, (3, 2, 1, 2)),
 }
 """Colour is never the only difference."""
+STYLE: dict[str, Any] = {
+    "figure.figsize": (4.9, 2.9),  # inches of 72 px, narrow: phones shrink what is wider
+    "lines.linewidth": 1.2,
+    "figure.constrained_layout.use": True,
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10.5,
+    "axes.facecolor": "none",
+    "axes.edgecolor": COLOURS["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.formatter.limits": (-4, 5),
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": COLOURS["muted"],
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+    "xtick.color": COLOURS["muted"],
+    "xtick.labelcolor": "black",
+    "ytick.color": COLOURS["muted"],
+    "ytick.labelcolor": "black",
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "legend.handlelength": 1.8,
+    "legend.columnspacing": 1.2,
+    "legend.borderpad": 0.1,
+}
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 @dataclass(kw_only=True, slots=True)
 class Series:
-    """One quantity; NaN where it was not measured."""
+    """One quantity; NaN where it was not measured, but not everywhere."""
 
     name: str
     x: Array
@@ -80,25 +101,23 @@ class Chart:
 
     def description(self) -> str:
         """The chart in words, for those who do not see it."""
+        form = ".0%" if self.percent else ".4g"
         parts = [f"{self.title}; {self.y_label} against {self.x_label}."]
         for one in self.series:
-            known = one.y[np.isfinite(one.y)]
-            if not len(known):
-                continue
-            show = (lambda value: f"{value:.0%}") if self.percent else (lambda v: f"{v:.4g}")
+            y = one.y[np.isfinite(one.y)]
             parts.append(
-                f"{one.name}: first {show(known[0])}, last {show(known[-1])}, "
-                f"lowest {show(known.min())}, highest {show(known.max())}."
+                f"{one.name}: first {y[0]:{form}}, last {y[-1]:{form}}, "
+                f"lowest {y.min():{form}}, highest {y.max():{form}}."
             )
         return " ".join(parts)
 
 
 def draw(chart: Chart, number: int = 1) -> Markup:
-    """The chart as an `<svg>` element for HTML.
+    """The chart as an `<svg>` element.
 
     Args:
         chart: what to draw.
-        number: another one for each chart of a page, which sets their ids apart.
+        number: different for each chart of a page, so that no two share an id.
 
     Raises:
         KTOError: if matplotlib is missing.
@@ -110,147 +129,101 @@ def draw(chart: Chart, number: int = 1) -> Markup:
         raise KTOError(
             "charts are drawn by matplotlib, which is not installed. `pip install matplotlib`."
         ) from error
-    settings: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "kto_lightning",  # the same page for the same numbers
-        "text.parse_math": False,
-        "font.size": 10.5,
-        "axes.titlesize": 10.5,
-        "text.color": _STAND_INS["ink"],
-        "axes.edgecolor": _STAND_INS["ink"],
-        "axes.labelcolor": _STAND_INS["ink"],
-        "xtick.color": _STAND_INS["ink"],
-        "ytick.color": _STAND_INS["ink"],
-        "grid.color": _STAND_INS["grid"],
-        "axes.unicode_minus": True,
-        "axes.formatter.limits": (-4, 5),
-    }
-    with rc_context(settings):
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained", facecolor="none")
-        axes = figure.subplots()
-        axes.set_facecolor("none")
-        _plot(axes, chart)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", facecolor="none", metadata={"Date": None})
-    return _for_html(out.getvalue(), chart, number)
+    # The salt makes ids, which are hashes: the same for the same numbers, others in other charts.
+    with rc_context(STYLE | {"svg.hashsalt": f"chart {number}"}):
+        figure = Figure()
+        _plot(figure.subplots(), chart)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata=NO_METADATA)
+    return _inline(file.getvalue(), chart.description())
+
+
+def _inline(document: str, description: str) -> Markup:
+    """Matplotlib's SVG document as an element of an HTML page, where names have no namespace."""
+    svg = ElementTree.fromstring(document)
+    for element in svg.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {
+            name.rpartition("}")[2]: value
+            for name, value in element.attrib.items()
+            if (element.tag, name) != ("g", "id")  # such as axes_1, in every chart; never used
+        }
+    svg.attrib |= {"role": "img", "aria-label": description}
+    return Markup(ElementTree.tostring(svg, encoding="unicode"))
 
 
 def _plot(axes: Any, chart: Chart) -> None:
-    axes.grid(axis="y", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     for series in chart.series:
-        dashes = _DASHES[series.colour] if len(chart.series) > 1 else "solid"
+        dashes = DASHES[series.colour] if len(chart.series) > 1 else "solid"
         _PLOTTERS[series.kind](axes, series, dashes)
     if chart.log_x:
         axes.set_xscale("log")
-        _name_ticks(axes.xaxis)
+        _set_log_ticks(axes.xaxis)
     if chart.log_y:
         axes.set_yscale("log")
-        _name_ticks(axes.yaxis)
+        _set_log_ticks(axes.yaxis)
     if chart.percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     if chart.zero:
-        axes.axhline(0.0, color=_STAND_INS["ink"], linewidth=0.8)
+        axes.axhline(0.0, color=COLOURS["muted"], linewidth=0.8)
     if chart.level is not None:
         name, at = chart.level
-        axes.axhline(
-            at, color=_STAND_INS["muted"], linestyle=_DASHES["muted"], linewidth=1.2, label=name
-        )
+        axes.axhline(at, color=COLOURS["muted"], linestyle=DASHES["muted"], label=name)
     for name, at in chart.marks:
-        axes.axvline(at, color=_STAND_INS["ink"], linestyle="dotted", linewidth=1.4, label=name)
+        axes.axvline(at, color=COLOURS["muted"], linestyle="dotted", label=name)
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     handles, names = axes.get_legend_handles_labels()
     if len(names) > 1:
-        axes.figure.legend(
-            *(handles, names),
-            loc="outside upper left",
-            ncols=2,
-            frameon=False,
-            fontsize=9.5,
-            handlelength=1.8,
-            columnspacing=1.2,
-            borderpad=0.1,
-        )
+        axes.figure.legend(handles, names, loc="outside upper left", ncols=2)
 
 
-def _name_ticks(axis: Any) -> None:
-    """Ticks of a logarithmic axis that read 100, 300, 1k."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+def _set_log_ticks(axis: Any) -> None:
+    """Ticks that read 100, 300, 1000."""
+    from matplotlib.ticker import LogLocator
 
     axis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=8))
-    axis.set_major_formatter(lambda value, _: _short(value))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _short(value: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def _line(axes: Any, series: Series, dashes: Any) -> None:
-    colour = _STAND_INS[series.colour]
-    x, y, low, high = thinned(series)
+    colour = COLOURS[series.colour]
+    x, y, low, high = _thinned(series, MAX_POINTS)
     axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-    known = np.isfinite(y)
-    if known.sum() == 1:
-        axes.plot(x[known], y[known], "o", color=colour, markersize=5, label=series.name)
-        return
-    x, y = x[known], y[known]  # a batch that lacks a class leaves no gap in its line
     if len(y) >= SMOOTH_FROM:
         axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.35)
         y = running_mean(y, len(y) // 15)
-    axes.plot(x, y, color=colour, linestyle=dashes, linewidth=1.8, label=series.name)
+    marker = "o" if len(y) == 1 else ""
+    axes.plot(
+        *(x, y), color=colour, linestyle=dashes, linewidth=1.8, marker=marker, label=series.name
+    )
 
 
 def _points(axes: Any, series: Series, dashes: Any) -> None:
-    colour = _STAND_INS[series.colour]
-    known = np.isfinite(series.y)
-    measured = replace(
-        series,
-        x=series.x[known],
-        y=series.y[known],
-        spread=None if series.spread is None else np.nan_to_num(series.spread[known]),
-    )
-    x, y, low, _ = thinned(measured, MOST_MARKERS)
+    x, y, low, _ = _thinned(series, MAX_MARKERS)
     axes.errorbar(
         *(x, y),
         yerr=None if series.spread is None else y - low,
-        color=colour,
+        color=COLOURS[series.colour],
         linestyle=dashes,
-        linewidth=1.2,
         elinewidth=1.0,
-        marker="o" if series.colour != "undesirable" else "s",
+        marker="s" if series.colour == "undesirable" else "o",
         markersize=4,
         label=series.name,
     )
 
 
 def _bars(axes: Any, series: Series, dashes: Any) -> None:
-    widths = np.diff(series.x)
-    axes.bar(
-        *(series.x[:-1], series.y, widths),
-        align="edge",
-        color=_STAND_INS[series.colour],
-        alpha=0.75,
-        linewidth=0,
-        label=series.name,
-    )
+    colour = COLOURS[series.colour]
+    axes.stairs(series.y, series.x, color=colour, fill=True, alpha=0.75, label=series.name)
 
 
 def _steps(axes: Any, series: Series, dashes: Any) -> None:
-    colour = _STAND_INS[series.colour]
+    colour = COLOURS[series.colour]
     axes.stairs(series.y, series.x, color=colour, fill=True, alpha=0.18)
     axes.stairs(
-        series.y,
-        series.x,
-        color=colour,
-        linestyle=dashes,
-        linewidth=1.6,
-        label=series.name,
+        *(series.y, series.x), color=colour, linestyle=dashes, linewidth=1.6, label=series.name
     )
 
 
@@ -262,33 +235,24 @@ _PLOTTERS: dict[str, Callable[[Any, Series, Any], None]] = {
 }
 
 
-def thinned(series: Series, most: int = MOST_POINTS) -> tuple[Array, Array, Array, Array]:
-    """A line as at most `most` stretches: where each lies, its mean, its band's edges.
+def _thinned(series: Series, max_points: int) -> tuple[Array, Array, Array, Array]:
+    """The measured values as means over at most `max_points` stretches.
 
-    The band is the series' own spread, or the lowest and highest values of each stretch. A stretch
-    in which nothing was measured is NaN.
+    Returns:
+        x, y, and the lower and upper edge of a band: y ± the spread, or the lowest and the highest
+        value of each stretch.
     """
-    x, y = np.asarray(series.x, dtype=float), np.asarray(series.y, dtype=float)
-    y = np.where(np.isfinite(y), y, np.nan)
-    parts = list(_stretches(len(y), most))
-    where = np.array([x[part].mean() for part in parts])
-    mean = np.array([_over_known(np.mean, y[part]) for part in parts])
+    measured = np.flatnonzero(np.isfinite(series.y))
+    parts = np.array_split(measured, min(len(measured), max_points))
+
+    def reduce(function: Callable[[Array], Any], values: Array) -> Array:
+        return np.array([function(values[part]) for part in parts])
+
+    x, y = reduce(np.mean, series.x), reduce(np.mean, series.y)
     if series.spread is None:
-        low = np.array([_over_known(np.min, y[part]) for part in parts])
-        high = np.array([_over_known(np.max, y[part]) for part in parts])
-        return where, mean, low, high
-    half = np.array([_over_known(np.mean, series.spread[part]) for part in parts])
-    return where, mean, mean - half, mean + half
-
-
-def _stretches(count: int, most: int) -> Iterator[slice]:
-    edges = np.linspace(0, count, min(count, most) + 1).round().astype(int).tolist()
-    yield from itertools.starmap(slice, itertools.pairwise(edges))
-
-
-def _over_known(function: Callable[[Array], Any], values: Array) -> float:
-    known = values[np.isfinite(values)]
-    return float(function(known)) if len(known) else float("nan")
+        return x, y, reduce(np.min, series.y), reduce(np.max, series.y)
+    spread = reduce(np.mean, np.nan_to_num(series.spread))
+    return x, y, y - spread, y + spread
 
 
 def running_mean(values: Array, window: int) -> Array:
@@ -297,25 +261,3 @@ def running_mean(values: Array, window: int) -> Array:
     at = np.arange(len(values))
     low, high = np.maximum(at - window // 2, 0), np.minimum(at + window // 2 + 1, len(values))
     return (sums[high] - sums[low]) / (high - low)
-
-
-_FONT = re.compile(r"(font: [^;\"]*?)'[^;\"]*")
-_IDS = re.compile(r'(\bid="|href="#|url\(#)')
-
-
-def _for_html(svg: str, chart: Chart, number: int) -> Markup:
-    """Matplotlib's file as an element among others: no prologue, ids of its own, our colours."""
-    body = svg[svg.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r"<!--.*?-->\n?", "", body, flags=re.DOTALL)
-    body = body[body.index(">") + 1 :]
-    body = _IDS.sub(rf"\g<1>c{number}-", body).replace("xlink:href", "href")
-    body = _FONT.sub(r"\1var(--font)", body)
-    for name, filler in _STAND_INS.items():
-        body = body.replace(filler, f"var(--{name})")
-    width, height = WIDTH * 72, HEIGHT * 72
-    label = escape(chart.description())
-    return Markup(
-        f'<svg role="img" aria-label="{label}" viewBox="0 0 {width:g} {height:g}">'
-        f"<title>{escape(chart.title)}</title>{body}"
-    )

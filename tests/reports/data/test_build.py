@@ -23,7 +23,8 @@ from kto_lightning.reports.data import (
     write_report,
 )
 from kto_lightning.reports.data.fields import Column, Order, PerClass, Places
-from kto_lightning.reports.data.statistics import length_auc, order_of, single_label_chance
+from kto_lightning.reports.data.order import order_of, single_label_chance
+from kto_lightning.reports.data.statistics import length_auc
 from tests.support.factories import (
     chat_records,
     make_tokenizer,
