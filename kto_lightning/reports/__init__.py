@@ -1,1 +1,1 @@
-"""Reports: on data (`inspect`) and on runs (`report`), on the terminal and as HTML."""
+"""The data report (`inspect`), the run report (`report`) and warnings during a run."""

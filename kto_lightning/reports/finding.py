@@ -1,4 +1,4 @@
-"""What stands out in data or in a run: said in a terminal, in JSON and on a page alike."""
+"""Findings: items of the data report and of a run's verdict, for terminal, JSON and HTML."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,26 +8,26 @@ Grade = Literal["problem", "warning", "note", "good"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing that stands out. Its parts end without a full stop; two may be empty."""
+    """One observation, its meaning for KTO and what to do. None ends in a full stop."""
 
     grade: Grade
-    """`problem`: training cannot work like this; `warning`: the result will suffer; `note`: worth
-    knowing; `good`: as it should be."""
+    """`problem`: training cannot work; `warning`: the result will suffer; `note`: for information;
+    `good`: as it should be."""
     what: str
     meaning: str = ""
-    """Whether and why it matters for KTO, in lower case at its beginning, as is `action`."""
+    """Whether and why it matters for KTO; begins in lower case, as `action` does. May be empty."""
     action: str = ""
-    """What to do."""
+    """What to do. May be empty."""
 
     @property
     def sentence(self) -> str:
-        """All of it in one line, as a terminal shows it."""
+        """The finding on one line."""
         parts = [part for part in (self.meaning, self.action) if part]
-        rest = ". ".join([*parts[:1], *map(begun, parts[1:])])
+        rest = ". ".join([*parts[:1], *map(capitalize_first, parts[1:])])
         return f"{self.what}: {rest}." if rest else f"{self.what}."
 
 
-def begun(text: str) -> str:
-    """A text with a capital at its beginning, unless that is a name such as z0 or train/loss."""
+def capitalize_first(text: str) -> str:
+    """Capitalize the first letter, unless the first word is a name such as z0 or train/loss."""
     word = text.split(" ", 1)[0]
     return text[:1].upper() + text[1:] if word.isalpha() else text

@@ -1,4 +1,4 @@
-"""What is printed, on a terminal of any width and into a pipe."""
+"""Printing to a terminal or a pipe without trailing spaces."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +8,8 @@ from rich.console import Console
 
 @contextmanager
 def trimmed(console: Console) -> Iterator[None]:
-    """What is printed meanwhile, without the spaces that tables fill their lines with: they wrap in
-    a narrower window and litter a pipe."""
+    """Strip trailing spaces from what is printed inside: rich fills the lines of a table with them,
+    and they wrap in a narrower window."""
     with console.capture() as captured:
         yield
     lines = [line.rstrip() for line in captured.get().rstrip().splitlines()]

@@ -1,4 +1,4 @@
-"""Reports as self-contained HTML pages: one template, charts as SVG inside it, no network."""
+"""Self-contained HTML pages: one template with inline SVG charts."""
 
 from kto_lightning.reports.html.charts import Chart, Colour, Series, draw
 from kto_lightning.reports.html.document import (

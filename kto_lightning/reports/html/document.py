@@ -1,4 +1,4 @@
-"""A page from its parts: plain values in, one HTML file out. Whatever is text is escaped."""
+"""HTML pages: dataclasses of plain values, rendered by one template that escapes all text."""
 
 import itertools
 import re
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup, escape
 
 from kto_lightning.files import write_whole
-from kto_lightning.reports.finding import Finding, begun
+from kto_lightning.reports.finding import Finding, capitalize_first
 from kto_lightning.reports.html.charts import Chart, draw
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class Fact:
-    """A number worth reading first."""
+    """A number at the top of a page."""
 
     name: str
     value: str
@@ -28,7 +28,7 @@ class Fact:
 
 @dataclass(kw_only=True, slots=True)
 class Table:
-    """Rows under a header, each named by its first cell; a row of one cell is a heading."""
+    """Rows under a header; the first cell of each is its name, and a row of one cell a heading."""
 
     header: list[str]
     rows: list[list[str]]
@@ -36,7 +36,7 @@ class Table:
 
 @dataclass(kw_only=True, slots=True)
 class Sample:
-    """A prompt and what was answered, each answer with its name."""
+    """A prompt and its completions, as pairs of a name and a text."""
 
     prompt: str
     answers: list[tuple[str, str]]
@@ -44,7 +44,7 @@ class Sample:
 
 @dataclass(kw_only=True, slots=True)
 class Section:
-    """A part of a page. Parts that are empty are left out."""
+    """A section of a page; fields that are empty are omitted."""
 
     title: str
     text: list[str] = field(default_factory=list)
@@ -52,10 +52,10 @@ class Section:
     charts: list[Chart] = field(default_factory=list)
     table: Table | None = None
     folded: Table | None = None
-    """A table to be opened."""
+    """A collapsed table."""
     samples: list[Sample] = field(default_factory=list)
     details: list[str] = field(default_factory=list)
-    """Lines as they stand in a file."""
+    """Lines in monospace, unchanged."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,7 +71,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as HTML that needs nothing beside itself.
+    """The page as self-contained HTML: no scripts, no other files.
 
     Raises:
         KTOError: if matplotlib is missing.
@@ -92,7 +92,7 @@ def _template() -> "Template":
         lstrip_blocks=True,
     )
     environment.filters["code"] = with_code
-    environment.filters["begun"] = lambda text: with_code(begun(text))
+    environment.filters["capitalize_first"] = lambda text: with_code(capitalize_first(text))
     return environment.get_template("page.html")
 
 
@@ -100,12 +100,12 @@ _CODE = re.compile(r"`([^`]+)`|(--[a-z][\w.]*\w)")
 
 
 def with_code(text: str) -> Markup:
-    """A text of ours, escaped, with options and what stands in backticks set as code."""
+    """A text of ours, escaped, with options and backticks set as code."""
     return Markup(_CODE.sub(r"<code>\1\2</code>", str(escape(text))))
 
 
 def write_page(page: Page, path: Path) -> None:
-    """Write the page, whole or not at all.
+    """Write the page atomically.
 
     Raises:
         KTOError: if it cannot be written.

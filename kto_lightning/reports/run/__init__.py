@@ -1,4 +1,4 @@
-"""The run report: what a run did, from what it left in OUTPUT. No model is loaded for it."""
+"""The run report, made from the files in OUTPUT without loading a model."""
 
 from kto_lightning.reports.run.build import report_of_run, run_page
 from kto_lightning.reports.run.run import Run, read_run

@@ -1,4 +1,4 @@
-"""From a run to its page."""
+"""The run report as a page."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +17,14 @@ from kto_lightning.reports.run.verdict import headline, verdict
 
 
 def report_of_run(output_dir: str | Path, html: str | Path | None = None) -> tuple[Path, str]:
-    """Write the page of a run, finished or not.
+    """Write the report of a run, finished or not, as an HTML page.
 
     Args:
         output_dir: the run's OUTPUT.
-        html: where to; None: `OUTPUT/report.html`.
+        html: path of the page; None: `OUTPUT/report.html`.
 
     Returns:
-        Where the page is, and the verdict in a few sentences.
+        The path of the page, and the verdict in up to four sentences.
 
     Raises:
         KTOError: if there is no run, matplotlib is missing, or the page cannot be written.
@@ -37,7 +37,11 @@ def report_of_run(output_dir: str | Path, html: str | Path | None = None) -> tup
 
 
 def run_page(run: Run, findings: list[Finding]) -> Page:
-    """The page of a run with this verdict."""
+    """The page of a run.
+
+    Args:
+        findings: its verdict.
+    """
     charts = list(run_charts(run))
     sections = [Section(title="Verdict", findings=findings)]
     if charts:
@@ -51,7 +55,7 @@ def run_page(run: Run, findings: list[Finding]) -> Page:
         sections.append(
             Section(
                 title="Settings",
-                text=["From config.yaml; what is null is left out."],
+                text=["From config.yaml; keys that are null are omitted."],
                 folded=Table(header=["key", "value"], rows=settings),
             )
         )
@@ -61,16 +65,13 @@ def run_page(run: Run, findings: list[Finding]) -> Page:
         headline=headline(findings),
         facts=list(_facts(run)),
         sections=sections,
-        footer="Made by kto_lightning from metrics.csv, config.yaml and data_report.json. Rewards "
-        "are β · log(policy / reference), log-probs and z0 are in nats.",
+        footer="Written by kto_lightning from metrics.csv, config.yaml and data_report.json. "
+        "Rewards are β · log(policy / reference), log-probs and z0 are in nats.",
     )
 
 
 def _curves_text(run: Run) -> str:
-    text = (
-        "Against completed optimizer steps. Thin or shaded: as measured, batch by batch; thick: a "
-        "running mean."
-    )
+    text = "Over completed optimizer steps. Thin or shaded: batch by batch; thick: running mean."
     missing = [
         name
         for name in ("loss", "z0", "z0_raw", "grad_norm", "lr", "reward/margin")
@@ -97,7 +98,7 @@ def _facts(run: Run) -> Iterator[Fact]:
         ("Held-out margin", "val/reward/margin", "{:.2f}"),
         ("z0 in nats", "train/z0", "{:.3g}"),
     ):
-        known = run.known(column)
+        known = run.measured(column)
         if not len(known):
             continue
         if column.startswith("val/"):
@@ -109,7 +110,7 @@ def _facts(run: Run) -> Iterator[Fact]:
             value=form.format(known[-window:].mean()),
             hint=f"last {window} steps" if window > 1 else "last step",
         )
-    speed, memory = run.known("train/tokens_per_second"), run.known("train/peak_memory_mib")
+    speed, memory = run.measured("train/tokens_per_second"), run.measured("train/peak_memory_mib")
     if len(speed):
         yield Fact(name="Tokens per second", value=f"{np.median(speed):,.0f}", hint="median")
     if len(memory):
@@ -117,7 +118,7 @@ def _facts(run: Run) -> Iterator[Fact]:
 
 
 def _held_out_sections(run: Run) -> Iterator[Section]:
-    names = [name for name in run.columns if name.startswith("val/") and len(run.known(name))]
+    names = [name for name in run.columns if name.startswith("val/") and len(run.measured(name))]
     if not names:
         return
     at = np.flatnonzero(np.isfinite(run.column(names[0])))
@@ -137,7 +138,7 @@ def _cell(value: Any) -> str:
 
 
 def _generation_sections(run: Run) -> Iterator[Section]:
-    """Answers before and after, if they were asked for."""
+    """Completions before and after training, if the run generated them."""
     content = run.generations
     if content is None or not isinstance(content.get("samples"), list):
         return
@@ -157,15 +158,14 @@ def _generation_sections(run: Run) -> Iterator[Section]:
         )
     source = content.get("source")
     text = (
-        "Of held-out prompts, which the policy was not trained on."
+        "For held-out prompts, which the policy was not trained on."
         if source == "validation"
-        else "Of prompts that the policy was trained on, as no records were held out "
-        "(--data.validation)."
+        else "For training prompts, as no records were held out (--data.validation)."
     )
     tokens = content.get("max_new_tokens")
     yield Section(
         title="Answers before and after",
-        text=[f"{text} The likeliest token each time (greedy), at most {tokens} of them."],
+        text=[f"{text} Greedy decoding, at most {tokens} tokens."],
         samples=samples,
     )
 
@@ -175,7 +175,7 @@ def _data_sections(run: Run) -> Iterator[Section]:
         return
     if run.data.get("streamed"):
         yield Section(
-            title="Data", text=["The records were streamed; `inspect` shows what is in them."]
+            title="Data", text=["The records were streamed; `inspect` reports on their files."]
         )
         return
     try:
@@ -183,7 +183,7 @@ def _data_sections(run: Run) -> Iterator[Section]:
     except ValueError:
         yield Section(
             title="Data",
-            text=["data_report.json is of another version; `inspect` makes a new one."],
+            text=["data_report.json is from another version; `inspect` writes a new one."],
         )
         return
     yield Section(
@@ -195,7 +195,7 @@ def _data_sections(run: Run) -> Iterator[Section]:
 
 
 def _flat(settings: dict, prefix: str = "") -> Iterator[list[str]]:
-    """Settings with a value, as `group.key`."""
+    """Settings that are not null, by `group.key`."""
     for key, value in settings.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""The charts of a run. One of which nothing was measured is left out."""
+"""The charts of a run, without those of which nothing was measured."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ STEP = "optimizer step"
 
 
 def run_charts(run: Run) -> Iterator[Chart]:
-    """In the order in which a run is looked at."""
+    """All charts with data, in reading order."""
     for chart in _all_charts(run):
         chart.series = [one for one in chart.series if np.isfinite(one.y).any()]
         if chart.series:
@@ -34,7 +34,7 @@ def _learning_charts(run: Run) -> Iterator[Chart]:
             *_held_out(run, "reward/margin"),
         ],
         zero=True,
-        caption="Mean reward of desirable less that of undesirable completions. It should rise.",
+        caption="Mean reward of desirable minus that of undesirable completions. It should rise.",
     )
     yield Chart(
         title="Rewards of both classes",
@@ -45,7 +45,7 @@ def _learning_charts(run: Run) -> Iterator[Chart]:
             _line(run, f"train/reward/{label}", label, label, f"train/reward/{label}_std")
             for label in ("desirable", "undesirable")
         ],
-        caption="Means of each batch; the bands are one standard deviation over its examples.",
+        caption="Means over each batch; the bands are one standard deviation over its examples.",
     )
     yield Chart(
         title="Loss",
@@ -59,7 +59,8 @@ def _learning_charts(run: Run) -> Iterator[Chart]:
         y_label="reward AUC",
         series=_held_out(run, "reward/auc"),
         level=("chance", 0.5),
-        caption="The chance that a desirable held-out completion has the higher reward.",
+        caption="Probability that a desirable held-out completion has a higher reward than an "
+        "undesirable one.",
     )
     yield Chart(
         title="Held-out rewards",
@@ -84,19 +85,19 @@ def _policy_charts(run: Run) -> Iterator[Chart]:
             _line(run, "train/z0_raw", "raw, ± standard error", "muted", "train/z0_se"),
             _line(run, "train/z0", "as used (0 or more)", "third"),
         ],
-        caption="How much likelier mismatched completions became. Rewards are compared with β z0.",
+        caption="Mean log-ratio of mismatched completions. Rewards are compared with β z0.",
     )
     yield Chart(
         title="Gradient left",
         x_label=STEP,
-        y_label="share of a fresh example's",
+        y_label="share of the full gradient",
         percent=True,
         zero=True,
         series=[
             _line(run, f"train/gradient_left/{label}", label, label)
             for label in ("desirable", "undesirable")
         ],
-        caption="Near 0% a class is saturated: it teaches next to nothing any more.",
+        caption="Near 0% a class is saturated: it contributes almost nothing to the updates.",
     )
     yield Chart(
         title="Log-probs of completions",
@@ -107,7 +108,7 @@ def _policy_charts(run: Run) -> Iterator[Chart]:
             for label in ("desirable", "undesirable")
         ],
     )
-    norms = run.known("train/grad_norm")
+    norms = run.measured("train/grad_norm")
     yield Chart(
         title="Gradient norm",
         x_label=STEP,

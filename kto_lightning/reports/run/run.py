@@ -1,4 +1,4 @@
-"""A run as it lies in OUTPUT: metrics, settings, data report. Whatever is missing stays missing."""
+"""Reading a run from OUTPUT; missing and damaged files are tolerated, except metrics.csv."""
 
 import csv
 import json
@@ -13,20 +13,22 @@ from jaxtyping import Float, Int64
 from kto_lightning.errors import KTOError
 from kto_lightning.reports.run.run_file import RunFile, read_run_file
 
+LABELS = ("desirable", "undesirable")
+
 
 @dataclass(kw_only=True, slots=True)
 class Run:
-    """What is known of a run."""
+    """A run, finished or not."""
 
     directory: Path
     steps: Int64[np.ndarray, " steps"]
     """Completed optimizer steps, ascending."""
     columns: dict[str, Float[np.ndarray, " steps"]]
     """By their names in `metrics.csv`; NaN where a cell is empty or holds no finite number."""
-    broken: dict[str, int]
-    """The first step at which a column holds NaN or infinity, of those that do."""
+    non_finite: dict[str, int]
+    """The first step with NaN or infinity, of each column that has one."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """`config.yaml`; empty where there is none that can be read."""
+    """`config.yaml`; empty if it is missing or cannot be read."""
     file: RunFile = field(default_factory=RunFile)
     data: dict[str, Any] | None = None
     """`data_report.json`."""
@@ -34,21 +36,21 @@ class Run:
     """`generations.json`."""
 
     def column(self, name: str) -> Float[np.ndarray, " steps"]:
-        """A column's numbers, all NaN where there is no such column."""
+        """The values of a column; all NaN if there is no such column."""
         return self.columns.get(name, np.full(len(self.steps), np.nan))
 
-    def known(self, name: str) -> Float[np.ndarray, " known"]:
-        """The numbers that were measured, in order."""
+    def measured(self, name: str) -> Float[np.ndarray, " measured"]:
+        """The finite values of a column, in order."""
         values = self.column(name)
         return values[np.isfinite(values)]
 
     def setting(self, group: str, key: str) -> Any:
-        """A setting such as `model`, `beta`; None where it is not known."""
+        """A setting such as `model`, `beta`; None if unknown."""
         found = self.settings.get(group)
         return found.get(key) if isinstance(found, dict) else None
 
     def number(self, group: str, key: str) -> float | None:
-        """A setting that is a number; None otherwise."""
+        """A setting as a number; None if it is none."""
         value = self.setting(group, key)
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             return None
@@ -59,10 +61,10 @@ class Run:
 
 
 def read_run(output_dir: str | Path) -> Run:
-    """Read what a run left, finished or not.
+    """Read a run, finished or not.
 
     Raises:
-        KTOError: if there is no run there.
+        KTOError: if `output_dir` is missing or has no readable metrics.csv.
     """
     directory = Path(output_dir)
     if not directory.is_dir():
@@ -73,12 +75,12 @@ def read_run(output_dir: str | Path) -> Run:
             f"{directory} holds no metrics.csv, which `fit` writes from its first step on. Give "
             "the --output_dir of a run."
         )
-    steps, columns, broken = read_metrics(path)
+    steps, columns, non_finite = read_metrics(path)
     return Run(
         directory=directory,
         steps=steps,
         columns=columns,
-        broken=broken,
+        non_finite=non_finite,
         settings=_read_settings(directory / "config.yaml"),
         file=read_run_file(directory),
         data=_read_json(directory / "data_report.json"),
@@ -89,7 +91,10 @@ def read_run(output_dir: str | Path) -> Run:
 def read_metrics(
     path: Path,
 ) -> tuple[Int64[np.ndarray, " steps"], dict[str, Float[np.ndarray, " steps"]], dict[str, int]]:
-    """The whole rows of a `metrics.csv`; half a row at its end, of a killed run, is left out.
+    """The complete rows of a `metrics.csv`; the last one is incomplete if the run was killed.
+
+    Returns:
+        Steps, columns by name, and the first non-finite step of columns that have one, as in `Run`.
 
     Raises:
         KTOError: if it cannot be read or has no column `step`.
@@ -109,7 +114,7 @@ def read_metrics(
     }
     steps = np.array(sorted(by_step), dtype=np.int64)
     columns: dict[str, np.ndarray] = {}
-    broken: dict[str, int] = {}
+    non_finite: dict[str, int] = {}
     for place, name in enumerate(header):
         if name == "step":
             continue
@@ -121,9 +126,9 @@ def read_metrics(
             if cell and not math.isfinite(value)
         ]
         if wrong:
-            broken[name] = wrong[0]
+            non_finite[name] = wrong[0]
         columns[name] = np.where(np.isfinite(values), values, np.nan)
-    return steps, columns, broken
+    return steps, columns, non_finite
 
 
 def _number(cell: str) -> float:

@@ -1,4 +1,4 @@
-"""`OUTPUT/run.json`: what a run is and how far it was to go, for whoever looks at it later."""
+"""`OUTPUT/run.json`: the planned steps of a run, its summary and warnings, whether it finished."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -10,10 +10,10 @@ from kto_lightning.files import write_whole
 
 @dataclass(kw_only=True, slots=True)
 class RunFile:
-    """What `fit` says of itself before its first step, and at its end that it is done."""
+    """Written by `fit` before its first step, and again when it has finished."""
 
     planned_steps: int | None = None
-    """Optimizer steps of the whole run; None where nobody wrote it down."""
+    """Optimizer steps of the whole run; None if not recorded, or if a stream decides."""
     finished: bool = False
     summary: list[list[str]] = field(default_factory=list)
     """Names and values, as `fit` prints them before the first step."""
@@ -21,7 +21,7 @@ class RunFile:
 
 
 def write_run_file(output_dir: str | Path, content: RunFile) -> None:
-    """Write it whole, replacing that of an earlier part of the run.
+    """Write the file atomically, replacing that of the run it resumed from.
 
     Raises:
         KTOError: if it cannot be written.
@@ -31,7 +31,7 @@ def write_run_file(output_dir: str | Path, content: RunFile) -> None:
 
 
 def read_run_file(output_dir: str | Path) -> RunFile:
-    """What is known; of a run that left none, or a damaged one, nothing is."""
+    """Read the file; an empty `RunFile` if it is missing or damaged."""
     try:
         found: Any = json.loads((Path(output_dir) / "run.json").read_text(encoding="utf-8"))
         steps = found["planned_steps"]
@@ -46,7 +46,7 @@ def read_run_file(output_dir: str | Path) -> RunFile:
 
 
 def mark_finished(output_dir: str | Path) -> None:
-    """Say that the run came to its end and wrote its model.
+    """Record that the run finished and wrote its model.
 
     Raises:
         KTOError: if it cannot be written.

@@ -47,8 +47,8 @@ def test_missing_values_leave_no_gap(kind) -> None:
 
 
 def test_a_single_value_is_a_visible_point() -> None:
-    assert re.search(f"<use[^>]*{COLOURS['desirable']}", draw(chart([1.0])))
-    assert not re.search(f"<use[^>]*{COLOURS['desirable']}", draw(chart([1.0, 2.0])))
+    assert re.search(f"<use[^>]*stroke: {COLOURS['desirable']}", draw(chart([1.0])))
+    assert not re.search(f"<use[^>]*stroke: {COLOURS['desirable']}", draw(chart([1.0, 2.0])))
 
 
 def test_a_long_line_is_thinned() -> None:

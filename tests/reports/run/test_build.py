@@ -102,7 +102,7 @@ def test_a_killed_run(tmp_path: Path) -> None:
     write_run_file(output, RunFile(planned_steps=9, summary=[["model", "tiny"]], warnings=["<b>"]))
     assert read_run(output).steps.tolist() == [1, 2, 3, 4]
     text = page_of(output).text
-    assert "The run stands at step 4 of 9" in text
+    assert "The run is at step 4 of 9" in text
     assert "model tiny" in text
 
 
@@ -128,14 +128,14 @@ def test_missing_columns_and_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("[]", encoding="utf-8")
     page = page_of(tmp_path)
     assert "has no z0, z0_raw, grad_norm, lr, reward/margin" in page.text
-    assert "data_report.json is of another version" in page.text
+    assert "data_report.json is from another version" in page.text
     assert page.tags.count("svg") == 1
 
 
 def test_a_loss_of_nan(tmp_path: Path) -> None:
     output = made_run(tmp_path / "output", 3, **{"train/loss": "nan", "train/z0": ""})
     run = read_run(output)
-    assert run.broken == {"train/loss": 1}
+    assert run.non_finite == {"train/loss": 1}
     assert np.isnan(run.column("train/z0")).all()
     assert "train/loss is not a finite number at step 1" in page_of(output).text
 

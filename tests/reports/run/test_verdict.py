@@ -1,4 +1,4 @@
-"""The verdict's rules, by metrics made by hand."""
+"""The rules of the verdict, on hand-made metrics."""
 
 import math
 from pathlib import Path
@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kto_lightning.reports.finding import Finding, begun
+from kto_lightning.reports.finding import Finding, capitalize_first
 from kto_lightning.reports.run import Run, headline, verdict
 from kto_lightning.reports.run.run_file import RunFile
 
 
-def run_of(num_steps: int = 100, *, broken: dict[str, int] | None = None, **columns: Any) -> Run:
+def run_of(
+    num_steps: int = 100, *, non_finite: dict[str, int] | None = None, **columns: Any
+) -> Run:
     """A run in which all is well, but for these columns; `__` stands for `/`."""
     steps = np.arange(1, num_steps + 1)
     noise = np.random.default_rng(0).normal(0, 0.1, num_steps)
@@ -40,7 +42,7 @@ def run_of(num_steps: int = 100, *, broken: dict[str, int] | None = None, **colu
         directory=Path("output"),
         steps=steps,
         columns=healthy,
-        broken=broken or {},
+        non_finite=non_finite or {},
         settings={"model": {"beta": 0.1, "loss": "kto", "learning_rate": 1e-5}},
         file=RunFile(planned_steps=num_steps, finished=True),
     )
@@ -66,7 +68,7 @@ def test_a_good_run_is_praised_and_nothing_else() -> None:
     assert (found["problem"], found["warning"], found["note"]) == ([], [], [])
     # 12 steps, an eighth: means of 2·(1..12)/100 and 2·(89..100)/100 are .13 and 1.89.
     assert one_of(found["good"], "The margin rose from").startswith("The margin rose from 0.1")
-    assert "81% of the time" in one_of(found["good"], "The held-out AUC is 0.81")
+    assert "in 81% of the pairs" in one_of(found["good"], "The held-out AUC is 0.81")
     assert headline(verdict(run)).startswith("The margin rose from 0.1")
 
 
@@ -81,7 +83,7 @@ def test_one_step() -> None:
 
 
 def test_a_loss_that_is_no_number() -> None:
-    run = run_of(broken={"train/loss": 41, "train/grad_norm": 40})
+    run = run_of(non_finite={"train/loss": 41, "train/grad_norm": 40})
     text = one_of(said(run)["problem"], "train/grad_norm is not a finite number at step 40")
     assert "--model.learning_rate" in text
     assert headline(verdict(run)).startswith("train/grad_norm is not a finite number at step 40.")
@@ -90,7 +92,7 @@ def test_a_loss_that_is_no_number() -> None:
 def test_an_unfinished_run() -> None:
     run = run_of()
     run.file = RunFile(planned_steps=400)
-    assert "--ckpt_path last" in one_of(said(run)["warning"], "The run stands at step 100 of 400")
+    assert "--ckpt_path last" in one_of(said(run)["warning"], "The run is at step 100 of 400")
     run.file = RunFile(planned_steps=400, finished=True)  # stopped early on purpose
     assert said(run)["warning"] == []
     run.file = RunFile()  # an OUTPUT of before run.json
@@ -189,7 +191,7 @@ def test_what_was_learnt_by_heart() -> None:
     margins = np.where(np.arange(100) == 99, 0.2, math.nan)
     found = said(run_of(val__reward__auc=aucs, val__reward__margin=margins))["warning"]
     assert "0.72 at the end" in one_of(found, "The held-out AUC was highest at step 60 (0.80)")
-    assert "trained on" in one_of(found, "The margin is 0.20 on held-out records")
+    assert "training records" in one_of(found, "The margin is 0.20 on held-out records")
 
 
 def test_nothing_held_out() -> None:
@@ -208,10 +210,10 @@ def test_a_metrics_file_of_another_version() -> None:
 
 
 def test_a_finding_as_a_sentence() -> None:
-    whole = Finding(grade="note", what="A thing", meaning="it matters", action="mend it")
-    assert whole.sentence == "A thing: it matters. Mend it."
-    assert Finding(grade="note", what="A thing", action="mend it").sentence == "A thing: mend it."
+    whole = Finding(grade="note", what="A thing", meaning="it matters", action="fix it")
+    assert whole.sentence == "A thing: it matters. Fix it."
+    assert Finding(grade="note", what="A thing", action="fix it").sentence == "A thing: fix it."
     assert Finding(grade="good", what="A thing").sentence == "A thing."
-    assert [begun(text) for text in ("see there", "z0 is", "train/loss is", "--x")] == [
+    assert [capitalize_first(text) for text in ("see there", "z0 is", "train/loss is", "--x")] == [
         *("See there", "z0 is", "train/loss is", "--x")
     ]
