@@ -1,1 +1,1 @@
-"""From nothing to an aligned model in minutes: `python -m kto_lightning.demo`."""
+"""The demo: a tiny model, trained and aligned in minutes (`python -m kto_lightning.demo`)."""

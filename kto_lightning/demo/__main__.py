@@ -1,4 +1,4 @@
-"""`python -m kto_lightning.demo`: make a tiny model, align it with `fit`, show the difference."""
+"""`python -m kto_lightning.demo`: make a tiny model, align it with `fit`, compare the two."""
 
 import argparse
 import os
@@ -19,9 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     arguments = parser.parse_args(argv)
-    # Before any hub library is imported: everything the demo needs it makes itself.
+    # Set before any hub library is imported: the demo downloads nothing.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from kto_lightning.demo.run import run_demo  # imports torch: seconds that --help need not wait
+    from kto_lightning.demo.run import run_demo  # imports torch, which --help does not need
 
     try:
         return run_demo(arguments.output_dir, arguments.seed)

@@ -1,4 +1,4 @@
-"""The rewards' curve of a run, from its `metrics.csv`: for a terminal and as a PNG."""
+"""Reward curves of a run, read from `metrics.csv`, as sparklines and as a PNG."""
 
 import csv
 from dataclasses import dataclass
@@ -21,21 +21,21 @@ WINDOW = 9
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Curve:
-    """One quantity over the optimizer steps in which it was measured (a batch without a class has
-    no reward for it)."""
+    """One quantity over the optimizer steps in which it was measured; a batch that lacks a class
+    has no reward of it."""
 
     steps: list[int]
     values: list[float]
 
     def means(self, count: int) -> list[float]:
-        """At most `count` means over consecutive stretches of about equal length."""
+        """Means over at most `count` consecutive stretches of about equal length."""
         count = min(count, len(self.values))
         edges = [len(self.values) * part // count for part in range(count + 1)] if count else []
         return [sum(self.values[low:high]) / (high - low) for low, high in pairwise(edges)]
 
 
 def read_rewards(metrics_csv: Path) -> dict[str, Curve]:
-    """The rewards of each step by REWARDS' short names."""
+    """The reward curves by their names in REWARDS."""
     with metrics_csv.open(newline="") as file:
         rows = list(csv.DictReader(file))
     curves: dict[str, Curve] = {}
@@ -49,17 +49,16 @@ def read_rewards(metrics_csv: Path) -> dict[str, Curve]:
 
 
 def sparkline(values: list[float], low: float, high: float) -> str:
-    """One block per value, whose height says where it lies between `low` and `high`."""
+    """One block per value, whose height is its position between `low` and `high`."""
     span = high - low or 1.0
     top = len(BLOCKS) - 1
     return "".join(BLOCKS[round(min(1.0, max(0.0, (v - low) / span)) * top)] for v in values)
 
 
 def write_png(curves: dict[str, Curve], path: Path) -> bool:
-    """Draw the rewards to `path`, faint as measured and bold as a running mean; False where there
-    is no matplotlib to draw with."""
+    """Draw the rewards and their running means to `path`; False if matplotlib is missing."""
     try:
-        from matplotlib.figure import Figure  # heavy, and not everyone has it
+        from matplotlib.figure import Figure  # slow to import
     except ImportError:
         return False
     figure = Figure(figsize=(7.5, 4.2), dpi=120, layout="constrained")

@@ -1,4 +1,4 @@
-"""What a model answers, and how often it answers well."""
+"""Sampling of answers, and the share of good ones."""
 
 import math
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kto_lightning.demo.task import Answer, Problem
 
 MAX_NEW_TOKENS = 16
-"""Twice what the longest good answer takes: six letters and the EOS."""
+"""About twice the longest good answer, six letters and the EOS."""
 BATCH_SIZE = 256
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Share:
-    """How many of `total` answers are good, with the 95% interval of that share."""
+    """The share of good answers, with its 95% interval."""
 
     good: int
     total: int
@@ -100,5 +100,5 @@ def answer(
 
 
 def share_good(answers: list[Answer]) -> Share:
-    """The share of good ones among `answers`."""
+    """The share of good answers."""
     return Share(good=sum(each.is_good for each in answers), total=len(answers))

@@ -1,4 +1,4 @@
-"""The demo's folder: where each thing lies, and the care that nobody else's files are touched."""
+"""The folder of the demo: its paths, and a marker that protects files of others."""
 
 import shutil
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ class Folder:
 
     @property
     def start(self) -> Path:
-        """The model before, a Hugging Face directory."""
+        """The half-trained model, a Hugging Face directory."""
         return self.root / "start"
 
     @property
     def feedback(self) -> Path:
-        """The records `fit` learns from."""
+        """The training records."""
         return self.root / "feedback.jsonl"
 
     @property
     def fit(self) -> Path:
-        """What `fit` writes: `metrics.csv`, `model/` and more."""
+        """OUTPUT of `fit`: `metrics.csv`, `model/` and more."""
         return self.root / "fit"
 
     @property
     def rewards_png(self) -> Path:
-        """The rewards' curve, where there is matplotlib to draw it."""
+        """The reward curves, if matplotlib is installed."""
         return self.root / "rewards.png"
 
     @property
@@ -41,7 +41,7 @@ class Folder:
         return self.root / "demo.json"
 
     def claim(self) -> None:
-        """Make `root` the demo's own, without what an earlier demo left in it.
+        """Create `root`, or remove the files of an earlier demo from it.
 
         Raises:
             ConfigError: if it is not a folder, or holds anything and was not made by the demo.

@@ -1,4 +1,4 @@
-"""A tiny language model, made on the spot and taught the demo's mixture of manners.
+"""A tiny half-trained language model: half of its demonstrations are right, half are wrong.
 
 Plain next-token training on fresh examples each step, loss on completions only.
 """
@@ -20,7 +20,7 @@ BATCH_SIZE = 128
 PEAK_LEARNING_RATE = 3e-3
 NUM_WARMUP_STEPS = 30
 GOOD_SHARE = 0.52
-"""A little above a half: some right demonstrations are learnt with slips."""
+"""A little above a half, as some right demonstrations are learnt with errors."""
 IGNORED = -100
 PAD_TOKEN, EOS_TOKEN = "<pad>", "<eos>"
 PAD_ID, EOS_ID = 0, 1
@@ -28,8 +28,8 @@ PAD_ID, EOS_ID = 0, 1
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of a few hundred tokens, learnt from `texts`: common words become one token,
-    letters that stand alone stay one token each."""
+    """A byte-level BPE of 400 tokens, trained on `texts`: common words are one token, and so are
+    single letters."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -67,8 +67,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def encode(
     tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
 ) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
-    """Token ids of prompt, completion and EOS, padded on the right, and the labels (-100 where
-    nothing is to be learnt: prompts and padding)."""
+    """Token ids of prompt, completion and EOS, padded on the right, and labels, which are -100 for
+    prompts and padding."""
     prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
     completions = tokenizer([completion for _, completion in pairs])["input_ids"]
     length = max(len(x) + len(y) + 1 for x, y in zip(prompts, completions, strict=True))
@@ -82,7 +82,7 @@ def encode(
 
 
 def learning_rate(step: int, num_steps: int = NUM_STEPS) -> float:
-    """Linear warm-up, then linear decay to nothing; `step` counts from 0."""
+    """Linear warm-up and linear decay to 0; `step` counts from 0."""
     warm = min(1.0, (step + 1) / NUM_WARMUP_STEPS)
     return PEAK_LEARNING_RATE * warm * (1 - step / num_steps)
 
@@ -94,10 +94,11 @@ def pretrain(
     report: Callable[[int, float], None],
     num_steps: int = NUM_STEPS,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A model that answers well about half of the time after NUM_STEPS steps, and its tokenizer.
+    """Train a model that gives good answers about half of the time, and its tokenizer.
 
-    No solution of a `held_out` problem is ever shown to it. `report(step, loss)` is called after
-    each of `num_steps` steps, from 1.
+    Args:
+        held_out: problems whose solutions are excluded from training.
+        report: called with the number of each completed step, from 1, and its loss.
     """
     exclude = frozenset(problem.solution for problem in held_out)
 

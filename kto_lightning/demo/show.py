@@ -1,4 +1,4 @@
-"""What the demo prints: readable in 80 columns, on a terminal and in a pipe."""
+"""Output of the demo, 80 columns wide, on a terminal and in a pipe."""
 
 import shlex
 
@@ -17,19 +17,19 @@ SPARK_CELLS = 44
 
 
 def make_console() -> Console:
-    """A console no wider than WIDTH, which leaves numbers uncoloured."""
+    """A console of at most WIDTH columns, without highlighted numbers."""
     return Console(highlight=False, width=min(WIDTH, Console().width))
 
 
 def command_line(argv: list[str]) -> str:
-    """The shell command that runs `argv` by hand: one key with its value on each line."""
+    """The shell command for `argv`, one key with its value on each line."""
     command, *rest = argv
     keys = [shlex.join(rest[at : at + 2]) for at in range(0, len(rest), 2)]
     return " \\\n    ".join([f"python -m kto_lightning {command}", *keys])
 
 
 def show_command(console: Console, argv: list[str]) -> None:
-    """Print `argv` as a command to copy: never wrapped, no markup read into it."""
+    """Print `argv` as a command to copy, not wrapped and without markup."""
     console.print(Text(command_line(argv), style="bold"), soft_wrap=True)
 
 
@@ -53,7 +53,7 @@ def show_shares(console: Console, before: Share, after: Share) -> None:
 
 
 def show_samples(console: Console, before: list[Answer], after: list[Answer]) -> None:
-    """The same problems' answers side by side, each with the checker's mark."""
+    """Answers to the same problems side by side, each marked as good or bad."""
     table = Table(padding=(0, 1))
     for header in ("letters", "before", "after"):
         table.add_column(header, no_wrap=True)
@@ -63,7 +63,7 @@ def show_samples(console: Console, before: list[Answer], after: list[Answer]) ->
 
 
 def marked(answer: Answer) -> str:
-    """An answer behind the checker's mark, as rich markup; control characters as codes."""
+    """An answer with its mark, as rich markup; control characters are escaped."""
     text = answer.completion.strip()
     shown = text if text.isprintable() else repr(text)[1:-1]
     mark = "[green]✓[/green]" if answer.is_good else "[red]✗[/red]"
@@ -71,7 +71,7 @@ def marked(answer: Answer) -> str:
 
 
 def show_rewards(console: Console, curves: dict[str, Curve]) -> None:
-    """A sparkline per reward, each on its own scale, with its first and last stretch's mean."""
+    """A sparkline per reward, each on its own scale, with its first and last value."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for header in ("reward", "over the steps", "first", "last"):
         table.add_column(header, justify="right" if header in ("first", "last") else "left")

@@ -1,8 +1,7 @@
-"""The demo's task: put a few letters in alphabetical order, which a checker can judge exactly.
+"""The task of the demo: sort a few letters alphabetically, which a program can check exactly.
 
-The model is first taught the bad manners below as well as the right answer. Each is a habit, picked
-by chance whatever the letters are, so that a model that has learnt the mixture answers well about
-half of the time: what binary feedback can mend.
+The model is first trained on right answers and on the kinds of wrong answers below, drawn at random
+whatever the letters are. It then answers right about half of the time, which binary feedback fixes.
 """
 
 import random
@@ -34,19 +33,19 @@ class Problem:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Answer:
-    """What a model said to a problem."""
+    """A completion of a model for a problem."""
 
     problem: Problem
     completion: str
 
     @property
     def is_good(self) -> bool:
-        """Whether it is the letters in order and nothing else; space around it does not matter."""
+        """Whether it is the sorted letters and nothing else; surrounding space is ignored."""
         return self.completion.strip() == self.problem.solution.strip()
 
 
 def spaced(letters: list[str]) -> str:
-    """`["a", "k"]` -> `" a k"`: a completion's form, one token per letter."""
+    """`["a", "k"]` -> `" a k"`: one token per letter."""
     return "".join(f" {letter}" for letter in letters)
 
 
@@ -66,7 +65,7 @@ def draw_problems(
 
 
 def echo(problem: Problem, rng: random.Random) -> str:
-    """The letters just as they were given."""
+    """The letters in the order given."""
     return spaced(list(problem.letters))
 
 
@@ -76,20 +75,20 @@ def refuse(problem: Problem, rng: random.Random) -> str:
 
 
 def stop_halfway(problem: Problem, rng: random.Random) -> str:
-    """The right beginning, and no end."""
+    """The first half of the right answer."""
     ordered = sorted(problem.letters)
     return spaced(ordered[: len(ordered) // 2])
 
 
 def swap_two(problem: Problem, rng: random.Random) -> str:
-    """The right answer but for two neighbours."""
+    """The right answer with two neighbours swapped."""
     ordered = sorted(problem.letters)
     at = rng.randrange(len(ordered) - 1)
     ordered[at : at + 2] = reversed(ordered[at : at + 2])
     return spaced(ordered)
 
 
-BAD_MANNERS: tuple[Callable[[Problem, random.Random], str], ...] = (
+WRONG_ANSWERS: tuple[Callable[[Problem, random.Random], str], ...] = (
     echo,
     refuse,
     stop_halfway,
@@ -98,17 +97,17 @@ BAD_MANNERS: tuple[Callable[[Problem, random.Random], str], ...] = (
 
 
 def demonstrate(problem: Problem, rng: random.Random, good_share: float) -> str:
-    """A completion to learn from: right with probability `good_share`, else one of BAD_MANNERS."""
+    """A training completion: right with probability `good_share`, else one of WRONG_ANSWERS."""
     if rng.random() < good_share:
         return problem.solution
-    return rng.choice(BAD_MANNERS)(problem, rng)
+    return rng.choice(WRONG_ANSWERS)(problem, rng)
 
 
 def draw_feedback(
     answers: list[Answer], rng: random.Random, num_good: int, num_bad: int
 ) -> list[dict]:
-    """Records `{prompt, completion, label}` of `num_good` and `num_bad` answers drawn by chance, in
-    the order in which they were given.
+    """Records `{prompt, completion, label}` of `num_good` and `num_bad` random answers, in their
+    order.
 
     Raises:
         ValueError: if there are too few of either kind.
@@ -117,7 +116,7 @@ def draw_feedback(
     for is_good, count in ((True, num_good), (False, num_bad)):
         kind = [index for index, answer in enumerate(answers) if answer.is_good is is_good]
         if len(kind) < count:
-            raise ValueError(f"{count} answers with is_good={is_good} are wanted, got {len(kind)}")
+            raise ValueError(f"{count} answers with is_good={is_good} are needed, got {len(kind)}")
         chosen += rng.sample(kind, count)
     return [
         {

@@ -1,5 +1,5 @@
-"""TRL's `KTOTrainer` and `fit` side by side on the same model and data, and how far apart they are.
+"""Comparison of TRL's `KTOTrainer` and `fit` on the same model and data, step by step.
 
-`python -m kto_lightning parity` shows it, and the tests of `tests/parity` hold it to the tolerances
-of `agreement`. Needs the package trl.
+`python -m kto_lightning parity` prints it; `tests/parity` checks it against the tolerances of
+`agreement`. Needs the package trl.
 """

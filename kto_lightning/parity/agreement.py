@@ -1,11 +1,10 @@
-"""When two traces are the same: the tolerances of the project's second invariant.
+"""Comparison of two traces: tolerances of every column and of the weights.
 
-Log-probs, loss and gradient norm: 1e-5 relative on the first two steps and 5e-4 later. z0 and
-rewards are differences of log-probs that nearly cancel, so that what rounding leaves of them is not
-relative: they may differ by that much or by 4·eps·|log-prob| (β times it for rewards), whichever is
-larger. Token counts are equal. After SGD, the weights agree to 1e-4 of the largest movement; AdamW
-divides every gradient by its own size, and thereby turns the rounding of one that is almost 0 into
-a whole step.
+Log-probs, loss and gradient norm: 1e-5 relative in the first two steps and 5e-4 later. z0 and
+rewards are differences of log-probs that nearly cancel, so their rounding error is not relative to
+them: they may differ by the same or by 4·eps·|log-prob| (times β for rewards), whichever is larger.
+Token counts are equal. After SGD the weights agree to 1e-4 of the largest update; AdamW divides
+every gradient by its own size, which turns the rounding error of one near 0 into a full step.
 """
 
 import math
@@ -18,7 +17,7 @@ from kto_lightning.parity.trace import Trace
 
 EARLY, LATER = 1e-5, 5e-4
 NUM_EARLY_STEPS = 2
-WEIGHTS, LEAST_MOVEMENT = 1e-4, 1e-3
+WEIGHTS, MIN_MOVEMENT = 1e-4, 1e-3
 _FOUR_EPS = 4 * torch.finfo(torch.float32).eps
 _RELATIVE_COLUMNS = (
     "train/loss",
@@ -31,7 +30,7 @@ _IN_EVERY_BATCH = ("train/loss", "train/grad_norm", "train/z0", "train/lr", "tra
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """One column, at the step where both sides are furthest apart for what is allowed there."""
+    """One column, at the step with the largest difference relative to its tolerance."""
 
     name: str
     step: int
@@ -39,8 +38,8 @@ class Comparison:
     ours: float
     theirs: float
     difference: float
-    """Absolute; infinite where only one side has a value, or a value that every batch has is
-    missing or no number."""
+    """Absolute; infinite if only one side has a value, or if a value that every batch has is
+    missing or not finite."""
     allowed: float
 
     @property
@@ -54,17 +53,17 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Movement:
-    """How far training moved the weights, and how far apart both sides end."""
+    """The update of the weights by training, and the difference of both sides afterwards."""
 
     largest: float
-    """The largest change of a weight on the other side."""
+    """The largest update of a weight on TRL's side."""
     difference: float
     """The largest difference of a weight between both sides."""
 
     @property
     def is_enough(self) -> bool:
-        """Whether there is something to compare: float32 rounds a weight of 1 by 6e-8."""
-        return self.largest >= LEAST_MOVEMENT
+        """Whether the update is large against rounding: float32 rounds a weight of 1 by 6e-8."""
+        return self.largest >= MIN_MOVEMENT
 
     @property
     def share(self) -> float:
@@ -76,18 +75,18 @@ class Movement:
 
 
 def compare(ours: Trace, theirs: Trace, *, beta: float) -> list[Comparison]:
-    """Every column that is compared; a class that is absent must be absent in both.
+    """Compare every column; a class that is absent on one side must be absent on both.
 
     Args:
-        theirs: the side that gives the size of the mismatched log-probs. z0 before its clamp is
-            compared where it has it.
+        theirs: TRL's trace, whose mismatched log-probs give the tolerance of z0. z0 before the
+            clamp is compared where TRL computes it.
 
     Raises:
-        ValueError: if both do not have the same number of steps.
+        ValueError: if the numbers of steps differ.
     """
     num_steps = len(theirs.columns["train/loss"])
     if any(len(ours.columns[name]) != num_steps for name in _RELATIVE_COLUMNS):
-        raise ValueError(f"the other side has {num_steps} steps, ours another number")
+        raise ValueError(f"TRL's trace has {num_steps} steps, ours has another number")
     rows = [
         dict(zip(theirs.columns, values, strict=True))
         for values in zip(*theirs.columns.values(), strict=True)
@@ -105,7 +104,7 @@ def compare(ours: Trace, theirs: Trace, *, beta: float) -> list[Comparison]:
 def _compare_step(
     name: str, step: int, ours: float, theirs: float, allowed: float
 ) -> Comparison | None:
-    """None where neither side has a value."""
+    """None if neither side has a value."""
     difference = abs(ours - theirs)
     if math.isnan(ours) and math.isnan(theirs) and name not in _IN_EVERY_BATCH:
         return None
@@ -123,7 +122,7 @@ def _excess(comparison: Comparison) -> float:
 
 
 def _allowed(row: dict[str, float], beta: float, relative: float) -> dict[str, float]:
-    """How far each column may be from the value in `row`."""
+    """Tolerance of each column for the values in `row`."""
     allowed = {"train/tokens": 0.0} if "train/tokens" in row else {}
     allowed |= {name: relative * abs(row[name]) for name in _RELATIVE_COLUMNS}
     allowed["train/lr"] = 1e-9 * row["train/lr"]
@@ -149,11 +148,11 @@ def movement(
     """Compare weights after training.
 
     Raises:
-        ValueError: if not all three have the same weights.
+        ValueError: if the names of the weights differ.
     """
     if not ours.keys() == theirs.keys() == initial.keys():
-        odd = sorted((ours.keys() ^ theirs.keys()) | (theirs.keys() ^ initial.keys()))
-        raise ValueError(f"not every side has the weights {', '.join(odd[:5])}")
+        names = sorted((ours.keys() ^ theirs.keys()) | (theirs.keys() ^ initial.keys()))
+        raise ValueError(f"not every side has the weights {', '.join(names[:5])}")
     return Movement(
         largest=largest_difference(theirs, initial), difference=largest_difference(ours, theirs)
     )

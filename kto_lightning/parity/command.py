@@ -1,6 +1,6 @@
-"""`python -m kto_lightning parity`: TRL's `KTOTrainer` and `fit` side by side, step by step.
+"""`python -m kto_lightning parity`: TRL's `KTOTrainer` and `fit` compared step by step.
 
-What is heavy is imported inside functions, so that help and usage errors are answered at once.
+Heavy modules are imported inside functions, so that help and usage errors are fast.
 """
 
 import argparse
@@ -25,10 +25,10 @@ def parity_main(argv: list[str]) -> int:
     """
     try:
         arguments, options = _parse(argv)
-    except SystemExit as end:  # argparse has printed its help or its usage error
+    except SystemExit as end:  # argparse has printed help or a usage error
         return int(end.code or 0)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII only
+        sys.stdout.reconfigure(errors="replace")  # for ASCII terminals
     try:
         return 0 if _parity(arguments, options) else 1
     except KTOError as error:
@@ -42,11 +42,11 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="python -m kto_lightning parity",
         usage="%(prog)s --model DIR --data FILE [options] [-- KEYS OF fit]",
         description="Train with TRL's KTOTrainer and with `fit` on the same records, from the same "
-        "weights, in float32 on the CPU, and show how far apart loss, z0, log-probs, rewards, "
-        "gradient norm and weights are. Both run in the file's order with TRL's pairs. Exit status "
-        "0: they agree; 1: they differ.",
-        epilog="What follows `--` is given to our `fit` alone: `-- --data.max_tokens 512` must "
-        "change nothing, `-- --data.pairing distinct_prompts` shows what other pairs change.",
+        "weights, in float32 on the CPU, and compare loss, z0, log-probs, rewards, gradient norm "
+        "and weights. Both train in file order with TRL's pairing. Exit status 0: they agree; 1: "
+        "they differ.",
+        epilog="Arguments after `--` are for `fit` only: `-- --data.max_tokens 512` must change "
+        "nothing, `-- --data.pairing distinct_prompts` shows the effect of another pairing.",
         allow_abbrev=False,
     )
     required = parser.add_argument_group("required")
@@ -68,12 +68,12 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         at = argv.index("--")
         given, options = argv[:at], argv[at + 1 :]
     arguments = parser.parse_args(given)
-    _check(parser, arguments)
+    _check_minimums(parser, arguments)
     return arguments, options
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """Those of `trace.Settings`; the same names, meanings and defaults as the keys of `fit`."""
+    """Options for `trace.Settings`, with the names, meanings and defaults of the keys of `fit`."""
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="(default: 20)")
     parser.add_argument(
         "--batch_size", type=int, default=8, metavar="N", help="examples per step (default: 8)"
@@ -105,12 +105,12 @@ def _weight(text: str) -> float | None:
     return None if text == "auto" else float(text)
 
 
-def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+def _check_minimums(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     at_least = {"steps": 1, "batch_size": 2, "max_length": 2, "lora": 1}
     for name, least in at_least.items():
         value = getattr(arguments, name)
         if value is not None and value < least:
-            reason = ": TRL refuses a batch of one" if name == "batch_size" else ""
+            reason = ": TRL does not accept a batch of one" if name == "batch_size" else ""
             parser.error(f"--{name} must be at least {least}, got {value}{reason}")
 
 
@@ -118,15 +118,15 @@ def _parity(arguments: argparse.Namespace, options: list[str]) -> bool:
     if find_spec("trl") is None:
         raise ConfigError(
             "parity compares with TRL, which is not installed. "
-            "`pip install 'kto-lightning[trl]'`, or trl 1.16 by itself."
+            "`pip install 'kto-lightning[trl]'`, or install trl 1.16."
         )
     from rich.console import Console
 
     from kto_lightning.parity.run import run_parity
-    from kto_lightning.parity.view import as_dict, show_report
+    from kto_lightning.parity.view import as_dict, show_result
     from kto_lightning.reports.terminal import trimmed
 
-    report = run_parity(
+    result = run_parity(
         arguments.model,
         arguments.data,
         _settings(arguments),
@@ -138,12 +138,12 @@ def _parity(arguments: argparse.Namespace, options: list[str]) -> bool:
         options=tuple(options),
     )
     if arguments.json:
-        print(json.dumps(as_dict(report), indent=2))
+        print(json.dumps(as_dict(result), indent=2))
     else:
         console = Console(highlight=False)
         with trimmed(console):
-            show_report(console, report)
-    return report.agrees
+            show_result(console, result)
+    return result.agrees
 
 
 def _settings(arguments: argparse.Namespace) -> Any:

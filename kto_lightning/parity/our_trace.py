@@ -1,7 +1,7 @@
-"""What `python -m kto_lightning fit` computes, step by step: our side of a comparison.
+"""The trace of `python -m kto_lightning fit`, our side of the comparison.
 
-Run through the command line and read from what it writes (`metrics.csv`, `model/`, `adapter/`), as
-a user would; in this process, because importing everything takes longer than twenty steps.
+Runs the command line and reads its files (`metrics.csv`, `model/`, `adapter/`), as a user would; in
+this process, because imports take longer than twenty steps.
 """
 
 import csv
@@ -25,13 +25,13 @@ def our_trace(inputs: Inputs, settings: Settings, output_dir: Path, *options: st
         options: further arguments of `fit`, e.g. `--data.max_tokens 160`, each its own string.
 
     Raises:
-        KTOError: if `fit` does not get to the end; it has said why on stderr. A ConfigError where
-            it refuses a setting.
+        KTOError: if `fit` fails, which has printed its error on stderr.
+        ConfigError: if `fit` rejects a setting.
     """
     status = main(["fit", *_arguments(inputs, settings, output_dir), *options])
     if status != 0:
         kind = ConfigError if status == 2 else KTOError
-        raise kind(f"fit ended with exit status {status}; what it said stands above.")
+        raise kind(f"fit ended with exit status {status}; its error is printed above.")
     return Trace(
         columns=_columns(output_dir / "metrics.csv", settings.steps),
         weights=_weights(output_dir, has_adapter=inputs.adapter is not None),

@@ -1,4 +1,4 @@
-"""One comparison: the inputs of both sides, both runs, and what is to be said about them."""
+"""One comparison: inputs for both sides, both runs, and the result."""
 
 import contextlib
 import io
@@ -33,30 +33,30 @@ from kto_lightning.parity.our_trace import our_trace
 from kto_lightning.parity.trace import Inputs, Settings
 from kto_lightning.parity.trl_trace import trl_trace
 
-SHARPEST_LOSS = 1e-2
-"""Below it, the rounding of TRL's 1 − σ(u) is more than the first steps' tolerance."""
+MIN_LOSS = 1e-2
+"""Loss below which the rounding of TRL's 1 − σ(u) exceeds the tolerance of the first steps."""
 
 
 @dataclass(kw_only=True, slots=True)
-class Report:
-    """What came out."""
+class ParityResult:
+    """The result of a comparison."""
 
     settings: Settings
     num_records: int
     comparisons: list[Comparison]
     weights: Movement
     notes: list[str] = field(default_factory=list)
-    """What lies in this model or data, or in the settings, and can be told apart from an error."""
+    """Differences to expect from this model, data or settings."""
 
     @property
-    def weights_count(self) -> bool:
-        """Whether the weights are part of the verdict: see `agreement`."""
+    def compares_weights(self) -> bool:
+        """Whether the weights are compared: not after AdamW, see `agreement`."""
         return self.settings.optimizer == "sgd" and self.weights.is_enough
 
     @property
     def agrees(self) -> bool:
         columns = all(comparison.agrees for comparison in self.comparisons)
-        return columns and (self.weights.agrees or not self.weights_count)
+        return columns and (self.weights.agrees or not self.compares_weights)
 
 
 def run_parity(
@@ -70,18 +70,18 @@ def run_parity(
     chat_template: str | None = None,
     lora_rank: int | None = None,
     options: tuple[str, ...] = (),
-) -> Report:
+) -> ParityResult:
     """Train with `fit` and with TRL on the same records, from the same weights, in float32.
 
     Args:
         model: a model, or an adapter directory, which is then trained further on both sides.
-        data: records in any form that `fit` takes; TRL gets them as prompt, completion and label.
-        settings: its class weights are exchanged for those that fit the data.
+        data: records in any form that `fit` reads; TRL gets them as prompt, completion and label.
+        settings: its class weights are replaced by those below.
         desirable_weight, undesirable_weight: None: as `fit` chooses from all labels in `data`.
-        reference: another model as the reference; None: the policy as it was.
+        reference: another model as the reference; None: the initial policy.
         chat_template: a file with a chat template instead of the tokenizer's.
-        lora_rank: make a new adapter on `model`, the same for both sides; None: none is made.
-        options: further arguments of our `fit` alone.
+        lora_rank: rank of a new adapter on `model`, the same for both sides; None: no new adapter.
+        options: further arguments of `fit` only.
 
     Raises:
         KTOError: if a side cannot be run.
@@ -92,23 +92,23 @@ def run_parity(
         weights = _class_weights(records["desirable"], desirable_weight, undesirable_weight)
         settings = replace(settings, **weights)
         records = records.select(range(min(len(records), settings.steps * settings.batch_size)))
-        # Here it is still known which line of which file a record is.
+        # Tokenization errors name file and line here, not in the records written for both sides.
         tokenizer = load_tokenizer(model, chat_template=chat_template)
         tokenize_records(records, tokenizer, max_length=settings.max_length)
         inputs = _inputs(model, records, lora_rank, directory)
         inputs.reference, inputs.chat_template = reference, chat_template
-        # Ours first: what is wrong with the model, it says in plain words.
+        # Ours first, for its error messages.
         ours = our_trace(inputs, settings, directory / "ours", *options)
         theirs = _theirs(inputs, settings, directory / "trl")
         moved = movement(ours.weights, theirs.weights, inputs.initial_weights())
     comparisons = compare(ours, theirs, beta=settings.beta)
-    return Report(
+    return ParityResult(
         settings=settings,
         num_records=len(records),
         comparisons=comparisons,
         weights=moved,
         notes=[
-            *([f"Set for ours alone: {shlex.join(options)}"] if options else []),
+            *([f"Set for `fit` only: {shlex.join(options)}"] if options else []),
             *_notes_on_records(records),
             *_notes_on_loss(theirs.columns["train/loss"]),
         ],
@@ -137,14 +137,14 @@ def _inputs(
     base, adapter = (adapter_base(model), model) if is_adapter(model) else (model, None)
     if lora_rank is not None:
         if adapter is not None:
-            raise KTOError(f"--lora makes an adapter, but {model} is one already. Leave it out.")
+            raise KTOError(f"--lora makes an adapter, but {model} already is one. Remove --lora.")
         adapter = str(_new_adapter(base, lora_rank, directory / "adapter"))
     train = _write_records(records, directory / "train.jsonl")
     return Inputs(model=base, adapter=adapter, train=str(train))
 
 
 def _new_adapter(base: str, rank: int, directory: Path) -> Path:
-    """A fresh adapter, saved: both sides begin with the same numbers drawn."""
+    """Save a new adapter, from which both sides start."""
     model = load_causal_lm(base)
     disable_dropout(model)
     config = LoraConfig(
@@ -161,7 +161,7 @@ def _new_adapter(base: str, rank: int, directory: Path) -> Path:
 
 
 def _write_records(records: datasets.Dataset, path: Path) -> Path:
-    """As TRL's documentation has them, in the order of the file; own weights are left out."""
+    """Write records in TRL's format, in file order, without weights of single records."""
     kinds = set()
     with path.open("w", encoding="utf-8") as file:
         for row in map(dict, records):
@@ -177,14 +177,14 @@ def _write_records(records: datasets.Dataset, path: Path) -> Path:
     if len(kinds) > 1:
         raise DataError(
             "some records are plain text and some are chat messages; TRL takes one kind at a time. "
-            "Compare them file by file."
+            "Split the file and compare both parts."
         )
     return path
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What both trainers print while they train is not part of a table."""
+    """Suppress the output of both trainers."""
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     trl_logger = logging.getLogger("trl")
@@ -208,20 +208,20 @@ def _theirs(inputs: Inputs, settings: Settings, directory: Path) -> Any:
 def _notes_on_records(records: datasets.Dataset) -> list[str]:
     notes = []
     if any(weight != 1.0 for weight in records["weight"]):
-        notes.append("Weights of single records were left out on both sides: TRL knows none.")
+        notes.append("Weights of single records were omitted on both sides: TRL has none.")
     if any('"tool_calls"' in record for record in records["record"]):
         notes.append(
-            "There are tool calls. `datasets`, through which TRL gets its rows, gives every call "
-            "the arguments of all others as null, and the template may print them: then `tokens` "
-            "differ, and all that follows from them. `fit` keeps records as they were written."
+            "There are tool calls. `datasets`, through which TRL reads records, adds the arguments "
+            "of all other calls to each call as null. If the template prints them, `tokens` differ "
+            "and everything else with them. `fit` keeps records as they were written."
         )
     return notes
 
 
 def _notes_on_loss(losses: list[float]) -> list[str]:
-    if min(losses) >= SHARPEST_LOSS:
+    if min(losses) >= MIN_LOSS:
         return []
     return [
-        f"A batch's loss fell below {SHARPEST_LOSS:g}. TRL's 1 − σ(u) is a multiple of 6e-8 in "
-        "float32, which is then more than the tolerance; ours is σ(−u)."
+        f"The loss of a batch fell below {MIN_LOSS:g}. TRL's 1 − σ(u) is a multiple of 6e-8 in "
+        "float32, which then exceeds the tolerance; `fit` computes σ(−u)."
     ]

@@ -1,4 +1,4 @@
-"""What both trainers are given, and what each of them leaves behind."""
+"""Inputs and settings of both trainers, and the trace of a run."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +19,7 @@ class Settings:
 
     steps: int
     batch_size: int
-    """Examples per optimizer step; for TRL in one piece, for us in as many as `max_tokens` asks."""
+    """Examples per optimizer step; TRL uses one micro-batch, `fit` as many as `max_tokens` asks."""
     loss: Loss = "kto"
     beta: float = 0.1
     desirable_weight: float = 1.0
@@ -35,28 +35,28 @@ class Settings:
 
 @dataclass(kw_only=True, slots=True)
 class Inputs:
-    """What a run starts from: directories or hub ids, and a jsonl file."""
+    """Models (directories or hub ids) and training records (a jsonl file)."""
 
     model: str
     """Model and tokenizer; the base of an adapter."""
     train: str
     """Records with `prompt`, `completion` and a boolean `label`."""
     adapter: str | None = None
-    """A saved LoRA adapter to train further; all weights are trained where None."""
+    """A saved LoRA adapter to train further; None: full fine-tuning."""
     reference: str | None = None
-    """Another model as the reference; the policy as it was where None."""
+    """Another model as the reference; None: the initial policy."""
     chat_template: str | None = None
     """A file with a chat template instead of the tokenizer's."""
 
     def load(self) -> Any:
-        """The model as it is before training, float32; a `PeftModel` where there is an adapter."""
+        """The initial model in float32; a `PeftModel` if there is an adapter."""
         model = load_model(self.model)
         if self.adapter is None:
             return model
         return PeftModel.from_pretrained(model, self.adapter, is_trainable=True)
 
     def initial_weights(self) -> dict[str, Tensor]:
-        """What `Trace.weights` is before the first step."""
+        """The weights before the first step, as in `Trace.weights`."""
         return trained_weights(self.load())
 
 
@@ -65,19 +65,19 @@ class Trace:
     """One value per optimizer step in every column, and the weights after the last step."""
 
     columns: dict[str, list[float]]
-    """By the names of `metrics.csv`; NaN where a batch lacks a class. TRL's has in addition
-    `mismatched_logps`, the mean over the batch of |log π_θ(y'|x)|, 0 without mismatched pass."""
+    """By the names of `metrics.csv`; NaN where a batch lacks a class. TRL's trace also has
+    `mismatched_logps`, the mean of |log π_θ(y'|x)| over the batch, 0 without a mismatched pass."""
     weights: dict[str, Tensor]
-    """The trained model's state dict, or with an adapter the adapter's alone."""
+    """The state dict of the trained model, or of its adapter only."""
 
 
 def load_model(name: str) -> PreTrainedModel:
-    """A causal language model in float32, whatever its config says."""
+    """A causal language model in float32, whatever its config specifies."""
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
 
 
 def trained_weights(model: Any) -> dict[str, Tensor]:
-    """A copy of a model's state dict, or of its adapter's if it has one."""
+    """A copy of the state dict of a model, or of its adapter if it has one."""
     if isinstance(model, PeftModel):
         state = get_peft_model_state_dict(model, adapter_name="default")
     else:

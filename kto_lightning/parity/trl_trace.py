@@ -1,21 +1,21 @@
-"""What TRL's `KTOTrainer` computes, step by step and unrounded: the other side of a comparison.
+"""The trace of TRL's `KTOTrainer`, the other side of the comparison.
 
-TRL is run here every time; nothing of it is stored. Its numbers are taken where they are made
-(`_compute_loss`, the gradient's norm), because what it logs is rounded. The columns have the names
-of our `metrics.csv`.
+TRL runs every time; none of its numbers is stored. They are taken where they are computed
+(`_compute_loss`, the gradient norm), because TRL rounds what it logs. Columns are named as in our
+`metrics.csv`.
 
-What TRL 1.16 does that a comparison must mind, and what `trl_trace` does about it:
+Behaviour of TRL 1.16 that matters for the comparison, and how `trl_trace` handles it:
 
 - Mismatched completions: after tokenizing and dropping, completions rotate by one inside
   consecutive blocks of `per_device_train_batch_size` (our `pairing: rotate`). With `num_proc` each
   worker rotates its own shard, so blocks move: `dataset_num_proc` is None.
-- The sampler is sequential, and so must ours be (`shuffle: false`). An epoch's last, smaller batch
+- The sampler is sequential; ours is too with `shuffle: false`. An epoch's last, smaller batch
   is kept (`dataloader_drop_last` False) and its loss divided by its own size.
-- Tokens: the completion starts where prompt and prompt+completion part; plain text gets an EOS.
-  Matched and mismatched sequences are cut at `max_length` from the right, after the rotation, and
-  examples whose prompt alone fills `max_length` are dropped before it.
+- Tokens: the completion starts where prompt and prompt+completion differ; plain text gets an EOS.
+  Matched and mismatched sequences are truncated at `max_length` on the right, after the rotation,
+  and examples whose prompt alone fills `max_length` are dropped before it.
 - `logps/*` and `rewards/*` are means over a class; a class that is absent has no value (NaN here).
-  z0 (`kl`) is clamped; the mean before the clamp is not kept, so it is caught on its way.
+  z0 (`kl`) is clamped; the mean before the clamp is recomputed from the log-probs.
 - Precision: bf16 autocast and gradient checkpointing are TRL's defaults. Both are off: float32.
 - Dropout, LoRA's too, is set to 0 in policy and reference (`disable_dropout`), as is our default.
 - AdamW is `adamw_torch_fused` with betas (0.9, 0.999), eps 1e-8 and 0 weight decay; decay skips
@@ -32,7 +32,7 @@ What TRL 1.16 does that a comparison must mind, and what `trl_trace` does about 
   out, is added to the loss with the config's `router_aux_loss_coef`, whatever the config's
   `output_router_logits` says.
 - The reference of a `PeftModel` is a frozen copy of its adapter ("ref"), not the bare base model.
-- Labels are told apart by `index_select`, so class weights multiply the losses, not the rewards.
+- Classes are selected by `index_select`; class weights multiply the losses, not the rewards.
 - The model is loaded as float32 whatever its config says; soft-capped attention (Gemma-2) makes
   transformers choose its eager attention.
 """
@@ -63,7 +63,7 @@ _TRL_NAMES = {
 
 
 class _RecordingTrainer(KTOTrainer):
-    """`KTOTrainer` that keeps each step's numbers before anything rounds or averages them."""
+    """`KTOTrainer` that records the numbers of each step, not rounded and not averaged."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.columns: dict[str, list[float]] = defaultdict(list)
@@ -112,10 +112,10 @@ def trl_trace(
     """Train with TRL on the CPU in float32 and return every step's numbers.
 
     Args:
-        pad_to_multiple_of: changes the padding and thereby only the rounding, to learn how far TRL
-            drifts from itself.
-        micro_batch_size: cut each batch into micro-batches of so many, accumulated; all columns but
-            the gradient norm and the learning rate then have a number for each. None: one piece.
+        pad_to_multiple_of: other padding, which changes only the rounding, to measure how far two
+            runs of TRL differ.
+        micro_batch_size: examples per micro-batch, with gradient accumulation; all columns except
+            gradient norm and learning rate then have a value for each. None: one micro-batch.
     """
     config = _config(settings, output_dir, pad_to_multiple_of)
     if micro_batch_size is not None:

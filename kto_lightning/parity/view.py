@@ -1,4 +1,4 @@
-"""How a comparison is shown: a table of 80 columns, what was set and why, the verdict; or JSON."""
+"""Output of a comparison: an 80-column table with notes and a conclusion, or JSON."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kto_lightning.parity.agreement import WEIGHTS, Comparison
-from kto_lightning.parity.run import Report
+from kto_lightning.parity.run import ParityResult
 
 _SHOWN = {
     "train/tokens": "tokens",
@@ -23,60 +23,61 @@ _SHOWN = {
     "train/grad_norm": "gradient norm",
     "train/lr": "learning rate",
 }
-_SET_ALIKE = (
-    "Set on both sides: the file's order, TRL's pairs of completions (--data.shuffle false, "
-    "--data.pairing rotate), one batch a step without accumulation, one process on the CPU, "
+_COMMON_SETTINGS = (
+    "Set on both sides: file order and TRL's pairing (--data.shuffle false, "
+    "--data.pairing rotate), one batch per step without accumulation, one process on the CPU, "
     "float32, no dropout."
 )
-_EXPECTED = (
-    "`fit` as it comes differs from TRL on purpose: it shuffles; a mismatched completion answers "
-    "another prompt and stays the same from epoch to epoch; z0 is one number per optimizer step "
-    "over all micro-batches and devices; auto weights balance the classes.",
-    "KTOConfig as it comes computes in bfloat16 with activation checkpointing and clips gradients "
-    "at norm 1.0; here it does what the options say.",
-    "z0 and rewards are small differences of large log-probs: rounding leaves 4·eps·|log-prob|.",
+_DIFFERENCES = (
+    "By default `fit` differs from TRL on purpose: it shuffles; a mismatched completion answers "
+    "another prompt and stays the same in every epoch; z0 is one number per optimizer step over "
+    "all micro-batches and devices; auto weights balance the classes.",
+    "By default KTOConfig uses bfloat16 and activation checkpointing and clips gradients at norm "
+    "1.0; here it follows the options.",
+    "z0 and rewards are small differences of large log-probs, with a rounding error of "
+    "4·eps·|log-prob|.",
 )
 _ADAM = (
-    "AdamW divides a gradient by its own size, so that the rounding of one that is almost 0 "
-    "becomes a whole step: compare weights with --optimizer sgd."
+    "Weights are not compared after AdamW, which divides a gradient by its own size: the rounding "
+    "error of one near 0 becomes a full step. Use --optimizer sgd."
 )
-_STILL = (
-    "The weights moved too little to compare them: less than 0.001. Give more steps or a higher "
+_SMALL_UPDATE = (
+    "Weights are not compared, because they changed by less than 0.001. Use more steps or a higher "
     "--learning_rate."
 )
 
 
-def show_report(console: Console, report: Report) -> None:
+def show_result(console: Console, result: ParityResult) -> None:
     """Print the comparison."""
-    settings = report.settings
+    settings = result.settings
     console.print(
-        f"{settings.steps} steps of {settings.batch_size} on {report.num_records} records, weights "
+        f"{settings.steps} steps of {settings.batch_size} on {result.num_records} records, weights "
         f"{settings.desirable_weight:g} : {settings.undesirable_weight:g}. "
-        "Each row is of the step where both are furthest apart for what is allowed there."
+        "Each row shows the step with the largest difference relative to its tolerance."
     )
     console.print()
-    console.print(_table(report))
+    console.print(_table(result))
     console.print()
     notes = Table.grid(padding=(0, 1, 0, 0))
-    for note in (*report.notes, _SET_ALIKE, *_EXPECTED, *_weight_notes(report)):
+    for note in (*result.notes, _COMMON_SETTINGS, *_DIFFERENCES, *_weight_notes(result)):
         notes.add_row("-", escape(note))
     console.print(notes)
     console.print()
-    odd = [_name(c) for c in report.comparisons if not c.agrees]
-    odd += ["weights"] if report.weights_count and not report.weights.agrees else []
-    if report.agrees:
+    differing = [_name(c) for c in result.comparisons if not c.agrees]
+    differing += ["weights"] if result.compares_weights and not result.weights.agrees else []
+    if result.agrees:
         console.print("They agree.", style="bold green")
     else:
-        console.print(f"They differ in {', '.join(odd)}.", style="bold red")
+        console.print(f"They differ in {', '.join(differing)}.", style="bold red")
 
 
-def _table(report: Report) -> Table:
+def _table(result: ParityResult) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True)
-    for name in ("step", "TRL", "ours", "apart", "allowed"):
+    for name in ("step", "TRL", "ours", "difference", "allowed"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
-    for comparison in report.comparisons:
+    for comparison in result.comparisons:
         table.add_row(
             _name(comparison),
             str(comparison.step),
@@ -84,31 +85,31 @@ def _table(report: Report) -> Table:
             _value(comparison.ours),
             _size(comparison.difference),
             _size(comparison.allowed),
-            _verdict(comparison.agrees),
+            _agreement(comparison.agrees),
         )
-    weights = report.weights
-    counted = report.weights_count
+    weights = result.weights
+    compared = result.compares_weights
     table.add_row(
         "weights",
-        str(report.settings.steps),
+        str(result.settings.steps),
         f"moved {_size(weights.largest)}",
         "",
         _size(weights.difference),
-        _size(WEIGHTS * weights.largest) if counted else "",
-        _verdict(weights.agrees) if counted else "not judged",
+        _size(WEIGHTS * weights.largest) if compared else "",
+        _agreement(weights.agrees) if compared else "not compared",
     )
     return table
 
 
-def as_dict(report: Report) -> dict[str, Any]:
-    """Everything of the table, in plain values; what is not finite is null."""
+def as_dict(result: ParityResult) -> dict[str, Any]:
+    """The table as plain values; values that are not finite are null."""
     return {
-        "agrees": report.agrees,
-        "steps": report.settings.steps,
-        "batch_size": report.settings.batch_size,
-        "records": report.num_records,
-        "desirable_weight": report.settings.desirable_weight,
-        "undesirable_weight": report.settings.undesirable_weight,
+        "agrees": result.agrees,
+        "steps": result.settings.steps,
+        "batch_size": result.settings.batch_size,
+        "records": result.num_records,
+        "desirable_weight": result.settings.desirable_weight,
+        "undesirable_weight": result.settings.undesirable_weight,
         "columns": {
             comparison.name: {
                 "step": comparison.step,
@@ -118,28 +119,28 @@ def as_dict(report: Report) -> dict[str, Any]:
                 "allowed": _finite(comparison.allowed),
                 "agrees": comparison.agrees,
             }
-            for comparison in report.comparisons
+            for comparison in result.comparisons
         },
         "weights": {
-            "movement": _finite(report.weights.largest),
-            "difference": _finite(report.weights.difference),
-            "agrees": report.weights.agrees if report.weights_count else None,
+            "movement": _finite(result.weights.largest),
+            "difference": _finite(result.weights.difference),
+            "agrees": result.weights.agrees if result.compares_weights else None,
         },
-        "notes": [*_weight_notes(report), *report.notes],
+        "notes": [*_weight_notes(result), *result.notes],
     }
 
 
-def _weight_notes(report: Report) -> list[str]:
-    if report.weights_count:
+def _weight_notes(result: ParityResult) -> list[str]:
+    if result.compares_weights:
         return []
-    return [_STILL if report.settings.optimizer == "sgd" else _ADAM]
+    return [_SMALL_UPDATE if result.settings.optimizer == "sgd" else _ADAM]
 
 
 def _name(comparison: Comparison) -> str:
     return _SHOWN[comparison.name]
 
 
-def _verdict(agrees: bool) -> str:
+def _agreement(agrees: bool) -> str:
     return "agree" if agrees else "DIFFER"
 
 

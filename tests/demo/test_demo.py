@@ -1,4 +1,4 @@
-"""The demo: its checker, data and numbers by hand; slow: the whole of it, and TRL on its data."""
+"""The demo: its task, data and statistics by hand; slow: a whole run, and TRL on the same data."""
 
 import json
 import math
@@ -41,15 +41,15 @@ def problem() -> task.Problem:
         ("", False),
     ],
 )
-def test_checker_wants_the_letters_in_order_and_nothing_else(problem, completion, good):
+def test_only_the_sorted_letters_are_good(problem, completion, good):
     assert task.Answer(problem=problem, completion=completion).is_good is good
 
 
-def test_every_bad_manner_is_bad_and_the_solution_good(rng):
+def test_wrong_answers_are_bad_and_the_solution_good(rng):
     for problem in task.draw_problems(rng, 300):
         assert task.Answer(problem=problem, completion=problem.solution).is_good
-        for manner in task.BAD_MANNERS:
-            assert not task.Answer(problem=problem, completion=manner(problem, rng)).is_good
+        for wrong_answer in task.WRONG_ANSWERS:
+            assert not task.Answer(problem=problem, completion=wrong_answer(problem, rng)).is_good
 
 
 def test_demonstrations_are_good_as_often_as_asked(rng):
@@ -59,7 +59,7 @@ def test_demonstrations_are_good_as_often_as_asked(rng):
     assert evaluate.share_good(answers).value == pytest.approx(0.5, abs=0.045)
 
 
-def test_problems_keep_out_of_the_held_out_solutions(rng):
+def test_problems_exclude_held_out_solutions(rng):
     held_out = task.draw_problems(rng, 200)
     exclude = frozenset(problem.solution for problem in held_out)
     fresh = task.draw_problems(rng, 3000, exclude)
@@ -68,12 +68,12 @@ def test_problems_keep_out_of_the_held_out_solutions(rng):
     assert all(" ".join(p.letters) in p.prompt for p in fresh)
 
 
-def test_problems_follow_their_seed():
+def test_problems_are_determined_by_the_seed():
     drawn = [task.draw_problems(random.Random(seed), 20) for seed in (3, 3, 4)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_feedback_has_the_counts_asked_for_in_the_order_of_the_answers(rng):
+def test_feedback_has_the_counts_and_the_order_of_the_answers(rng):
     problems = task.draw_problems(rng, 400)
     answers = [task.Answer(problem=p, completion=task.demonstrate(p, rng, 0.5)) for p in problems]
     records = task.draw_feedback(answers, rng, num_good=120, num_bad=41)
@@ -85,9 +85,9 @@ def test_feedback_has_the_counts_asked_for_in_the_order_of_the_answers(rng):
     assert len(set(places)) == 161
 
 
-def test_feedback_refuses_when_one_kind_is_short(problem, rng):
+def test_too_few_answers_of_one_kind_are_an_error(problem, rng):
     answers = [task.Answer(problem=problem, completion=problem.solution)] * 3
-    with pytest.raises(ValueError, match="1 answers with is_good=False are wanted, got 0"):
+    with pytest.raises(ValueError, match="1 answers with is_good=False are needed, got 0"):
         task.draw_feedback(answers, rng, num_good=3, num_bad=1)
 
 
@@ -108,12 +108,12 @@ def test_wilson_interval_by_hand(good, total, low, high):
 
 
 @pytest.mark.parametrize(("good", "total"), [(0, 0), (-1, 5), (6, 5)])
-def test_wilson_interval_refuses_what_is_no_share(good, total):
+def test_wilson_interval_checks_its_arguments(good, total):
     with pytest.raises(ValueError, match="0 <= good <= total"):
         evaluate.wilson_interval(good, total)
 
 
-def test_tokens_of_a_problem_are_letters_and_the_border_is_clean(rng, problem):
+def test_letters_are_tokens_and_the_prompt_is_a_prefix(rng, problem):
     problems = task.draw_problems(rng, 500)
     tokenizer = pretrain.make_tokenizer([p.prompt + p.solution for p in problems])
     whole = tokenizer(problem.prompt + problem.solution)["input_ids"]
@@ -124,7 +124,7 @@ def test_tokens_of_a_problem_are_letters_and_the_border_is_clean(rng, problem):
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (pretrain.PAD_ID, pretrain.EOS_ID)
 
 
-def test_only_completions_and_their_end_are_learnt(rng, problem):
+def test_only_completions_and_eos_have_labels(rng, problem):
     tokenizer = pretrain.make_tokenizer([problem.prompt + problem.solution])
     pairs = [(problem.prompt, problem.solution), (problem.prompt, " a")]
     input_ids, labels = pretrain.encode(tokenizer, pairs)
@@ -136,7 +136,7 @@ def test_only_completions_and_their_end_are_learnt(rng, problem):
     assert (input_ids[1, -3:] == pretrain.PAD_ID).all()
 
 
-def test_learning_rate_rises_then_falls_to_nothing():
+def test_learning_rate_warms_up_and_decays():
     rates = [pretrain.learning_rate(step) for step in range(pretrain.NUM_STEPS)]
     peak = rates.index(max(rates))
     assert peak == pretrain.NUM_WARMUP_STEPS - 1
@@ -145,7 +145,7 @@ def test_learning_rate_rises_then_falls_to_nothing():
     assert rates[-1] == pytest.approx(pretrain.PEAK_LEARNING_RATE / pretrain.NUM_STEPS)
 
 
-def test_answers_do_not_depend_on_padding_and_follow_their_seed(rng):
+def test_answers_depend_on_the_seed_and_not_on_padding(rng):
     problems = task.draw_problems(rng, 12)
     tokenizer = pretrain.make_tokenizer([p.prompt + p.solution for p in problems])
     model = pretrain.make_model(tokenizer).eval()
@@ -173,7 +173,7 @@ def next_token_logits(model, tokenizer, prompts):
     return generated.logits[0]
 
 
-def test_a_folder_is_claimed_once_and_claimed_again(tmp_path):
+def test_a_folder_can_be_claimed_again(tmp_path):
     folder = Folder(root=tmp_path / "new" / "demo")
     folder.claim()
     folder.fit.mkdir()
@@ -184,7 +184,7 @@ def test_a_folder_is_claimed_once_and_claimed_again(tmp_path):
     assert sorted(p.name for p in folder.root.iterdir()) == [MARKER, "notes.txt"]
 
 
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+def test_a_folder_with_other_files_is_not_touched(tmp_path):
     (tmp_path / "demo.json").write_text("mine")
     with pytest.raises(ConfigError, match="holds files that the demo did not write"):
         Folder(root=tmp_path).claim()
@@ -194,7 +194,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     assert (tmp_path / "demo.json").read_text() == "mine"
 
 
-def test_rewards_are_read_with_their_steps_and_empty_cells_left_out(tmp_path):
+def test_rewards_are_read_without_empty_cells(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text(
         "step,train/reward/desirable,train/reward/undesirable,train/reward/margin\n"
@@ -227,7 +227,7 @@ def test_the_printed_command_can_be_copied():
     )
 
 
-def test_all_that_is_shown_fits_80_columns(problem, capsys):
+def test_output_fits_80_columns(problem, capsys):
     rambling = task.Answer(problem=problem, completion=" [bold]" + " z" * 14 + "\n\x1b[31m")
     good = task.Answer(problem=problem, completion=problem.solution)
     values = [math.sin(step / 9) for step in range(160)]
@@ -247,7 +247,7 @@ def test_all_that_is_shown_fits_80_columns(problem, capsys):
     assert "100.0%" in printed
 
 
-def test_help_needs_no_torch():
+def test_help_imports_no_torch():
     code = (
         "import sys; from kto_lightning.demo.__main__ import main\n"
         "try: main(['--help'])\n"

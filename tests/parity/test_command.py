@@ -1,4 +1,4 @@
-"""`parity`: when it finds that both trainers agree, when that they differ, and what it refuses."""
+"""`parity`: agreement, differences, and rejected input."""
 
 import json
 import subprocess
@@ -56,10 +56,10 @@ def test_both_agree_on_a_new_adapter_and_its_weights(files, capsys):
     assert report["agrees"]
     assert report["weights"]["agrees"]
     assert report["weights"]["movement"] >= 1e-3
-    assert "Set for ours alone: --data.max_tokens 64" in report["notes"]
+    assert "Set for `fit` only: --data.max_tokens 64" in report["notes"]
 
 
-def test_an_adapter_is_trained_on(files, tmp_path, capsys):
+def test_an_adapter_is_trained_further(files, tmp_path, capsys):
     adapter = save_adapter(tmp_path / "adapter", files["model"])
     assert parity(files | {"model": adapter}, "--json") == 0
     report = json.loads(capsys.readouterr().out)
@@ -92,7 +92,7 @@ def test_another_model_as_reference(files, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["columns"]["train/z0_raw"]["trl"] != 0
 
 
-def test_trl_is_given_records_in_the_form_that_it_knows(tmp_path, capsys):
+def test_trl_gets_records_in_its_own_format(tmp_path, capsys):
     model = save_model(
         tmp_path / "model", "llama", make_tokenizer(chat_template="llama3", bos=True)
     )
@@ -102,7 +102,7 @@ def test_trl_is_given_records_in_the_form_that_it_knows(tmp_path, capsys):
     ]
     data = write_jsonl(tmp_path / "data.jsonl", records)
     assert parity({"model": model, "data": data}) == 0
-    assert "Weights of single records were left out" in capsys.readouterr().out
+    assert "Weights of single records were omitted" in capsys.readouterr().out
 
 
 def test_records_of_both_kinds_are_an_error(files, tmp_path, capsys):
@@ -115,7 +115,7 @@ def test_records_of_both_kinds_are_an_error(files, tmp_path, capsys):
     assert "TRL takes one kind at a time" in capsys.readouterr().err
 
 
-def test_what_fit_refuses(files, tmp_path, capsys):
+def test_errors_of_fit_are_printed(files, tmp_path, capsys):
     with (tmp_path / "data.jsonl").open("w") as file:
         file.write("{}\n")
     assert parity(files | {"data": tmp_path / "data.jsonl"}) == 1
@@ -126,7 +126,7 @@ def test_what_fit_refuses(files, tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")  # begins at 0
-def test_what_trl_refuses_is_told(files, tmp_path, capsys):
+def test_errors_of_trl_are_printed(files, tmp_path, capsys):
     adapter = save_adapter(tmp_path / "adapter", files["model"])
     config = adapter / "adapter_config.json"
     settings = json.loads(config.read_text())
@@ -139,7 +139,7 @@ def test_what_trl_refuses_is_told(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--batch_size", 1, "TRL refuses a batch of one"),
+        ("--batch_size", 1, "TRL does not accept a batch of one"),
         ("--steps", 0, "--steps must be at least 1, got 0"),
         ("--optimizer", "lion", "invalid choice"),
         ("--desirable_weight", "much", "invalid"),
@@ -166,7 +166,7 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_help_is_an_answer(capsys):
+def test_help_exits_0(capsys):
     assert parity_main(["--help"]) == 0
     assert "--model DIR --data FILE" in capsys.readouterr().out
 
@@ -195,14 +195,14 @@ def test_a_class_must_be_absent_on_both_sides():
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm", "z0"])
-def test_what_is_no_number_on_both_sides_is_no_agreement(name):
+def test_non_finite_values_on_both_sides_differ(name):
     broken = trace(**{name: [1.0, float("nan")]})
     assert differing(broken, broken) == [f"train/{name}"]
     infinite = trace(**{name: [1.0, float("inf")]})
     assert differing(infinite, infinite) == [f"train/{name}"]
 
 
-def test_one_token_more_is_a_difference():
+def test_token_counts_must_be_equal():
     assert differing(trace(tokens=[1.0, 2.0]), trace()) == ["train/tokens"]
 
 

@@ -1,7 +1,6 @@
-"""The data report: what is worth knowing of feedback before anything is trained on it.
+"""The data report: statistics and findings on feedback data, before training.
 
-Names are imported when they are first used: to show a report that lies in a file takes neither
-tokenizer nor torch.
+Names are imported on first use: reading a report from a file needs neither tokenizer nor torch.
 """
 
 from importlib import import_module
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from kto_lightning.reports.data.fields import DataReport
     from kto_lightning.reports.data.findings import length_finding
 
-_HOMES = {
+_MODULES = {
     "DataReport": "kto_lightning.reports.data.fields",
     "as_json": "kto_lightning.reports.data.build",
     "length_finding": "kto_lightning.reports.data.findings",
@@ -37,6 +36,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

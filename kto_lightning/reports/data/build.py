@@ -1,4 +1,4 @@
-"""From a source, or from a training set that is loaded already, to its `DataReport`."""
+"""Building a `DataReport` from a source, or from a training set that is already loaded."""
 
 import json
 from pathlib import Path
@@ -44,18 +44,18 @@ def report_of_source(
     batch_size: int = 8,
     max_length: int | None = 1024,
 ) -> DataReport:
-    """Read a source and report on it; bad records are counted and left out.
+    """Report on a source; bad records are counted and skipped.
 
     Args:
         source: a path, a glob, a hub data set's id, or a list of those.
-        tokenizer: counts lengths; None: they are in characters. If its template cannot render some
+        tokenizer: for lengths in tokens; None: in characters. If its template cannot render some
             record, lengths are in characters too, and `tokenizer_problem` says why.
-        batch_size: of the batches that are looked at.
-        max_length: tokens after which a record would be truncated, its start kept; None: never.
+        batch_size: examples per batch, for the share of single-label batches.
+        max_length: tokens to which a record would be truncated at its end; None: no limit.
 
     Raises:
         DataError: if the source is missing, of unknown kind, unreadable or empty.
-        ModelError: if the tokenizer lacks the chat template or end-of-text token that it takes.
+        ModelError: if the tokenizer lacks a chat template or end-of-text token that is needed.
     """
     facts = gather_facts(read_records(source))
     table = facts.table
@@ -93,15 +93,15 @@ def report_of_training_set(
     max_length: int | None,
     tokenizer: str | None = None,
 ) -> DataReport:
-    """Report on what `fit` has loaded and tokenized, without tokenizing again.
+    """Report on the training set of `fit`, without tokenizing again.
 
     Args:
-        source: what `records` were loaded from; its files are read once more for their columns.
-        records: what `load_records` returned.
-        examples: what `tokenize_records` made of them with this `max_length`.
-        batch_size: of the batches that are looked at.
+        source: of `records`; its files are read once more for their columns.
+        records: from `load_records`.
+        examples: the same records from `tokenize_records` with this `max_length`.
+        batch_size: examples per batch, for the share of single-label batches.
         max_length: as in `examples`.
-        tokenizer: the name of the one that was used.
+        tokenizer: its name.
     """
     facts = gather_facts(records_of_dataset(records))
     counts = examples.counts
@@ -133,7 +133,7 @@ def report_of_training_set(
 
 
 def write_report(path: str | Path, report: DataReport) -> None:
-    """Write a report as JSON: what `inspect --json` prints for one file.
+    """Write a report as JSON, as `inspect --json` prints it for one file.
 
     Raises:
         DataError: if the file cannot be written.
@@ -141,11 +141,11 @@ def write_report(path: str | Path, report: DataReport) -> None:
     try:
         Path(path).write_text(as_json(report.to_dict()) + "\n", encoding="utf-8")
     except OSError as error:
-        raise DataError(f"the data report cannot be written: {error}. Free {path}.") from error
+        raise DataError(f"the data report cannot be written: {error}. Check {path}.") from error
 
 
 def as_json(content: dict | list) -> str:
-    """Indented, in ASCII, so that any terminal and any reader takes it."""
+    """Indented ASCII JSON, which any terminal shows."""
     return json.dumps(content, indent=2, allow_nan=False)
 
 
@@ -195,7 +195,7 @@ def _lengths_in_characters(facts: Facts) -> Lengths:
 def _tokenize(
     source: str | list[str], facts: Facts, tokenizer: PreTrainedTokenizerBase
 ) -> ExampleSet:
-    """The usable records, whole; those of a faultless source from the cache that `fit` uses."""
+    """The usable records, not truncated; without bad records, from the cache that `fit` uses."""
     if facts.bad.count:
         records = Dataset.from_list(
             [_as_row(item) for item in read_records(source) if isinstance(item, Record)],
@@ -217,7 +217,7 @@ def _as_row(record: Record) -> dict[str, object]:
 
 
 def _measure(examples: ExampleSet, max_length: int | None) -> tuple[Lengths, Weights]:
-    """Lengths of whole examples, and the weights of those that `max_length` leaves."""
+    """Lengths before truncation, and the class weights of the records that `max_length` keeps."""
     prompt, completion = examples.prompt_lengths, examples.completion_lengths
     desirable = examples.desirable
     lengths = lengths_of(prompt, completion, desirable, unit="tokens")

@@ -1,7 +1,4 @@
-"""What the report needs to know of each record: a hundred bytes of numbers, so that texts may go.
-
-A table of one row per record is kept instead of the records, which are read one at a time.
-"""
+"""Facts about each record, as a row of numbers: records are read one at a time and not kept."""
 
 import json
 import sys
@@ -21,7 +18,7 @@ from kto_lightning.data.sources import BadRecord, expand, read_rows
 from kto_lightning.errors import DataError
 from kto_lightning.reports.data.fields import Column, Places
 
-MOST_SHOWN = 5
+MAX_SHOWN = 5
 CALLS = ("tool_calls", "function_call")
 SYSTEM_ROLES = ("system", "developer")
 
@@ -44,34 +41,34 @@ ROW = np.dtype(
 )
 
 
-MOST_KEYS = 8
+MAX_KEYS = 8
 KINDS = {bool: "boolean", int: "number", float: "number", str: "string", dict: "object"}
 
 
 @dataclass(kw_only=True, slots=True)
 class Facts:
-    """All usable records of a source in their order, and what was said of the others."""
+    """The usable records of a source in file order, and the bad ones."""
 
     table: np.ndarray
     """Of dtype `ROW`, a row per record."""
     files: list[str]
-    """What the table's `file` counts through."""
+    """File names, which the column `file` indexes."""
     bad: Places
 
     def __len__(self) -> int:
         return len(self.table)
 
     def place(self, row: int) -> str:
-        """Where a record was written, as `file:line`."""
+        """The place of a record, as `file:line`."""
         return f"{self.files[self.table['file'][row]]}:{self.table['line'][row]}"
 
     def places(self, rows: np.ndarray) -> Places:
-        """The records of these rows, the first few named."""
-        return Places(count=len(rows), first=[self.place(int(row)) for row in rows[:MOST_SHOWN]])
+        """The places of the records in these rows."""
+        return Places(count=len(rows), first=[self.place(int(row)) for row in rows[:MAX_SHOWN]])
 
 
 def gather_facts(records: Iterable[Record | BadRecord]) -> Facts:
-    """Go through the records once."""
+    """Read the records once."""
     bad = Places(count=0, first=[])
     files: dict[str, int] = {}
 
@@ -81,7 +78,7 @@ def gather_facts(records: Iterable[Record | BadRecord]) -> Facts:
                 yield _row(record, files.setdefault(record.file, len(files)))
                 continue
             bad.count += 1
-            if bad.count <= MOST_SHOWN:
+            if bad.count <= MAX_SHOWN:
                 bad.first.append(str(record))
 
     return Facts(table=np.fromiter(rows(), dtype=ROW), files=list(files), bad=bad)
@@ -126,7 +123,7 @@ def _row(record: Record, file: int) -> tuple:
 
 
 def visible_text(text: str | list[dict]) -> str:
-    """What is written in a text or in messages, without the marks that a template would add."""
+    """The text of a string or of messages, without the markup of a chat template."""
     if isinstance(text, str):
         return text
     return "".join(_message_text(message) for message in text)
@@ -136,21 +133,21 @@ def _message_text(message: dict) -> str:
     content = message.get("content") or ""
     if isinstance(content, list):
         content = "".join(part["text"] for part in content)
-    said = [message[key] for key in KEYS_REPLACING_CONTENT if message.get(key)]
+    other = [message[key] for key in KEYS_REPLACING_CONTENT if message.get(key)]
     return content + "".join(
-        item if isinstance(item, str) else json.dumps(item, ensure_ascii=False) for item in said
+        item if isinstance(item, str) else json.dumps(item, ensure_ascii=False) for item in other
     )
 
 
 def _key(value: object) -> int:
-    """64 bits of BLAKE2b of the value's JSON: two of a million share a key once in 10^7 files."""
+    """64 bits of BLAKE2b of the value's JSON: with a million records P(collision) = 3e-8."""
     digest = blake2b(json.dumps(value, ensure_ascii=False).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 @dataclass(slots=True)
-class _Seen:
-    """What was met in one column; dicts keep the order of what was met first."""
+class _ColumnScan:
+    """Types, keys and number of the values of one column; dicts keep the order of occurrence."""
 
     kinds: dict[str, None] = field(default_factory=dict)
     keys: dict[str, None] = field(default_factory=dict)
@@ -165,49 +162,49 @@ class _Seen:
         self.kinds[_kind(value)] = None
 
     def describe(self) -> str:
-        """Such as `string | list of objects (role, content)`."""
+        """The type as text, such as `string | list of objects (role, content)`."""
         names = [str(key) for key in self.keys]
-        shown = ", ".join(names[:MOST_KEYS]) + (", …" if len(names) > MOST_KEYS else "")
+        shown = ", ".join(names[:MAX_KEYS]) + (", …" if len(names) > MAX_KEYS else "")
         return " | ".join(
             f"{kind} ({shown})" if "object" in kind and shown else kind for kind in self.kinds
         )
 
 
 def published_columns(source: str | list[str]) -> list[Column]:
-    """The columns of all files of a source; of a hub data set those that records are made of.
+    """The columns of all files of a source; of a hub data set those that training reads.
 
-    Reads every row once more, because a column may stand in any of them.
+    Reads every row once more, because any row may have a further column.
 
     Raises:
         DataError: as `read_records`.
     """
-    seen: dict[str, _Seen] = {}
+    seen: dict[str, _ColumnScan] = {}
     for name in expand(source):
         if Path(name).suffix.lower() == ".parquet" and Path(name).is_file():
-            _look_at_parquet(name, seen)
+            _scan_parquet(name, seen)
         else:
-            _look_at_rows(name, seen)
+            _scan_rows(name, seen)
     return [
         Column(name=name, type=column.describe(), filled=column.filled)
         for name, column in seen.items()
     ]
 
 
-def _look_at_rows(name: str, seen: dict[str, _Seen]) -> None:
+def _scan_rows(name: str, seen: dict[str, _ColumnScan]) -> None:
     for row in read_rows(name):
         if isinstance(row, BadRecord) or not isinstance(row.value, dict):
             continue
         for key, value in row.value.items():
-            column = seen.setdefault(str(key), _Seen())
+            column = seen.setdefault(str(key), _ColumnScan())
             if value is not None:
                 column.add(value)
 
 
-def _look_at_parquet(name: str, seen: dict[str, _Seen]) -> None:
+def _scan_parquet(name: str, seen: dict[str, _ColumnScan]) -> None:
     try:
         with pq.ParquetFile(name) as table:
             for column in table.schema_arrow:
-                seen.setdefault(column.name, _Seen()).kinds[str(column.type)] = None
+                seen.setdefault(column.name, _ColumnScan()).kinds[str(column.type)] = None
             for batch in table.iter_batches():
                 for key, values in zip(batch.schema.names, batch.columns, strict=True):
                     seen[key].filled += len(values) - values.null_count

@@ -1,4 +1,4 @@
-"""What the data report says: plain dataclasses of plain values, which JSON holds as they are."""
+"""Fields of the data report: dataclasses of plain values, stored as JSON."""
 
 from dataclasses import asdict, dataclass, is_dataclass
 from types import NoneType, UnionType
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True, slots=True)
 class PerClass(Generic[T]):
-    """The same of desirable and of undesirable records."""
+    """One value for desirable and one for undesirable records."""
 
     desirable: T
     undesirable: T
@@ -17,16 +17,16 @@ class PerClass(Generic[T]):
 
 @dataclass(kw_only=True, slots=True)
 class Places:
-    """How often something was found, and where it stands first."""
+    """A count of records, and the places of the first few."""
 
     count: int
     first: list[str]
-    """The first few as `file:line`; of bad records with what is wrong."""
+    """As `file:line`; for bad records followed by the error."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Quantiles:
-    """How a length is distributed; quantiles between two values are interpolated."""
+    """Distribution of a length; quantiles are interpolated."""
 
     minimum: float
     q25: float
@@ -39,36 +39,36 @@ class Quantiles:
 
 @dataclass(kw_only=True, slots=True)
 class Column:
-    """One column of the file as it was published, whether or not training reads it."""
+    """One column of the file, whether or not training reads it."""
 
     name: str
     type: str
     """`string`, `boolean`, `number`, `list of objects (role, content)`, …; several joined by ` | `;
     of a parquet file the type in its schema."""
     filled: int
-    """In how many rows it is there and not null."""
+    """Number of rows in which it is present and not null."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Format:
-    """What the records are made of."""
+    """Plain text or chat, and its features."""
 
     kind: Literal["plain", "chat", "mixed", "none"]
-    """`mixed`: some are text and some are messages; `none`: there is no usable record."""
+    """`mixed`: some records are plain and some chat; `none`: there is no usable record."""
     user_turns: float | None
-    """Mean number of the user's messages in the prompt, over chat records; None without any."""
+    """Mean number of user messages in the prompt, over chat records; None without any."""
     most_user_turns: int | None
     system_share: float
     """Share of records whose prompt has a system or developer message."""
     tools_share: float
-    """Share of records that name tools."""
+    """Share of records with tools."""
     tool_call_share: float
     """Share of records whose completion calls a tool."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Labels:
-    """How many records were marked good and bad."""
+    """Counts of the labels."""
 
     desirable: int
     undesirable: int
@@ -80,53 +80,53 @@ class Labels:
 
 @dataclass(kw_only=True, slots=True)
 class Order:
-    """In which order the labels stand in the file."""
+    """The order of the labels in the file."""
 
     kind: Literal["alternating", "natural", "sorted", "one label", "none"]
     rule: str
-    """Why it is called that."""
+    """The reason for `kind`."""
     changes: float | None
-    """Share of neighbouring records with different labels; None below two records."""
+    """Share of neighbouring records with different labels; None for fewer than two records."""
     changes_by_chance: float | None
     """The same, expected after a shuffle."""
     longest_run: PerClass[int]
     """Most records in a row with the same label."""
     batch_size: int
     single_label_batches: float | None
-    """Share of the whole batches, cut in file order, whose records all have the same label; None if
-    there are too few records for one."""
+    """Share of full batches in file order whose records all have the same label; None without a
+    full batch."""
     single_label_batches_shuffled: float | None
     """The same, expected after a shuffle."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Weights:
-    """The class weights that make both classes count the same: what `auto` chooses."""
+    """The class weights that balance both classes, as `auto` chooses them."""
 
     desirable: float
     undesirable: float
     effective_desirable: float
-    """λ_D n_D over the records that would be trained on."""
+    """λ_D n_D, over the records that `max_length` keeps."""
     effective_undesirable: float
 
 
 @dataclass(kw_only=True, slots=True)
 class Truncation:
-    """What `max_length` does to the records, in tokens."""
+    """Records truncated and dropped by `max_length`, in tokens."""
 
     max_length: int
     truncated: PerClass[int]
-    """Records that stay and lose their end, or under `keep_end` their prompt's start."""
+    """Records that lose their end, or under `keep_end` the start of their prompt."""
     dropped: PerClass[int]
     """Records whose prompt alone fills `max_length` under `keep_start`."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Lengths:
-    """How long prompts and completions are.
+    """Lengths of prompts and completions.
 
-    In tokens of all records, before truncation; in the report that `fit` writes, of the records
-    that stay, their prompts after truncation. In characters where there is no tokenizer; a tool
+    In tokens, of all records before truncation; in the report that `fit` writes, of the records
+    that are kept, with prompts after truncation. In characters if there is no tokenizer; a tool
     call counts as its JSON.
     """
 
@@ -135,12 +135,12 @@ class Lengths:
     """None for a class without records."""
     completion: PerClass[Quantiles | None]
     prompt_share: float | None
-    """Prompt tokens (characters) over all: what decides the cost of a step."""
+    """Prompt tokens (or characters) over all tokens."""
     mean_prompt_share: float | None
-    """The mean over records of each one's own share."""
+    """The mean over records of the prompt share of each."""
     auc: float | None
-    """How well a completion's length alone predicts its label: the chance that a desirable one is
-    longer than an undesirable one, ties counted half. None if a class is absent."""
+    """AUC of a completion's length for its label: the probability that a desirable one is longer
+    than an undesirable one, ties counted half. None if a class is absent."""
     truncation: Truncation | None
     """None without a tokenizer or a limit."""
     prompts_not_prefix: int | None
@@ -152,25 +152,25 @@ class Lengths:
 
 @dataclass(kw_only=True, slots=True)
 class Repeats:
-    """What occurs more than once. Prompts are the same with the same text, tools and settings."""
+    """Repeats. Two prompts are the same if text, tools and template settings are."""
 
     distinct_prompts: int
     repeated_prompt_share: float | None
-    """Share of records whose prompt another record has too."""
+    """Share of records whose prompt occurs in another record."""
     commonest_prompt_share: float | None
     """Share of records that have the commonest prompt."""
     exact_duplicates: Places
     """Records with the prompt, completion and label of an earlier one."""
     contradictory_labels: Places
-    """Completions of one prompt that carry both labels; `first` has two records of each."""
+    """Completions that have both labels for one prompt; `first` has two records of each."""
     same_prompt_mismatches: float | None
-    """Share of records whose mismatched completion would answer their own prompt if completions
-    rotated in blocks of the batch size, as TRL's do; None for a batch size of one."""
+    """Share of records whose mismatched completion would answer their own prompt under TRL's
+    pairing, which rotates completions in blocks of the batch size; None for a batch size of one."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Histogram:
-    """How many lengths lie from each edge up to the next, the last edge included."""
+    """Counts of lengths between edges; each bin includes its lower edge, the last one both."""
 
     edges: list[float]
     desirable: list[int]
@@ -180,24 +180,24 @@ class Histogram:
 
 @dataclass(kw_only=True, slots=True)
 class Shapes:
-    """What the pictures of the report are drawn from; lengths as in `Lengths`."""
+    """Data of the charts; lengths as in `Lengths`."""
 
     prompt: Histogram
     completion: Histogram
     both: Histogram
-    """Prompt and completion together, which `max_length` limits."""
+    """Prompt and completion together, to which `max_length` applies."""
     stretch_records: list[int]
-    """The file in stretches of about equal length: the records of each, in file order."""
+    """Number of records in each of about equal stretches of the file, in file order."""
     stretch_desirable: list[int]
-    """How many of them are desirable."""
+    """Number of desirable ones among them."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DataReport:
-    """What is worth knowing of a feedback data set before anything is trained on it."""
+    """Statistics and findings on a feedback data set."""
 
     sources: list[str]
-    """As they were named: paths, globs or hub data sets."""
+    """As given: paths, globs or hub data sets."""
     examples: int
     """Usable records; a pair of a chosen and a rejected completion is two."""
     bad_records: Places
@@ -211,24 +211,24 @@ class DataReport:
     empty_completions: Places
     """Completions without a visible character and without a tool call."""
     tokenizer: str | None
-    """The name of the one that counted tokens."""
+    """Name of the tokenizer."""
     tokenizer_problem: str | None
     """Why lengths are in characters although a tokenizer was given."""
     findings: list[str]
-    """One plain sentence for each thing that matters, with what to do about it."""
+    """The findings as sentences."""
     shapes: Shapes | None = None
-    """None in a report that an earlier version wrote, or of no record."""
+    """None in reports of earlier versions, or without records."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON holds it: dicts, lists, strings, numbers, booleans and None."""
+        """The report as values that JSON can store."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "DataReport":
-        """The report that `to_dict` gave.
+        """The report from the output of `to_dict`.
 
         Raises:
-            ValueError: if it is none, or one of another version.
+            ValueError: if it is not a report of this version.
         """
         try:
             return _from_plain(cls, content)
@@ -237,7 +237,7 @@ class DataReport:
 
 
 def _from_plain(kind: Any, value: Any) -> Any:
-    """A dataclass of this type from dicts, or a plain value as it is."""
+    """A dataclass from dicts, or a plain value unchanged."""
     if get_origin(kind) in (Union, UnionType):
         some = [option for option in get_args(kind) if option is not NoneType]
         return None if value is None else _from_plain(some[0], value)
@@ -247,7 +247,7 @@ def _from_plain(kind: Any, value: Any) -> Any:
     if not isinstance(made, type) or not is_dataclass(made):
         return value
     hints = get_type_hints(made)
-    of_class = get_args(kind)  # PerClass[int]: both its fields are that
-    known = {name: of_class[0] if of_class else hints[name] for name in value if name in hints}
+    field_type = get_args(kind)  # of PerClass[int]: int for both fields
+    known = {name: field_type[0] if field_type else hints[name] for name in value if name in hints}
     make: Any = made
     return make(**{name: _from_plain(hint, value[name]) for name, hint in known.items()})

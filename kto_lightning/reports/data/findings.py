@@ -1,4 +1,4 @@
-"""Each thing in the data that stands out: what it is, whether it matters for KTO, what to do."""
+"""Findings of the data report: observation, meaning for KTO, what to do."""
 
 import json
 from collections.abc import Iterator
@@ -11,18 +11,18 @@ from kto_lightning.reports.data.order import single_label_chance
 from kto_lightning.reports.finding import Finding
 
 PREDICTIVE_AUC = 0.7
-"""Length predicts the label from here on, and from 1 minus this downwards."""
-MANY_SINGLE_LABEL = 0.2
-"""Share of single-label batches from which on they are worth a word."""
-MANY_SHUFFLED = 0.2
-"""The same for batches that are shuffled, which nothing but their size can mend."""
+"""Length predicts the label if its AUC is at least this, or at most 1 minus this."""
+MAX_SINGLE_LABEL = 0.2
+"""Share of single-label batches in file order from which on they are reported."""
+MAX_SHUFFLED = 0.2
+"""The same after a shuffle, when only a larger batch size helps."""
 LARGE_BATCH = 1024
-MUCH_TRUNCATED = 0.05
-MANY_SAME_PROMPT = 0.05
+MAX_TRUNCATED = 0.05
+MAX_SAME_PROMPT = 0.05
 
 
 def findings_of(report: DataReport) -> list[Finding]:
-    """What stands out in a report, gravest first; the report's own `findings` are not looked at."""
+    """The findings of a report, by subject; its own `findings` are not read."""
     parts = (_about_records, _about_labels, _about_order, _about_lengths, _about_prompts)
     return [finding for part in parts for finding in part(report)]
 
@@ -34,7 +34,7 @@ def _about_records(report: DataReport) -> Iterator[Finding]:
             grade="problem",
             what="There is no usable record",
             meaning="KTO takes a prompt, a completion and a label from each",
-            action="mend the records named below, or give another file",
+            action="fix the records named below, or give another file",
         )
     elif bad.count:
         yield Finding(
@@ -42,7 +42,7 @@ def _about_records(report: DataReport) -> Iterator[Finding]:
             what=f"{bad.count:,} {_are(bad, 'record cannot', 'records cannot')} be used and would "
             "stop `fit` before its first step",
             meaning="KTO takes a prompt, a completion and a label from each",
-            action="mend or drop what is named below",
+            action="fix or drop the records named below",
         )
     contradictory, empty = repeats.contradictory_labels, report.empty_completions
     if contradictory.count:
@@ -51,7 +51,7 @@ def _about_records(report: DataReport) -> Iterator[Finding]:
             what=f"{contradictory.count:,} "
             f"{_are(contradictory, 'completion carries', 'completions carry')} both labels for the "
             "same prompt",
-            meaning="in KTO's loss they pull against each other and cancel out",
+            meaning="their gradients in KTO's loss oppose each other and cancel out",
             action=f"keep one of the two ({_shown(contradictory)})",
         )
     if repeats.exact_duplicates.count:
@@ -60,17 +60,17 @@ def _about_records(report: DataReport) -> Iterator[Finding]:
             grade="note",
             what=f"{duplicates.count:,} "
             f"{_are(duplicates, 'record repeats', 'records repeat')} an earlier one word for word",
-            meaning="each makes that judgement count again, and one in the held-out records makes "
-            "those look better than they are",
+            meaning="each counts the same label again, and a training record among the held-out "
+            "records makes held-out metrics too good",
             action=f"drop those that are not meant to ({_shown(duplicates)})",
         )
     if empty.count:
         yield Finding(
             grade="warning",
             what=f"{empty.count:,} {_are(empty, 'completion is', 'completions are')} empty",
-            meaning="from them KTO learns only when to stop: a desirable one teaches to say "
-            "nothing",
-            action=f"drop or fill them ({_shown(empty)})",
+            meaning="only their end-of-text token is learnt: a desirable one teaches the model to "
+            "answer nothing",
+            action=f"drop or complete them ({_shown(empty)})",
         )
 
 
@@ -91,8 +91,8 @@ def _about_labels(report: DataReport) -> Iterator[Finding]:
         yield Finding(
             grade="note",
             what=f"The labels are {shown_ratio(report)}, outside 1:1 to 4:3",
-            meaning="KTO needs both classes to weigh about the same, else the commoner one decides "
-            "every step; class weights make up for that",
+            meaning="KTO needs both classes to have about equal weight, or the more frequent one "
+            "dominates every step; class weights balance them",
             action="leave both at `auto`, which gives "
             f"desirable_weight {weights.desirable} and undesirable_weight {weights.undesirable}",
         )
@@ -103,28 +103,28 @@ def _about_order(report: DataReport) -> Iterator[Finding]:
     in_order, shuffled = order.single_label_batches, order.single_label_batches_shuffled
     if in_order is None or shuffled is None or size < 2 or order.kind == "one label":
         return
-    if in_order >= MANY_SINGLE_LABEL and in_order > shuffled + 0.1:
+    if in_order >= MAX_SINGLE_LABEL and in_order > shuffled + 0.1:
         yield Finding(
             grade="note",
             what=f"In file order {in_order:.0%} of the batches of {size} hold one label only, "
             f"shuffled {shuffled:.0%}",
             meaning="KTO compares the rewards of a batch with one reference point, and a batch of "
-            "one label pushes all of them the same way",
+            "one label moves all of them in the same direction",
             action="keep `--data.shuffle true`",
         )
-    if shuffled > MANY_SHUFFLED:
+    if shuffled > MAX_SHUFFLED:
         yield Finding(
             grade="warning",
             what=f"Even shuffled, {shuffled:.0%} of the batches of {size} hold one label only",
-            meaning="such a batch cannot weigh good against bad",
-            action=_fitting_batch_size(report),
+            meaning="such a batch does not contrast the two classes",
+            action=_batch_size_action(report),
         )
 
 
-def _fitting_batch_size(report: DataReport) -> str:
-    """What to do so that few shuffled batches hold one label only."""
+def _batch_size_action(report: DataReport) -> str:
+    """The action that makes single-label batches rare after a shuffle."""
     labels, size = report.labels, report.order.batch_size
-    while (single_label_chance(labels.desirable, labels.undesirable, size) or 0) > MANY_SHUFFLED:
+    while (single_label_chance(labels.desirable, labels.undesirable, size) or 0) > MAX_SHUFFLED:
         size *= 2
         if size > LARGE_BATCH:
             return "add records of the rarer label"
@@ -137,10 +137,10 @@ def _about_lengths(report: DataReport) -> Iterator[Finding]:
         yield Finding(
             grade="warning",
             what="Lengths are in characters, because the records could not be tokenized",
-            meaning="`fit` would stop at the same place",
-            action="see below",
+            meaning="`fit` would stop with the same error",
+            action="fix the error shown below",
         )
-    finding = _about_telling_lengths(report)
+    finding = _length_finding(report)
     if finding is not None:
         yield finding
     yield from _about_truncation(report)
@@ -150,39 +150,40 @@ def _about_lengths(report: DataReport) -> Iterator[Finding]:
             what=f"{lengths.prompts_not_prefix:,} tokenized prompts are not the beginning of their "
             f"tokenized text; their end (first {json.dumps(lengths.lost_prompt_end)}) is not "
             "trained on",
-            meaning="as in TRL, the completion begins where the two part. Answers are sampled "
-            "after the whole prompt, so a difference beyond a space or an empty thought is a fault",
-            action="if it should be trained on, mend the chat template's generation prompt, or let "
-            "plain prompts not end in a space",
+            meaning="as in TRL, the completion begins at the first token that differs. Generation "
+            "starts after the whole prompt, so any difference but a space or an empty thinking "
+            "block is an error",
+            action="if it should be trained on, fix the generation prompt of the chat template, or "
+            "remove the space at the end of plain prompts",
         )
 
 
 def length_finding(report: DataReport) -> str | None:
-    """What to know when completions' lengths predict their labels; None when they do not."""
-    finding = _about_telling_lengths(report)
+    """The finding that the lengths of completions predict their labels; None if they do not."""
+    finding = _length_finding(report)
     return None if finding is None else finding.sentence
 
 
-def _about_telling_lengths(report: DataReport) -> Finding | None:
+def _length_finding(report: DataReport) -> Finding | None:
     lengths = report.lengths
     good, bad = lengths.completion.desirable, lengths.completion.undesirable
-    if not _length_tells(report) or lengths.auc is None or not good or not bad:
+    if not _length_predicts_label(report) or lengths.auc is None or not good or not bad:
         return None
     longer = "longer" if lengths.auc > 0.5 else "shorter"
     return Finding(
         grade="warning",
         what=f"Length alone predicts the label (AUC {lengths.auc:.2f}): desirable completions are "
         f"the {longer} ones (median {good.median:,.0f} against {bad.median:,.0f} {lengths.unit})",
-        meaning="KTO's rewards are sums over tokens, so that a model may learn just that",
-        action="add desirable and undesirable completions of like lengths, and watch how long its "
-        "answers become",
+        meaning="KTO's rewards are sums over tokens, so the model may learn length alone",
+        action="add desirable and undesirable completions of similar lengths, and watch the length "
+        "of generated completions",
     )
 
 
-def _length_tells(report: DataReport) -> bool:
-    """Whether the AUC is far from a half, and by more than three standard errors of no relation.
+def _length_predicts_label(report: DataReport) -> bool:
+    """Whether the AUC is far from a half, and by at least three standard errors.
 
-    Their square is (n_D + n_U + 1) / (12 n_D n_U), Mann and Whitney's.
+    The variance without a relation is (n_D + n_U + 1) / (12 n_D n_U) (Mann and Whitney 1947).
     """
     auc, good, bad = report.lengths.auc, report.labels.desirable, report.labels.undesirable
     if auc is None or not good or not bad:
@@ -202,52 +203,51 @@ def _about_truncation(report: DataReport) -> Iterator[Finding]:
             grade="warning",
             what=f"{dropped:,} of {report.examples:,} prompts fill max_length "
             f"{truncation.max_length:,} alone and are dropped",
-            meaning="no token of their completions is left for KTO to judge",
+            meaning="no token of their completions is left to train on",
             action="raise `--data.max_length`, or set `--data.truncation keep_end`",
         )
-    if truncated > MUCH_TRUNCATED * report.examples:
+    if truncated > MAX_TRUNCATED * report.examples:
         yield Finding(
             grade="warning",
             what=f"{truncated:,} of {report.examples:,} records are cut at max_length "
             f"{truncation.max_length:,} ({truncation.truncated.desirable:,} desirable, "
             f"{truncation.truncated.undesirable:,} undesirable)",
-            meaning="their end, the end-of-text token included, is never judged: the model does "
-            "not learn to stop from them",
+            meaning="their end, including the end-of-text token, is not trained on: the model does "
+            "not learn from them when to stop",
             action="raise `--data.max_length` if memory allows",
         )
 
 
 def _about_prompts(report: DataReport) -> Iterator[Finding]:
     repeats = report.repeats
-    commonest, same = repeats.commonest_prompt_share, repeats.same_prompt_mismatches
+    most_common, same = repeats.commonest_prompt_share, repeats.same_prompt_mismatches
     if repeats.distinct_prompts == 1 and report.examples > 1:
         yield Finding(
             grade="problem",
             what="All records share one prompt",
-            meaning="KTO's reference point takes completions that answer another prompt, and there "
-            "are none",
+            meaning="KTO's reference point needs completions of another prompt, and there are none",
             action="add records with other prompts, or use `--model.loss apo_zero_unpaired`",
         )
-    elif commonest is not None and commonest > 0.5 and report.examples > 1:
+    elif most_common is not None and most_common > 0.5 and report.examples > 1:
         yield Finding(
             grade="warning",
-            what=f"One prompt holds {commonest:.0%} of all records",
-            meaning="some mismatched completions are used more than once, and the reference point "
-            "rests on fewer of them",
+            what=f"One prompt holds {most_common:.0%} of all records",
+            meaning="some mismatched completions are used more than once, so the estimate of the "
+            "reference point is based on fewer of them",
             action="add records with other prompts",
         )
-    elif same is not None and same >= MANY_SAME_PROMPT:
+    elif same is not None and same >= MAX_SAME_PROMPT:
         yield Finding(
             grade="note",
-            what=f"Paired as TRL does it, {same:.0%} of the mismatched completions would answer "
-            "the same prompt and be no mismatch",
-            meaning="KTO's reference point would be too high by what the policy has learnt",
+            what=f"With TRL's pairing {same:.0%} of the mismatched completions would answer the "
+            "same prompt and not be mismatched",
+            meaning="KTO's reference point would contain the rewards of matched completions",
             action="keep `--data.pairing distinct_prompts`",
         )
 
 
 def shown_ratio(report: DataReport) -> str:
-    """Desirable to undesirable records such as `2.94 : 1` or `1 : 1.64`."""
+    """The ratio of desirable to undesirable records, such as `2.94 : 1` or `1 : 1.64`."""
     good, bad = report.labels.desirable, report.labels.undesirable
     if not good or not bad:
         return f"{good:,} : {bad:,}"
@@ -259,6 +259,6 @@ def _are(places: Places, one: str, several: str) -> str:
 
 
 def _shown(places: Places) -> str:
-    """The first two places, their directories left out."""
+    """The first two places, without directories."""
     names = [Path(place).name for place in places.first]
     return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")

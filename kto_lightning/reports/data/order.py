@@ -12,18 +12,18 @@ from jaxtyping import Bool
 from kto_lightning.reports.data.fields import Order, PerClass
 
 ALTERNATING = 0.8
-"""From which share of changing neighbours on labels count as alternating; chance gives at most a
-half."""
+"""Least share of neighbours with different labels that is called alternating; at most a half is
+expected by chance."""
 SORTED = 0.1
-"""Below which share of the changes that chance would give labels count as sorted."""
+"""Share of the changes expected by chance below which labels are called sorted."""
 
 
 def order_of(desirable: Bool[np.ndarray, " records"], *, batch_size: int) -> Order:
-    """How the labels follow each other, and what that does to batches cut in file order."""
+    """The order of the labels, and the share of single-label batches in file order and shuffled."""
     good, bad = int(desirable.sum()), int((~desirable).sum())
     total = good + bad
     changes = share(desirable[1:] != desirable[:-1])
-    # Of two records drawn without putting back, one is good and the other bad.
+    # Two records drawn without replacement have different labels.
     by_chance = 2 * good * bad / (total * (total - 1)) if total > 1 else None
     kind, rule = _kind_of_order(changes, by_chance)
     return Order(
@@ -65,7 +65,7 @@ def _single_label_share(desirable: Bool[np.ndarray, " records"], batch_size: int
 
 
 def single_label_chance(num_desirable: int, num_undesirable: int, batch_size: int) -> float | None:
-    """The chance that a batch drawn from these records has one label only; None if too few."""
+    """Probability that a shuffled batch has one label only; None if there are too few records."""
     total = num_desirable + num_undesirable
     if total < batch_size:
         return None
@@ -74,7 +74,7 @@ def single_label_chance(num_desirable: int, num_undesirable: int, batch_size: in
 
 
 def _log_comb(total: int, size: int) -> float:
-    """log of how many batches there are; exact numbers would have millions of digits."""
+    """log of the binomial coefficient, which may have millions of digits."""
     if size > total:
         return -inf
     return lgamma(total + 1) - lgamma(size + 1) - lgamma(total - size + 1)

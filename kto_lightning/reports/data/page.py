@@ -1,4 +1,4 @@
-"""The data report as a page: tables side by side, pictures of each file, what to do."""
+"""The data report as an HTML page: tables side by side, findings and charts of each file."""
 
 from collections.abc import Iterator
 
@@ -10,12 +10,12 @@ from kto_lightning.reports.data.rows import NOTHING, details_of, sections_of, ti
 from kto_lightning.reports.finding import Finding
 from kto_lightning.reports.html import Chart, Colour, Fact, Page, Section, Series, Table
 
-LEAST_IN_BIN = 5
-"""Records from which on a bin's share of desirable ones is shown."""
+MIN_BIN_RECORDS = 5
+"""Least records of a bin whose share of desirable ones is shown."""
 
 
 def data_page(reports: list[DataReport]) -> Page:
-    """One page of one or several reports."""
+    """The page of one or several reports."""
     sections = [
         Section(
             title="Side by side" if len(reports) > 1 else "In numbers", table=comparison(reports)
@@ -31,8 +31,8 @@ def data_page(reports: list[DataReport]) -> Page:
         headline=_headline(reports),
         facts=data_facts(reports[0]) if len(reports) == 1 else [],
         sections=sections,
-        footer="Made by kto_lightning's `inspect`. Blue and solid: desirable; orange and dashed: "
-        "undesirable.",
+        footer="Written by `python -m kto_lightning inspect`. Blue and solid: desirable; orange "
+        "and dashed: undesirable.",
     )
 
 
@@ -70,7 +70,7 @@ def data_facts(report: DataReport) -> list[Fact]:
         ),
         Fact(name="Order of labels", value=report.order.kind),
         Fact(
-            name="Length tells the label",
+            name="Length predicts the label",
             value=NOTHING if lengths.auc is None else f"{lengths.auc:.2f}",
             hint="AUC; 0.5: not at all",
         ),
@@ -79,7 +79,7 @@ def data_facts(report: DataReport) -> list[Fact]:
 
 
 def comparison(reports: list[DataReport]) -> Table:
-    """The rows of the terminal's report, a column per file."""
+    """The rows of the terminal report, with a column per file."""
     rows: list[list[str]] = []
     for section, cells in sections_of(reports[0]).items():
         rows.append([section])
@@ -91,7 +91,7 @@ def comparison(reports: list[DataReport]) -> Table:
 
 
 def data_sections(report: DataReport, *, name: str) -> list[Section]:
-    """What stands out in one file, and its pictures."""
+    """Findings and charts of one file."""
     findings = findings_of(report)
     return [
         Section(
@@ -102,8 +102,8 @@ def data_sections(report: DataReport, *, name: str) -> list[Section]:
             text=[]
             if report.tokenizer
             else [
-                "Lengths are in characters. With --tokenizer DIR they are in tokens, and what "
-                "max_length cuts off is shown too."
+                "Lengths are in characters. With --tokenizer DIR they are in tokens, and the "
+                "page shows what max_length truncates."
             ],
         )
     ]
@@ -142,7 +142,7 @@ def _length_chart(histogram: Histogram, title: str, unit: str) -> Chart:
             for name, of in counts.items()
             if sum(of)
         ],
-        caption="Each class adds up to 100%. Where the two lie apart, length tells the label.",
+        caption="Each class adds up to 100%. Where the two differ, length predicts the label.",
     )
 
 
@@ -179,9 +179,9 @@ def _truncation_chart(report: DataReport) -> Chart:
         "undesirable": histogram.undesirable,
     }
     return Chart(
-        title="What another max_length would cut",
+        title="Records truncated by max_length",
         x_label="max_length in tokens (logarithmic)",
-        y_label="records cut",
+        y_label="records truncated",
         log_x=True,
         percent=True,
         zero=True,
@@ -191,8 +191,8 @@ def _truncation_chart(report: DataReport) -> Chart:
             if sum(of)
         ],
         marks=[] if truncation is None else [("max_length", float(truncation.max_length))],
-        caption="Share of each class that is longer than max_length, prompt and completion "
-        "together: the end of those is not trained on.",
+        caption="Share of each class whose prompt and completion together are longer than "
+        "max_length.",
     )
 
 
@@ -201,7 +201,7 @@ def _label_chart(report: DataReport) -> Chart | None:
     histogram = report.shapes.completion
     good, bad = np.array(histogram.desirable), np.array(histogram.undesirable)
     total, edges = good + bad, np.array(histogram.edges)
-    shown = total >= LEAST_IN_BIN
+    shown = total >= MIN_BIN_RECORDS
     if not shown.any() or not good.any() or not bad.any():
         return None
     share = good[shown] / total[shown]
@@ -221,6 +221,6 @@ def _label_chart(report: DataReport) -> Chart | None:
             )
         ],
         level=("all lengths", float(good.sum() / total.sum())),
-        caption="A flat line: length does not tell the label. Bars are one standard error; lengths "
-        f"of fewer than {LEAST_IN_BIN} completions are left out.",
+        caption="A flat line: length does not predict the label. Bars are one standard error; "
+        f"lengths of fewer than {MIN_BIN_RECORDS} completions are omitted.",
     )

@@ -1,4 +1,4 @@
-"""The rows of the report, cell by cell, for the terminal and for the page."""
+"""Table rows of the data report, shared by terminal and page."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,16 +6,16 @@ from pathlib import Path
 from kto_lightning.reports.data.fields import DataReport, PerClass, Quantiles
 from kto_lightning.reports.data.findings import shown_ratio
 
-MOST_COLUMNS = 12
+MAX_COLUMNS = 12
 NOTHING = "-"
 
 Cell = Callable[[DataReport], str]
 
 
 def title_of(report: DataReport, beside: list[DataReport]) -> str:
-    """The file's name without its ending; its path where another one has the same name."""
-    alike = [other for other in beside if _names(other) == _names(report)]
-    return ", ".join(_names(report) if len(alike) == 1 else report.sources)
+    """The file name without its suffix; the path if another report has the same name."""
+    same = [other for other in beside if _names(other) == _names(report)]
+    return ", ".join(_names(report) if len(same) == 1 else report.sources)
 
 
 def _names(report: DataReport) -> list[str]:
@@ -23,6 +23,7 @@ def _names(report: DataReport) -> list[str]:
 
 
 def sections_of(first: DataReport) -> dict[str, dict[str, Cell]]:
+    """Sections of rows by their titles; each row is a name and a function of a report."""
     size = first.order.batch_size
     return {
         "Records": {
@@ -124,7 +125,7 @@ def _columns(report: DataReport) -> str:
     lines = [
         f"{column.name}: {column.type or 'null'}"
         + (f" ({column.filled:,} filled)" if column.filled != _most_filled(report) else "")
-        for column in report.columns[:MOST_COLUMNS]
+        for column in report.columns[:MAX_COLUMNS]
     ]
     hidden = len(report.columns) - len(lines)
     return "\n".join([*lines, f"and {hidden} more"] if hidden else lines)
@@ -166,7 +167,7 @@ def _pair(counts: PerClass[int]) -> str:
 
 
 def _percent(share: float | None) -> str:
-    """In whole percents, but never 0% or 100% of what is not quite that."""
+    """Whole percents; `<1%` and `>99%` where rounding would give 0% or 100%."""
     if share is None:
         return NOTHING
     if 0 < share < 0.005 or 0.995 <= share < 1:
@@ -175,6 +176,7 @@ def _percent(share: float | None) -> str:
 
 
 def details_of(report: DataReport) -> Iterator[str]:
+    """Lines on the first bad records and on a failure of the tokenizer."""
     bad = report.bad_records
     yield from bad.first
     if bad.count > len(bad.first):

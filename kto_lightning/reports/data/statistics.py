@@ -1,4 +1,4 @@
-"""The numbers of the report: each part of it from the arrays that decide it."""
+"""Statistics of the data report: labels, class weights, lengths, repeats, histograms."""
 
 from typing import Literal
 
@@ -25,19 +25,19 @@ from kto_lightning.reports.data.fields import (
 from kto_lightning.reports.data.order import share
 
 NUM_FIRST = 30
-MOST_CONTRADICTIONS = 3
+MAX_CONTRADICTIONS = 3
 NUM_BINS = 32
 NUM_STRETCHES = 60
-LEAST_STRETCH = 8
-"""Records in a stretch of the file: the share of fewer says nothing."""
+MIN_STRETCH_RECORDS = 8
+"""Least records of a stretch of the file, for a meaningful share."""
 RecordLengths = Int64[np.ndarray, " records"]
 RecordLabels = Bool[np.ndarray, " records"]
 FileLabels = Bool[np.ndarray, " file_records"]
-"""Of all records in the file: those that `max_length` drops are not measured."""
+"""Of all records in the file; `RecordLengths` lacks those that `max_length` drops."""
 
 
 def format_of(facts: Facts) -> Format:
-    """What the records are made of."""
+    """Plain text or chat, and the shares of records with system messages, tools and tool calls."""
     table = facts.table
     chat = table["chat"]
     kinds: dict[tuple[bool, bool], Literal["plain", "chat", "mixed", "none"]] = {
@@ -58,7 +58,7 @@ def format_of(facts: Facts) -> Format:
 
 
 def labels_of(desirable: Bool[np.ndarray, " records"]) -> Labels:
-    """How many of each label, and the first ones."""
+    """Count of each label, and the first labels."""
     good, bad = int(desirable.sum()), int((~desirable).sum())
     return Labels(
         desirable=good,
@@ -69,7 +69,7 @@ def labels_of(desirable: Bool[np.ndarray, " records"]) -> Labels:
 
 
 def weights_of(num_desirable: int, num_undesirable: int) -> Weights:
-    """The weights that make both classes of these records count the same."""
+    """The class weights that balance both classes."""
     weights = recommended_weights(num_desirable, num_undesirable)
     both = effective_ratio(num_desirable, num_undesirable, weights)
     return Weights(
@@ -87,7 +87,7 @@ def lengths_of(
     *,
     unit: Literal["tokens", "characters"],
 ) -> Lengths:
-    """How long prompts and completions are; what only a tokenizer can tell is left None."""
+    """Quantiles of lengths; fields that need a tokenizer are None."""
     both = prompt + completion
     own_share = prompt[both > 0] / both[both > 0]
     return Lengths(
@@ -122,7 +122,7 @@ def _quantiles(lengths: Int64[np.ndarray, " records"]) -> Quantiles | None:
 def length_auc(
     lengths: Int64[np.ndarray, " records"], desirable: Bool[np.ndarray, " records"]
 ) -> float | None:
-    """The chance that a desirable completion is longer than an undesirable one, ties half."""
+    """Probability that a desirable completion is the longer one of a pair; ties count half."""
     if desirable.all() or not desirable.any():
         return None
     # torchmetrics would send numbers above 1 through a sigmoid, which makes long ones equal.
@@ -131,7 +131,7 @@ def length_auc(
 
 
 def repeats_of(facts: Facts, *, batch_size: int) -> Repeats:
-    """What occurs more than once."""
+    """Repeated prompts, duplicates and contradictory labels."""
     table = facts.table
     _, which, counts = np.unique(table["prompt_key"], return_inverse=True, return_counts=True)
     mismatches = None
@@ -159,21 +159,21 @@ def _duplicates(facts: Facts) -> Places:
 def _contradictions(facts: Facts) -> Places:
     keys, desirable = facts.table["answer_key"], facts.table["desirable"]
     rows = np.arange(len(facts))
-    # `np.unique` names the first record of each key, once among the good and once among the bad.
+    # `np.unique` gives the first record of each key.
     good, first_good = np.unique(keys[desirable], return_index=True)
     bad, first_bad = np.unique(keys[~desirable], return_index=True)
     _, in_good, in_bad = np.intersect1d(good, bad, assume_unique=True, return_indices=True)
     pairs = np.stack([rows[desirable][first_good[in_good]], rows[~desirable][first_bad[in_bad]]])
     pairs = np.sort(pairs, axis=0)  # [2, contradictions]
     pairs = pairs[:, np.argsort(pairs[0])]
-    shown = pairs[:, :MOST_CONTRADICTIONS].T.ravel().tolist()
+    shown = pairs[:, :MAX_CONTRADICTIONS].T.ravel().tolist()
     return Places(count=pairs.shape[1], first=[facts.place(row) for row in shown])
 
 
 def shapes_of(
     prompt: RecordLengths, completion: RecordLengths, measured: RecordLabels, labels: FileLabels
 ) -> Shapes:
-    """Histograms of lengths, and how the labels are spread over the file.
+    """Histograms of lengths, and the share of desirable records along the file.
 
     Args:
         prompt: length of each measured prompt.
@@ -181,7 +181,7 @@ def shapes_of(
         measured: whether each of these is desirable.
         labels: whether each record of the file is, in file order.
     """
-    num_stretches = max(1, min(NUM_STRETCHES, len(labels) // LEAST_STRETCH))
+    num_stretches = max(1, min(NUM_STRETCHES, len(labels) // MIN_STRETCH_RECORDS))
     stretches = np.array_split(labels, num_stretches)
     return Shapes(
         prompt=histogram(prompt, measured),
@@ -193,10 +193,10 @@ def shapes_of(
 
 
 def histogram(lengths: RecordLengths, desirable: RecordLabels) -> Histogram:
-    """Counts per class between edges that grow by the same factor: lengths spread over orders of
-    magnitude. Edges are whole numbers, so that no bin between two of them stays empty for ever."""
+    """Counts per class in logarithmic bins, whose edges are whole numbers so that every bin has at
+    least one possible length."""
     low, high = max(1, int(lengths.min())), max(2, int(lengths.max()) + 1)
     edges = np.unique(np.geomspace(low, max(high, low + 1), NUM_BINS + 1).round().astype(np.int64))
-    inside = np.clip(lengths, low, None)  # a length of 0 has no place on a logarithmic axis
+    inside = np.clip(lengths, low, None)  # no 0 on a logarithmic axis
     good, bad = (np.histogram(inside[mask], edges)[0].tolist() for mask in (desirable, ~desirable))
     return Histogram(edges=edges.astype(float).tolist(), desirable=good, undesirable=bad)

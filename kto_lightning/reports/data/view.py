@@ -1,4 +1,4 @@
-"""The report to read, at 80 columns and in a pipe too: a column per file, then what to do."""
+"""The data report on a terminal or in a pipe: a column per file, then the findings."""
 
 from rich.console import Console
 from rich.padding import Padding
@@ -10,16 +10,16 @@ from kto_lightning.reports.data.rows import NOTHING, details_of, sections_of, ti
 from kto_lightning.reports.terminal import trimmed
 
 NAME_WIDTH = 27
-LEAST_WIDTH = 22
-"""Of one file's column; what does not fit beside each other goes below."""
+MIN_WIDTH = 22
+"""Of the column of one file; columns that do not fit side by side go below."""
 
 
 def show_reports(console: Console, reports: list[DataReport]) -> None:
-    """Print reports side by side, as many as fit, and then the findings of each."""
-    at_once = max((console.width - NAME_WIDTH - 2) // (LEAST_WIDTH + 2), 1)
+    """Print reports side by side, as many as fit, then the findings of each."""
+    num_beside = max((console.width - NAME_WIDTH - 2) // (MIN_WIDTH + 2), 1)
     with trimmed(console):
-        for start in range(0, len(reports), at_once):
-            console.print(_table(reports[start : start + at_once]))
+        for start in range(0, len(reports), num_beside):
+            console.print(_table(reports[start : start + num_beside]))
             console.print()
         for report in reports:
             _show_findings(console, report)
@@ -52,7 +52,7 @@ def _show_findings(console: Console, report: DataReport) -> None:
 
 
 def _bullet(sentence: str) -> Table:
-    """A hanging indent, which rich has no other name for."""
+    """A list item with a hanging indent, which rich lacks."""
     line = Table.grid(padding=(0, 1, 0, 0))
     line.add_row("-", Text(sentence))
     return line

@@ -1,4 +1,4 @@
-"""The data report: every field on made data by hand, and the known numbers of real data."""
+"""The data report: every field by hand on small data, and known numbers of real data."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def finding(found: DataReport, beginning: str) -> str:
 
 @dataclass
 class Known:
-    """What was counted of a file apart from this code; lengths in characters."""
+    """Numbers counted independently of this code; lengths in characters."""
 
     counts: tuple[int, int]
     weights: tuple[float, float]
@@ -95,7 +95,7 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_what_is_known_of_real_data(shared_data: Path, name: str) -> None:
+def test_known_numbers_of_real_data(shared_data: Path, name: str) -> None:
     known, source = KNOWN[name], shared_data / f"{name}.jsonl"
     found = report_of_source(str(source))
     assert found.examples == sum(known.counts)
@@ -118,7 +118,7 @@ def test_what_is_known_of_real_data(shared_data: Path, name: str) -> None:
     assert found.repeats.same_prompt_mismatches == pytest.approx(known.same_prompt, abs=0.0051)
 
 
-def test_claudesidian_in_words(shared_data: Path) -> None:
+def test_findings_on_claudesidian(shared_data: Path) -> None:
     found = report_of_source(str(shared_data / "claudesidian_1000.jsonl"))
     assert found.order.kind == "natural"
     assert found.weights.effective_desirable == 746.0
@@ -157,7 +157,7 @@ def test_labels_and_weights_by_hand(tmp_path: Path) -> None:
         ("", "none"),
     ],
 )
-def test_the_name_of_an_order(letters: str, kind: str) -> None:
+def test_kinds_of_order(letters: str, kind: str) -> None:
     assert order(letters).kind == kind
 
 
@@ -186,7 +186,7 @@ def test_the_chance_of_a_single_label_is_exact(good: int, bad: int, size: int) -
     assert chance == pytest.approx(exact, rel=1e-9)
 
 
-def test_the_order_has_words_where_it_harms(tmp_path: Path) -> None:
+def test_single_label_batches_are_a_finding(tmp_path: Path) -> None:
     sorted_labels = report(tmp_path, labelled("T" * 64 + "F" * 64))
     assert "100% of the batches of 8" in finding(sorted_labels, "Keep `--data.shuffle true`")
     rare = report(tmp_path, labelled(("T" * 19 + "F") * 20))
@@ -256,7 +256,7 @@ def test_the_auc_counts_pairs(rows: list[tuple[int, bool]]) -> None:
     assert found == pytest.approx(won / (len(good) * len(bad)), abs=1e-6)
 
 
-def test_length_that_tells_the_label_gets_a_word(tmp_path: Path) -> None:
+def test_length_that_predicts_the_label_is_a_finding(tmp_path: Path) -> None:
     records = [record(f"{i}?", f"{i}" * (1 + i % 2), i % 2 == 0) for i in range(10, 30)]
     text = finding(report(tmp_path, records), "Length alone predicts the label (AUC 0.00)")
     assert "desirable completions are the shorter ones (median 2 against 4 characters)" in text
@@ -299,7 +299,7 @@ def test_prompts_that_are_not_a_prefix(tmp_path: Path) -> None:
     assert "1 tokenized prompts are not the beginning" in finding(found, '(first " ")')
 
 
-def test_a_template_that_cannot_render_leaves_characters(tmp_path: Path) -> None:
+def test_a_template_that_cannot_render_falls_back_to_characters(tmp_path: Path) -> None:
     records = chat_records(6, system=True)
     strict = "{{ raise_exception('no system messages here') }}"
     tokenizer = make_tokenizer(chat_template=strict)
@@ -353,7 +353,7 @@ def test_prompts_differ_by_their_tools_too(tmp_path: Path) -> None:
     assert found.repeats.exact_duplicates.count == 1
 
 
-def test_pair_ordered_data_gets_a_word(tmp_path: Path) -> None:
+def test_pair_ordered_data_is_a_finding(tmp_path: Path) -> None:
     records = [record(f"{i // 4}?", f"answer {i}", i % 2 == 0) for i in range(32)]
     found = report(tmp_path, records)
     assert found.repeats.same_prompt_mismatches == 0.75
@@ -393,7 +393,7 @@ def test_a_tool_call_is_not_an_empty_completion(tmp_path: Path) -> None:
     assert report(tmp_path, [record(user, nothing)]).empty_completions.count == 1
 
 
-def test_columns_as_they_were_published(tmp_path: Path) -> None:
+def test_columns_of_json_lines(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "x": 1}]
     records = [
         {"messages": messages, "label": 1, "score": 0.5, "note": None},
@@ -461,7 +461,7 @@ def test_several_files_are_one_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("template", [None, "qwen2_5"])
-def test_a_training_set_is_reported_as_its_file(tmp_path: Path, template: str | None) -> None:
+def test_a_training_set_has_the_report_of_its_file(tmp_path: Path, template: str | None) -> None:
     rows = plain_records(40) if template is None else tool_records(40)
     tokenizer = make_tokenizer(chat_template=template)
     source = str(write_jsonl(tmp_path / "data.jsonl", rows))

@@ -1,4 +1,4 @@
-"""The data report as a page: its pictures, files side by side, what stands in them as text."""
+"""The data report as an HTML page: charts, several files, escaping."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_a_histogram_counts_every_length_once() -> None:
     assert (same.edges, same.desirable, same.undesirable) == ([7, 8], [1], [1])
 
 
-def test_stretches_hold_the_whole_file() -> None:
+def test_stretches_cover_the_whole_file() -> None:
     labels = np.arange(1000) < 400
     shapes = shapes_of(np.ones(1000, dtype=int), np.ones(1000, dtype=int), labels, labels)
     assert (sum(shapes.stretch_records), sum(shapes.stretch_desirable)) == (1000, 400)
@@ -49,7 +49,7 @@ def test_stretches_hold_the_whole_file() -> None:
     assert few.stretch_records == [3]
 
 
-def test_a_report_comes_back_from_json(tmp_path: Path) -> None:
+def test_report_json_round_trip(tmp_path: Path) -> None:
     found = report(tmp_path / "a.jsonl", chat_records(40))
     again = DataReport.from_dict(json.loads(json.dumps(found.to_dict())))
     assert again == found
@@ -75,23 +75,23 @@ def test_two_files_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for words in (
         *("Side by side", "one two", "examples 90 50", "All 50 records are desirable"),
         *("Length of completions", "Length of prompts", "Label order along the file"),
-        *("What another max_length would cut", "Length against label", "What to do."),
+        *("Records truncated by max_length", "Length against label", "What to do."),
     ):
         assert words in page.text
-    # Five pictures of the first; the second has no label to hold against length.
+    # Five charts of the first; the second has one label, so no chart of length against label.
     assert page.tags.count("svg") == 9
     assert inspect_main([files[0], "--json", "--html", str(target)]) == 0
     assert json.loads(capsys.readouterr().out)["examples"] == 90
 
 
-def test_the_pictures_hold_the_numbers(tmp_path: Path) -> None:
+def test_charts_hold_the_numbers(tmp_path: Path) -> None:
     labels = [True] * 30 + [False] * 10
     records = [
         {"prompt": f"{i}?", "completion": "x" * (10 if label else 100), "label": label}
         for i, label in enumerate(labels)
     ]
     charts = {chart.title: chart for chart in data_charts(report(tmp_path / "a.jsonl", records))}
-    assert "What another max_length would cut" not in charts  # that takes tokens
+    assert "Records truncated by max_length" not in charts  # that takes tokens
     order = charts["Label order along the file"]
     assert order.series[0].y.tolist() == [1.0, 1.0, 1.0, 0.75, 0.0]  # eight records each
     assert order.level == ("desirable, whole file", 0.75)
@@ -101,7 +101,7 @@ def test_the_pictures_hold_the_numbers(tmp_path: Path) -> None:
     assert (good.y[0], good.y[-1], bad.y[0], bad.y[-1]) == (1.0, 0.0, 0.0, 1.0)
 
 
-def test_what_stands_in_a_file_stays_text(tmp_path: Path) -> None:
+def test_text_from_files_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     records = [r | {evil: 1} for r in plain_records(20)] + [{"prompt": evil, "label": evil}]
     path = tmp_path / "<img src=x onerror=alert(1)>.jsonl"
@@ -110,13 +110,13 @@ def test_what_stands_in_a_file_stays_text(tmp_path: Path) -> None:
     assert str(path) in page.text
 
 
-def test_files_without_much_in_them(tmp_path: Path) -> None:
+def test_files_with_one_or_no_usable_record(tmp_path: Path) -> None:
     for name, records in (("none", [{"prompt": "q"}]), ("one", plain_records(1))):
         page = read_page(render(data_page([report(tmp_path / f"{name}.jsonl", records)])))
         assert "Records" in page.text
 
 
-def test_every_finding_says_whether_it_matters_and_what_to_do(tmp_path: Path) -> None:
+def test_every_finding_has_a_meaning_and_an_action(tmp_path: Path) -> None:
     records = [
         *[{"prompt": "p", "completion": "x" * 90, "label": True}] * 30,
         *[{"prompt": f"{i} ", "completion": "", "label": False} for i in range(9)],

@@ -1,4 +1,4 @@
-"""The run's page: what it shows of finished, killed, resumed and damaged runs."""
+"""The run report of finished, killed, resumed and damaged runs."""
 
 import csv
 import json
@@ -56,7 +56,7 @@ def test_fit_writes_the_page(finished: Path) -> None:
         *("Margin", "Rewards of both classes", "Loss", "Held-out AUC", "Reference point z0"),
         *("Gradient left", "Gradient norm", "Learning rate", "Speed", "Memory"),
         *("Length of completions", "Label order along the file"),
-        *("What another max_length would cut", "Verdict", "Held-out records", "Data"),
+        *("Records truncated by max_length", "Verdict", "Held-out records", "Data"),
     ):
         assert title in page.text
     assert "model.learning_rate 0.001" in page.text
@@ -66,7 +66,7 @@ def test_fit_writes_the_page(finished: Path) -> None:
     assert any(f"first {losses[0]:.4g}, last {losses[-1]:.4g}" in label for label in labels)
 
 
-def test_the_command_says_the_verdict(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_verdict(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = finished / "elsewhere" / "page.html"
     assert report_main([str(finished), "--html", str(target)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -106,7 +106,7 @@ def test_a_killed_run(tmp_path: Path) -> None:
     assert "model tiny" in text
 
 
-def test_half_a_last_cell_is_left_out(tmp_path: Path) -> None:
+def test_an_incomplete_last_row_is_omitted(tmp_path: Path) -> None:
     output = made_run(tmp_path / "output", 4)
     content = (output / "metrics.csv").read_text(encoding="utf-8")
     (output / "metrics.csv").write_text(content[:-3], encoding="utf-8")
@@ -114,7 +114,7 @@ def test_half_a_last_cell_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_steps", [0, 1])
-def test_a_run_of_hardly_any_step(tmp_path: Path, num_steps: int) -> None:
+def test_runs_of_zero_and_one_step(tmp_path: Path, num_steps: int) -> None:
     page = page_of(made_run(tmp_path / "output", num_steps))
     expected = "1 step is too few" if num_steps else "No optimizer step has been completed"
     assert expected in page.text
@@ -140,7 +140,7 @@ def test_a_loss_of_nan(tmp_path: Path) -> None:
     assert "train/loss is not a finite number at step 1" in page_of(output).text
 
 
-def test_what_people_wrote_stays_text(tmp_path: Path) -> None:
+def test_text_from_files_is_escaped(tmp_path: Path) -> None:
     """Names, prompts and answers come from files and may hold anything."""
     evil = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>&amp;$x^2$"
     output = made_run(tmp_path / "<b onclick='x'>&", 3)
@@ -154,7 +154,7 @@ def test_what_people_wrote_stays_text(tmp_path: Path) -> None:
     assert "(nothing)" in page.text
 
 
-def test_a_long_run_gives_no_longer_page(tmp_path: Path) -> None:
+def test_page_size_does_not_grow_with_steps(tmp_path: Path) -> None:
     sizes = []
     for num_steps in (1_000, 4_000):
         path, _ = report_of_run(made_run(tmp_path / f"{num_steps}", num_steps))
@@ -173,7 +173,7 @@ def test_a_long_run_gives_no_longer_page(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_no_run_exits_1(
+def test_a_directory_without_a_run_exits_1(
     tmp_path: Path, make, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(tmp_path / "run")
@@ -186,21 +186,21 @@ def test_wrong_usage_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: python -m kto_lightning report" in capsys.readouterr().err
 
 
-def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_page_is_an_error(tmp_path: Path) -> None:
     output = made_run(tmp_path / "output", 2)
     (tmp_path / "file").write_text("")
     with pytest.raises(KTOError, match="cannot be written"):
         report_of_run(output, tmp_path / "file" / "page.html")
 
 
-def test_without_matplotlib_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_matplotlib_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(KTOError, match="pip install matplotlib"):
         report_of_run(made_run(tmp_path / "output", 2))
     assert not (tmp_path / "output" / "report.html").exists()
 
 
-def test_a_report_loads_no_framework(tmp_path: Path) -> None:
+def test_report_imports_no_framework(tmp_path: Path) -> None:
     output = made_run(tmp_path / "output", 2)
     code = (
         "import sys; from kto_lightning.__main__ import main\n"
@@ -212,7 +212,7 @@ def test_a_report_loads_no_framework(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_run_file_comes_back(tmp_path: Path) -> None:
+def test_run_file_round_trip(tmp_path: Path) -> None:
     content = RunFile(planned_steps=7, finished=True, summary=[["a", "b"]], warnings=["w"])
     write_run_file(tmp_path, content)
     assert read_run_file(tmp_path) == content

@@ -15,7 +15,7 @@ from kto_lightning.reports.run.run_file import RunFile
 def run_of(
     num_steps: int = 100, *, non_finite: dict[str, int] | None = None, **columns: Any
 ) -> Run:
-    """A run in which all is well, but for these columns; `__` stands for `/`."""
+    """A healthy run except for these columns; `__` stands for `/`."""
     steps = np.arange(1, num_steps + 1)
     noise = np.random.default_rng(0).normal(0, 0.1, num_steps)
     good = 1.0 * steps / num_steps
@@ -48,8 +48,7 @@ def run_of(
     )
 
 
-def said(run: Run) -> dict[str, list[str]]:
-    """What is said, by grade."""
+def by_grade(run: Run) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"problem": [], "warning": [], "note": [], "good": []}
     for one in verdict(run):
         found[one.grade].append(one.sentence)
@@ -62,9 +61,9 @@ def one_of(sentences: list[str], beginning: str) -> str:
     return matching[0]
 
 
-def test_a_good_run_is_praised_and_nothing_else() -> None:
+def test_a_healthy_run_has_good_findings_only() -> None:
     run = run_of()
-    found = said(run)
+    found = by_grade(run)
     assert (found["problem"], found["warning"], found["note"]) == ([], [], [])
     # 12 steps, an eighth: means of 2·(1..12)/100 and 2·(89..100)/100 are .13 and 1.89.
     assert one_of(found["good"], "The margin rose from").startswith("The margin rose from 0.1")
@@ -72,19 +71,19 @@ def test_a_good_run_is_praised_and_nothing_else() -> None:
     assert headline(verdict(run)).startswith("The margin rose from 0.1")
 
 
-def test_no_step_at_all() -> None:
+def test_a_run_without_steps() -> None:
     (only,) = verdict(run_of(0))
     assert (only.grade, only.what) == ("problem", "No optimizer step has been completed")
 
 
 def test_one_step() -> None:
-    found = said(run_of(1))
+    found = by_grade(run_of(1))
     assert "Train for some hundred steps" in one_of(found["note"], "1 step is too few")
 
 
-def test_a_loss_that_is_no_number() -> None:
+def test_non_finite_columns_are_problems() -> None:
     run = run_of(non_finite={"train/loss": 41, "train/grad_norm": 40})
-    text = one_of(said(run)["problem"], "train/grad_norm is not a finite number at step 40")
+    text = one_of(by_grade(run)["problem"], "train/grad_norm is not a finite number at step 40")
     assert "--model.learning_rate" in text
     assert headline(verdict(run)).startswith("train/grad_norm is not a finite number at step 40.")
 
@@ -92,60 +91,63 @@ def test_a_loss_that_is_no_number() -> None:
 def test_an_unfinished_run() -> None:
     run = run_of()
     run.file = RunFile(planned_steps=400)
-    assert "--ckpt_path last" in one_of(said(run)["warning"], "The run is at step 100 of 400")
+    assert "--ckpt_path last" in one_of(by_grade(run)["warning"], "The run is at step 100 of 400")
     run.file = RunFile(planned_steps=400, finished=True)  # stopped early on purpose
-    assert said(run)["warning"] == []
+    assert by_grade(run)["warning"] == []
     run.file = RunFile()  # an OUTPUT of before run.json
-    assert said(run)["warning"] == []
+    assert by_grade(run)["warning"] == []
 
 
 @pytest.mark.parametrize("absent", ["desirable", "undesirable"])
 def test_one_class_only(absent: str) -> None:
     run = run_of(**{f"reward__{absent}": math.nan, "reward__margin": math.nan})
-    text = one_of(said(run)["problem"], f"There was no {absent} completion in any batch")
+    text = one_of(by_grade(run)["problem"], f"There was no {absent} completion in any batch")
     assert f"Add {absent} records" in text
 
 
-def test_batches_that_lack_a_class() -> None:
+def test_single_class_batches() -> None:
     margins = np.where(np.arange(100) % 3 == 0, math.nan, np.arange(100) / 50)
-    text = one_of(said(run_of(reward__margin=margins))["warning"], "34% of the batches")
+    text = one_of(by_grade(run_of(reward__margin=margins))["warning"], "34% of the batches")
     assert "--data.batch_size" in text
     few = np.where(np.arange(100) % 6 == 0, math.nan, np.arange(100) / 50)
-    assert said(run_of(reward__margin=few))["warning"] == []
+    assert by_grade(run_of(reward__margin=few))["warning"] == []
 
 
 def test_a_margin_that_fell() -> None:
     margins = np.concatenate([np.full(100, 2.0), np.full(100, 0.5)])
-    text = one_of(said(run_of(200, reward__margin=margins))["warning"], "the margin fell from 2 to")
+    text = one_of(
+        by_grade(run_of(200, reward__margin=margins))["warning"],
+        "the margin fell from 2 to",
+    )
     assert "lower --model.learning_rate" in text.lower()
 
 
-def test_a_margin_that_went_nowhere() -> None:
+def test_a_margin_that_only_scatters() -> None:
     scatter = np.random.default_rng(1).normal(0, 1, 100)
-    found = said(run_of(reward__margin=scatter))
+    found = by_grade(run_of(reward__margin=scatter))
     assert one_of(found["note"], "The margin did not clearly move")
     assert not any(text.startswith("The margin rose") for text in found["good"])
 
 
-def test_a_policy_that_hardly_moved() -> None:
+def test_a_policy_that_has_hardly_moved() -> None:
     still = {f"reward__{name}": 0.001 for name in ("desirable", "undesirable", "margin")}
-    text = one_of(said(run_of(**still))["warning"], "The policy has hardly moved")
+    text = one_of(by_grade(run_of(**still))["warning"], "The policy has hardly moved")
     assert "--model.learning_rate (was 1e-05) three- to tenfold" in text
 
 
 def test_desirable_completions_that_became_less_likely() -> None:
     run = run_of(reward__desirable=np.linspace(0, -3, 100))
-    text = one_of(said(run)["warning"], "Desirable completions became less likely")
+    text = one_of(by_grade(run)["warning"], "Desirable completions became less likely")
     assert "--model.desirable_weight" in text
 
 
 def test_z0_below_zero_throughout() -> None:
     run = run_of(z0=0.0, z0_raw=-0.5)
-    assert "That is normal while" in one_of(said(run)["note"], "z0 has been 0 for 100 steps")
+    assert "That is normal while" in one_of(by_grade(run)["note"], "z0 has been 0 for 100 steps")
     short = run_of(40, z0=0.0, z0_raw=-0.5)
-    assert "-0.5 nats" in one_of(said(short)["note"], "z0 stayed 0")
+    assert "-0.5 nats" in one_of(by_grade(short)["note"], "z0 stayed 0")
     run.settings["model"]["loss"] = "apo_zero_unpaired"
-    assert not any(text.startswith("z0") for text in said(run)["note"])
+    assert not any(text.startswith("z0") for text in by_grade(run)["note"])
 
 
 @pytest.mark.parametrize(
@@ -155,16 +157,20 @@ def test_z0_below_zero_throughout() -> None:
 def test_a_saturated_class(reward: float, grade: str, words: str) -> None:
     left = np.where(np.arange(100) < 60, 0.9, 0.01)
     run = run_of(gradient_left__desirable=left, reward__desirable=reward)
-    assert words in one_of(said(run)[grade], "desirable completions have 1.0% of their gradient")
+    assert words in one_of(
+        by_grade(run)[grade], "desirable completions have 1.0% of their gradient"
+    )
 
 
 def test_a_loss_that_rose() -> None:
-    text = one_of(said(run_of(loss=np.linspace(0.5, 0.9, 100)))["warning"], "The loss rose from")
+    text = one_of(
+        by_grade(run_of(loss=np.linspace(0.5, 0.9, 100)))["warning"], "The loss rose from"
+    )
     assert "--model.gradient_clip_norm 1.0" in text
 
 
-def test_gradients_and_learning_rates_of_zero() -> None:
-    found = said(run_of(grad_norm=0.0, lr=0.0))["problem"]
+def test_zero_gradients_and_learning_rates() -> None:
+    found = by_grade(run_of(grad_norm=0.0, lr=0.0))["problem"]
     assert one_of(found, "The gradient was 0 in every step")
     assert "--model.warmup_ratio" in one_of(found, "The learning rate was 0 in every step")
 
@@ -172,9 +178,9 @@ def test_gradients_and_learning_rates_of_zero() -> None:
 def test_steps_that_are_always_clipped() -> None:
     run = run_of(grad_norm=5.0)
     run.settings["model"]["gradient_clip_norm"] = "1.0"
-    assert one_of(said(run)["note"], "100% of the steps were clipped to a gradient norm of 1")
+    assert one_of(by_grade(run)["note"], "100% of the steps were clipped to a gradient norm of 1")
     run.settings["model"]["gradient_clip_norm"] = 10.0
-    assert said(run)["note"] == []
+    assert by_grade(run)["note"] == []
 
 
 @pytest.mark.parametrize(
@@ -182,27 +188,28 @@ def test_steps_that_are_always_clipped() -> None:
 )
 def test_the_grade_of_a_held_out_auc(auc: float, grade: str) -> None:
     values = np.where(np.arange(100) == 99, auc, math.nan)
-    assert one_of(said(run_of(val__reward__auc=values))[grade], f"The held-out AUC is {auc:.2f}")
+    assert one_of(
+        by_grade(run_of(val__reward__auc=values))[grade], f"The held-out AUC is {auc:.2f}"
+    )
 
 
-def test_what_was_learnt_by_heart() -> None:
+def test_overfitting() -> None:
     aucs = np.full(100, math.nan)
     aucs[[19, 59, 99]] = 0.6, 0.8, 0.72
     margins = np.where(np.arange(100) == 99, 0.2, math.nan)
-    found = said(run_of(val__reward__auc=aucs, val__reward__margin=margins))["warning"]
+    found = by_grade(run_of(val__reward__auc=aucs, val__reward__margin=margins))["warning"]
     assert "0.72 at the end" in one_of(found, "The held-out AUC was highest at step 60 (0.80)")
     assert "training records" in one_of(found, "The margin is 0.20 on held-out records")
 
 
-def test_nothing_held_out() -> None:
+def test_no_held_out_records() -> None:
     nothing = {f"val__{name}": math.nan for name in ("loss", "reward__auc", "reward__margin")}
     assert "--data.validation" in one_of(
-        said(run_of(**nothing))["note"], "No records were held out"
+        by_grade(run_of(**nothing))["note"], "No records were held out"
     )
 
 
-def test_a_metrics_file_of_another_version() -> None:
-    """Rules whose columns are missing say nothing of them."""
+def test_rules_whose_columns_are_missing_are_skipped() -> None:
     run = run_of()
     run.columns = {"train/loss": run.columns["train/loss"]}
     run.settings = {}
