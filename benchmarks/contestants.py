@@ -115,7 +115,7 @@ def train_ours(task: Task, turns: Turns) -> None:
     from lightning import Callback, Trainer
 
     from kto_lightning.callbacks.checkpoints import StepSeed
-    from kto_lightning.callbacks.reporting import Diagnostics, MetricsStart
+    from kto_lightning.callbacks.reporting import DiagnosisWarnings, MetricsStart
     from kto_lightning.data.datamodule import KTODataModule
     from kto_lightning.module import KTOModule
     from kto_lightning.training.metrics_csv import MetricsFile
@@ -170,7 +170,7 @@ def train_ours(task: Task, turns: Turns) -> None:
         max_epochs=-1,
         default_root_dir=task.output,
         logger=MetricsFile(task.output),
-        callbacks=[MetricsStart(), StepSeed(), Diagnostics(), TakeTurns()],
+        callbacks=[MetricsStart(), StepSeed(), DiagnosisWarnings(), TakeTurns()],
         log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,

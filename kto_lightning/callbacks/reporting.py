@@ -18,11 +18,11 @@ from kto_lightning.reports.data import (
     as_json,
     length_finding,
     report_of_training_set,
-    write_report,
+    write_data_report,
 )
 from kto_lightning.reports.diagnosis import RunningDiagnosis
 from kto_lightning.reports.run.run_file import RunFile, write_run_file
-from kto_lightning.reports.terminal import trimmed
+from kto_lightning.reports.terminal import strip_trailing_spaces
 from kto_lightning.training.metrics_csv import MetricsFile
 
 
@@ -41,7 +41,7 @@ class Summary(Callback):
         table.add_column(overflow="fold")
         for name, value in rows:
             table.add_row(name, value)
-        with trimmed(console):
+        with strip_trailing_spaces(console):
             console.print(table)
         warnings = list(data.prepared.warnings)
         num_steps = module.num_training_steps()
@@ -160,7 +160,7 @@ class DataReportFile(Callback):
             tokenizer=data.prepared.tokenizer.name_or_path,
         )
         path = Path(trainer.default_root_dir) / "data_report.json"
-        write_report(path, report)
+        write_data_report(path, report)
         count = len(report.findings)
         found = f"{count} finding{'' if count == 1 else 's'}"
         data.prepared.report_line = f"{path}, {found} (report.html shows them)"
@@ -182,7 +182,7 @@ def _write_stream_report(trainer: Any) -> None:
     write_whole(path, as_json(content) + "\n", what="the data report")
 
 
-class Diagnostics(Callback):
+class DiagnosisWarnings(Callback):
     """Warns on stderr of what `RunningDiagnosis` finds. A resumed run starts it afresh."""
 
     def __init__(self) -> None:

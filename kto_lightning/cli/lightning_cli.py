@@ -15,7 +15,12 @@ from kto_lightning.callbacks.checkpoints import Checkpoints, StepSeed
 from kto_lightning.callbacks.generations import Generations
 from kto_lightning.callbacks.preemption import Preemption
 from kto_lightning.callbacks.progress import ProgressBar, ProgressLines
-from kto_lightning.callbacks.reporting import DataReportFile, Diagnostics, MetricsStart, Summary
+from kto_lightning.callbacks.reporting import (
+    DataReportFile,
+    DiagnosisWarnings,
+    MetricsStart,
+    Summary,
+)
 from kto_lightning.cli.parser import PROG, Parser, reason_of
 from kto_lightning.cli.refusals import (
     ENVIRONMENT,
@@ -32,7 +37,7 @@ from kto_lightning.models.build import load_policy_from_checkpoint
 from kto_lightning.models.export import save_policy
 from kto_lightning.models.policy import Policy
 from kto_lightning.module import KTOModule
-from kto_lightning.reports.run import report_of_run
+from kto_lightning.reports.run import write_run_report
 from kto_lightning.reports.run.run_file import mark_finished
 from kto_lightning.strategies.checks import check_strategy
 from kto_lightning.strategies.launcher import terminate_ranks_together
@@ -160,7 +165,7 @@ class KTOCLI(LightningCLI):
             *callbacks,
             MetricsStart(),
             StepSeed(),
-            Diagnostics(),
+            DiagnosisWarnings(),
             Preemption(),
             DataReportFile(),  # which may take a while, in which a signal is noted
             Summary(),
@@ -243,7 +248,7 @@ def _report(output: Path) -> None:
     """The run's page; what keeps it from being written takes nothing from the run."""
     try:
         mark_finished(output)
-        path, verdict = report_of_run(output)
+        path, verdict = write_run_report(output)
     except KTOError as error:
         print(f"warning: the report was not written: {error}", file=sys.stderr)
         return

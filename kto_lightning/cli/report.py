@@ -22,9 +22,9 @@ def report_main(argv: list[str]) -> int:
     except SystemExit as end:  # argparse has printed its help or its usage error
         return int(end.code or 0)
     try:
-        from kto_lightning.reports.run import report_of_run
+        from kto_lightning.reports.run import write_run_report
 
-        path, verdict = report_of_run(arguments.output_dir, arguments.html)
+        path, verdict = write_run_report(arguments.output_dir, arguments.html)
     except KTOError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

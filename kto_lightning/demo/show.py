@@ -58,11 +58,11 @@ def show_samples(console: Console, before: list[Answer], after: list[Answer]) ->
     for header in ("letters", "before", "after"):
         table.add_column(header, no_wrap=True)
     for old, new in zip(before, after, strict=True):
-        table.add_row(" ".join(old.problem.letters), marked(old), marked(new))
+        table.add_row(" ".join(old.problem.letters), mark_answer(old), mark_answer(new))
     console.print(table)
 
 
-def marked(answer: Answer) -> str:
+def mark_answer(answer: Answer) -> str:
     """An answer with its mark, as rich markup; control characters are escaped."""
     text = answer.completion.strip()
     shown = text if text.isprintable() else repr(text)[1:-1]

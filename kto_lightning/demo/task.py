@@ -28,7 +28,7 @@ class Problem:
     @property
     def solution(self) -> str:
         """The one good completion, with the space that follows the prompt's colon."""
-        return spaced(sorted(self.letters))
+        return join_letters(sorted(self.letters))
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Answer:
         return self.completion.strip() == self.problem.solution.strip()
 
 
-def spaced(letters: list[str]) -> str:
+def join_letters(letters: list[str]) -> str:
     """`["a", "k"]` -> `" a k"`: one token per letter."""
     return "".join(f" {letter}" for letter in letters)
 
@@ -59,14 +59,14 @@ def draw_problems(
         letters = "".join(rng.sample(ALPHABET, rng.choice(NUM_LETTERS)))
         prompt = rng.choice(PHRASINGS).format(letters=" ".join(letters))
         problem = Problem(letters=letters, prompt=prompt)
-        if problem.solution not in exclude and spaced(list(letters)) != problem.solution:
+        if problem.solution not in exclude and join_letters(list(letters)) != problem.solution:
             problems.append(problem)
     return problems
 
 
 def echo(problem: Problem, rng: random.Random) -> str:
     """The letters in the order given."""
-    return spaced(list(problem.letters))
+    return join_letters(list(problem.letters))
 
 
 def refuse(problem: Problem, rng: random.Random) -> str:
@@ -77,7 +77,7 @@ def refuse(problem: Problem, rng: random.Random) -> str:
 def stop_halfway(problem: Problem, rng: random.Random) -> str:
     """The first half of the right answer."""
     ordered = sorted(problem.letters)
-    return spaced(ordered[: len(ordered) // 2])
+    return join_letters(ordered[: len(ordered) // 2])
 
 
 def swap_two(problem: Problem, rng: random.Random) -> str:
@@ -85,7 +85,7 @@ def swap_two(problem: Problem, rng: random.Random) -> str:
     ordered = sorted(problem.letters)
     at = rng.randrange(len(ordered) - 1)
     ordered[at : at + 2] = reversed(ordered[at : at + 2])
-    return spaced(ordered)
+    return join_letters(ordered)
 
 
 WRONG_ANSWERS: tuple[Callable[[Problem, random.Random], str], ...] = (

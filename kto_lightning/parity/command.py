@@ -124,7 +124,7 @@ def _parity(arguments: argparse.Namespace, options: list[str]) -> bool:
 
     from kto_lightning.parity.run import run_parity
     from kto_lightning.parity.view import as_dict, show_result
-    from kto_lightning.reports.terminal import trimmed
+    from kto_lightning.reports.terminal import strip_trailing_spaces
 
     result = run_parity(
         arguments.model,
@@ -141,7 +141,7 @@ def _parity(arguments: argparse.Namespace, options: list[str]) -> bool:
         print(json.dumps(as_dict(result), indent=2))
     else:
         console = Console(highlight=False)
-        with trimmed(console):
+        with strip_trailing_spaces(console):
             show_result(console, result)
     return result.agrees
 

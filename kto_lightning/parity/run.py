@@ -99,7 +99,7 @@ def run_parity(
         inputs.reference, inputs.chat_template = reference, chat_template
         # Ours first, for its error messages.
         ours = our_trace(inputs, settings, directory / "ours", *options)
-        theirs = _theirs(inputs, settings, directory / "trl")
+        theirs = _run_trl(inputs, settings, directory / "trl")
         moved = movement(ours.weights, theirs.weights, inputs.initial_weights())
     comparisons = compare(ours, theirs, beta=settings.beta)
     return ParityResult(
@@ -198,7 +198,7 @@ def quiet() -> Iterator[None]:
         trl_logger.setLevel(level)
 
 
-def _theirs(inputs: Inputs, settings: Settings, directory: Path) -> Any:
+def _run_trl(inputs: Inputs, settings: Settings, directory: Path) -> Any:
     try:
         return trl_trace(inputs, settings, directory)
     except (ValueError, TypeError, NotImplementedError) as error:

@@ -7,7 +7,7 @@ from rich.console import Console
 
 
 @contextmanager
-def trimmed(console: Console) -> Iterator[None]:
+def strip_trailing_spaces(console: Console) -> Iterator[None]:
     """Strip trailing spaces from what is printed inside: rich fills the lines of a table with them,
     and they wrap in a narrower window."""
     with console.capture() as captured:

@@ -39,7 +39,7 @@ VALIDATION_METRICS = (
     "reward/auc",
     "tokens",
 )
-DIAGNOSTICS = (
+DETAIL_METRICS = (
     "z0_se",
     "gradient_left/desirable",
     "gradient_left/undesirable",
@@ -50,8 +50,8 @@ COLUMNS = (
     "step",
     *(f"train/{name}" for name in TRAIN_METRICS),
     *(f"val/{name}" for name in VALIDATION_METRICS),
-    *(f"train/{name}" for name in (*DIAGNOSTICS, *MEASURED)),
-    *(f"val/{name}" for name in DIAGNOSTICS),
+    *(f"train/{name}" for name in (*DETAIL_METRICS, *MEASURED)),
+    *(f"val/{name}" for name in DETAIL_METRICS),
 )
 MONITORABLE_METRICS = tuple(name for name in COLUMNS if name.startswith("val/"))
 """What a callback can wait for: EarlyStopping, say."""

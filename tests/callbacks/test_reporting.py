@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kto_lightning.callbacks.reporting import Diagnostics
+from kto_lightning.callbacks.reporting import DiagnosisWarnings
 from kto_lightning.reports.diagnosis import (
     STUCK_STEPS,
     WINDOW,
@@ -153,11 +153,11 @@ def test_a_run_warns_on_stderr_once_and_a_resumed_one_afresh(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With β = 50 every |u| is large from the first step on."""
-    diagnostics = Diagnostics()
+    warnings = DiagnosisWarnings()
     few = Examples([(3, 12), (14, 4), (6, 1), (1, 22)], [True, False, True, False])
     steps = [step_batch(few)] * 25
     for _ in range(2):
-        result = fit(module_of(beta=50.0, learning_rate=0.0), *steps, callbacks=[diagnostics])
+        result = fit(module_of(beta=50.0, learning_rate=0.0), *steps, callbacks=[warnings])
         assert max(row["train/gradient_left/desirable"] for row in result.rows) < 0.05
         printed = capsys.readouterr()
         lines = [line for line in printed.err.splitlines() if line.startswith("warning: ")]
@@ -167,7 +167,7 @@ def test_a_run_warns_on_stderr_once_and_a_resumed_one_afresh(
 
 
 def test_a_short_ordinary_run_warns_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    fit(module_of(learning_rate=0.0), *[step_batch(MIXED)] * 60, callbacks=[Diagnostics()])
+    fit(module_of(learning_rate=0.0), *[step_batch(MIXED)] * 60, callbacks=[DiagnosisWarnings()])
     assert "warning: " not in capsys.readouterr().err
 
 

@@ -24,7 +24,7 @@ from kto_lightning.training.metrics import (
     peak_memory_mib,
     sample_std,
 )
-from kto_lightning.training.metrics_csv import COLUMNS, DIAGNOSTICS, MetricsFile
+from kto_lightning.training.metrics_csv import COLUMNS, DETAIL_METRICS, MetricsFile
 from tests.test_module import LENGTHS, Examples, Rows, fit, module_of, step_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
@@ -167,7 +167,7 @@ def test_a_real_steps_spread(max_tokens: int) -> None:
     for name, chosen in (("desirable", labels), ("undesirable", ~labels)):
         expected[f"reward/{name}_std"] = 0.2 * ratios["matched"][chosen].std()
         expected[f"gradient_left/{name}"] = left[chosen].mean()
-    assert expected.keys() == set(DIAGNOSTICS)
+    assert expected.keys() == set(DETAIL_METRICS)
     for name, value in expected.items():
         assert row[f"train/{name}"] == pytest.approx(float(value), rel=1e-5), name
 
@@ -213,9 +213,9 @@ def test_the_file_has_new_columns_after_all_others(tmp_path: Path) -> None:
         (row,) = csv.DictReader(opened)
     names = list(row)
     assert names == list(COLUMNS)
-    train = [f"train/{name}" for name in DIAGNOSTICS]
+    train = [f"train/{name}" for name in DETAIL_METRICS]
     measured = ["train/tokens_per_second", "train/peak_memory_mib"]
-    assert names[-12:] == [*train, *measured, *(f"val/{name}" for name in DIAGNOSTICS)]
+    assert names[-12:] == [*train, *measured, *(f"val/{name}" for name in DETAIL_METRICS)]
     assert row["train/reward/desirable_std"] == ""  # of one
     assert float(row["train/z0_se"]) > 0
     assert float(row["train/tokens_per_second"]) > 0

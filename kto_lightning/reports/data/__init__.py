@@ -11,7 +11,7 @@ if TYPE_CHECKING:
         as_json,
         report_of_source,
         report_of_training_set,
-        write_report,
+        write_data_report,
     )
     from kto_lightning.reports.data.fields import DataReport
     from kto_lightning.reports.data.findings import length_finding
@@ -22,7 +22,7 @@ _MODULES = {
     "length_finding": "kto_lightning.reports.data.findings",
     "report_of_source": "kto_lightning.reports.data.build",
     "report_of_training_set": "kto_lightning.reports.data.build",
-    "write_report": "kto_lightning.reports.data.build",
+    "write_data_report": "kto_lightning.reports.data.build",
 }
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
     "length_finding",
     "report_of_source",
     "report_of_training_set",
-    "write_report",
+    "write_data_report",
 ]
 
 

@@ -132,7 +132,7 @@ def report_of_training_set(
     )
 
 
-def write_report(path: str | Path, report: DataReport) -> None:
+def write_data_report(path: str | Path, report: DataReport) -> None:
     """Write a report as JSON, as `inspect --json` prints it for one file.
 
     Raises:

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from kto_lightning.reports.data.fields import DataReport
 from kto_lightning.reports.data.rows import NOTHING, details_of, sections_of, title_of
-from kto_lightning.reports.terminal import trimmed
+from kto_lightning.reports.terminal import strip_trailing_spaces
 
 NAME_WIDTH = 27
 MIN_WIDTH = 22
@@ -17,7 +17,7 @@ MIN_WIDTH = 22
 def show_reports(console: Console, reports: list[DataReport]) -> None:
     """Print reports side by side, as many as fit, then the findings of each."""
     num_beside = max((console.width - NAME_WIDTH - 2) // (MIN_WIDTH + 2), 1)
-    with trimmed(console):
+    with strip_trailing_spaces(console):
         for start in range(0, len(reports), num_beside):
             console.print(_table(reports[start : start + num_beside]))
             console.print()

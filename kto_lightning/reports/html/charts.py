@@ -33,7 +33,7 @@ DASHES: dict[str, Any] = {
     "muted": (0, (3, 2, 1, 2)),
 }
 """Colour is never the only difference."""
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {  # Matplotlib types the keys as one Literal of them all
     "figure.figsize": (4.9, 2.9),  # inches of 72 px, narrow: phones shrink what is wider
     "lines.linewidth": 1.2,
     "figure.constrained_layout.use": True,

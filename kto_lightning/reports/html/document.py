@@ -51,7 +51,7 @@ class Section:
     findings: list[Finding] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     table: Table | None = None
-    folded: Table | None = None
+    collapsed: Table | None = None
     """A collapsed table."""
     samples: list[Sample] = field(default_factory=list)
     details: list[str] = field(default_factory=list)

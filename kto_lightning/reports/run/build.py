@@ -16,7 +16,7 @@ from kto_lightning.reports.run.run import Run, read_run
 from kto_lightning.reports.run.verdict import headline, verdict
 
 
-def report_of_run(output_dir: str | Path, html: str | Path | None = None) -> tuple[Path, str]:
+def write_run_report(output_dir: str | Path, html: str | Path | None = None) -> tuple[Path, str]:
     """Write the report of a run, finished or not, as an HTML page.
 
     Args:
@@ -56,7 +56,7 @@ def run_page(run: Run, findings: list[Finding]) -> Page:
             Section(
                 title="Settings",
                 text=["From config.yaml; keys that are null are omitted."],
-                folded=Table(header=["key", "value"], rows=settings),
+                collapsed=Table(header=["key", "value"], rows=settings),
             )
         )
     return Page(
@@ -190,7 +190,7 @@ def _data_sections(run: Run) -> Iterator[Section]:
         title="Data",
         findings=findings_of(report) or [Finding(grade="good", what="Nothing stands out")],
         charts=list(data_charts(report)),
-        folded=comparison([report]),
+        collapsed=comparison([report]),
     )
 
 

@@ -20,7 +20,7 @@ from kto_lightning.reports.data import (
     DataReport,
     report_of_source,
     report_of_training_set,
-    write_report,
+    write_data_report,
 )
 from kto_lightning.reports.data.fields import Column, Order, PerClass, Places
 from kto_lightning.reports.data.order import order_of, single_label_chance
@@ -472,10 +472,10 @@ def test_a_training_set_has_the_report_of_its_file(tmp_path: Path, template: str
     )
     assert found == report_of_source(source, tokenizer=tokenizer)
     path = tmp_path / "data_report.json"
-    write_report(path, found)
+    write_data_report(path, found)
     assert json.loads(path.read_text(encoding="utf-8")) == found.to_dict()
     with pytest.raises(DataError, match="cannot be written"):
-        write_report(tmp_path, found)
+        write_data_report(tmp_path, found)
 
 
 def test_a_training_set_with_dropped_records(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from kto_lightning.cli.report import report_main
 from kto_lightning.errors import KTOError
-from kto_lightning.reports.run import read_run, report_of_run
+from kto_lightning.reports.run import read_run, write_run_report
 from kto_lightning.reports.run.run_file import RunFile, read_run_file, write_run_file
 from kto_lightning.training.metrics_csv import COLUMNS
 from tests.support import cli
@@ -19,7 +19,7 @@ from tests.support.pages import Reader, read_page
 
 
 def page_of(output: Path) -> Reader:
-    path, _ = report_of_run(output)
+    path, _ = write_run_report(output)
     return read_page(path.read_text(encoding="utf-8"))
 
 
@@ -77,8 +77,8 @@ def test_the_command_prints_the_verdict(finished: Path, capsys: pytest.CaptureFi
 
 
 def test_the_same_run_gives_the_same_page(finished: Path) -> None:
-    first = report_of_run(finished, finished / "first.html")[0].read_text(encoding="utf-8")
-    second = report_of_run(finished, finished / "second.html")[0].read_text(encoding="utf-8")
+    first = write_run_report(finished, finished / "first.html")[0].read_text(encoding="utf-8")
+    second = write_run_report(finished, finished / "second.html")[0].read_text(encoding="utf-8")
     assert first == second
 
 
@@ -157,7 +157,7 @@ def test_text_from_files_is_escaped(tmp_path: Path) -> None:
 def test_page_size_does_not_grow_with_steps(tmp_path: Path) -> None:
     sizes = []
     for num_steps in (1_000, 4_000):
-        path, _ = report_of_run(made_run(tmp_path / f"{num_steps}", num_steps))
+        path, _ = write_run_report(made_run(tmp_path / f"{num_steps}", num_steps))
         sizes.append(len(path.read_bytes()))
     assert sizes[1] < 1.1 * sizes[0] < 2_000_000
 
@@ -190,13 +190,13 @@ def test_an_unwritable_page_is_an_error(tmp_path: Path) -> None:
     output = made_run(tmp_path / "output", 2)
     (tmp_path / "file").write_text("")
     with pytest.raises(KTOError, match="cannot be written"):
-        report_of_run(output, tmp_path / "file" / "page.html")
+        write_run_report(output, tmp_path / "file" / "page.html")
 
 
 def test_missing_matplotlib_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(KTOError, match="pip install matplotlib"):
-        report_of_run(made_run(tmp_path / "output", 2))
+        write_run_report(made_run(tmp_path / "output", 2))
     assert not (tmp_path / "output" / "report.html").exists()
 
 
