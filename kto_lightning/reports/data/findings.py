@@ -62,7 +62,7 @@ def _about_records(report: DataReport) -> Iterator[Finding]:
             f"{_are(duplicates, 'record repeats', 'records repeat')} an earlier one word for word",
             meaning="each counts the same label again, and a training record among the held-out "
             "records makes held-out metrics too good",
-            action=f"drop those that are not meant to ({_shown(duplicates)})",
+            action=f"drop those that are unintended ({_shown(duplicates)})",
         )
     if empty.count:
         yield Finding(

@@ -33,7 +33,7 @@ DASHES: dict[str, Any] = {
     "muted": (0, (3, 2, 1, 2)),
 }
 """Colour is never the only difference."""
-STYLE: dict[Any, Any] = {  # Matplotlib types the keys as one Literal of them all
+STYLE: dict[str, Any] = {
     "figure.figsize": (4.9, 2.9),  # inches of 72 px, narrow: phones shrink what is wider
     "lines.linewidth": 1.2,
     "figure.constrained_layout.use": True,
@@ -129,8 +129,9 @@ def draw(chart: Chart, number: int = 1) -> Markup:
         raise KTOError(
             "charts are drawn by matplotlib, which is not installed. `pip install matplotlib`."
         ) from error
-    # The salt makes ids, which are hashes: the same for the same numbers, others in other charts.
-    with rc_context(STYLE | {"svg.hashsalt": f"chart {number}"}):
+    # Ids are salted hashes: the same for the same numbers, different in every chart of a page.
+    style: Any = STYLE | {"svg.hashsalt": f"chart {number}"}  # Matplotlib wants Literal keys
+    with rc_context(style):
         figure = Figure()
         _plot(figure.subplots(), chart)
         file = io.StringIO()
