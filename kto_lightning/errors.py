@@ -1,6 +1,6 @@
-"""The errors a person is meant to read: one line each, no traceback, exit status 1.
+"""Errors that the command line prints as a message without a traceback, and checks of settings.
 
-Every message says what is wrong, where, what was got and what to do.
+Every message says what is wrong, where, what was got and what to do. The exit status is 1.
 """
 
 import math
@@ -16,19 +16,19 @@ class KTOError(Exception):
 
 
 class DataError(KTOError):
-    """The records, files or tokens given cannot be trained on."""
+    """The given records, files or tokens cannot be trained on."""
 
 
 class ModelError(KTOError):
-    """A model, tokenizer or adapter directory cannot be loaded or does not fit the data."""
+    """A model, tokenizer or adapter cannot be loaded, or does not fit the data."""
 
 
 class ConfigError(KTOError):
-    """Two settings contradict each other, or one is outside what it may be."""
+    """A setting is out of range, or two settings contradict each other."""
 
 
 class StoppedRun(KTOError):
-    """A run ends between two optimizer steps, on all ranks alike, so that what it did can be saved.
+    """A run stops between two optimizer steps, on all ranks alike, so that it can be saved.
 
     Attributes:
         status: the exit status.
@@ -63,7 +63,7 @@ def check_number(
 
 
 def check_one_of(name: str, value: str, known: Iterable[str]) -> None:
-    """Raise ConfigError unless it is one of them."""
+    """Raise ConfigError unless `value` is one of `known`."""
     known = list(known)
     if value not in known:
         raise ConfigError(f"--model.{name} must be one of {', '.join(known)}, got {value}.")

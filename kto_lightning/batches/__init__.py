@@ -1,1 +1,1 @@
-"""Token ids -> packed steps: partners, order, plan, collation. Knows no framework."""
+"""Batches: token ids -> partners, order, plan, packed steps. Independent of any framework."""

@@ -1,8 +1,8 @@
-r"""Class weights λ_D and λ_U, which set off the imbalance between good and bad records.
+r"""Class weights λ_D and λ_U, which balance desirable and undesirable records.
 
-arXiv:2402.01306 asks that (λ_D n_D) : (λ_U n_U) lie between 1:1 and 3:2, TRL's documentation and
-this module that it lie between 1:1 and 4:3. n_D and n_U count the records that are
-really trained on; a record's own weight does not change the count.
+arXiv:2402.01306 recommends (λ_D n_D) : (λ_U n_U) between 1:1 and 3:2; TRL's documentation and this
+module, between 1:1 and 4:3. n_D and n_U count the records that are trained on; a record's own
+weight does not change the count.
 """
 
 import math
@@ -17,22 +17,22 @@ UPPER_RATIO = 1.33
 
 @dataclass(kw_only=True, slots=True)
 class ClassWeights:
-    """The factors of the loss of desirable (λ_D) and of undesirable (λ_U) records."""
+    """Factors on the loss of desirable (λ_D) and undesirable (λ_U) records."""
 
     desirable: float
     undesirable: float
 
 
 def recommended_weights(num_desirable: int, num_undesirable: int) -> ClassWeights:
-    """1 for the commoner class and more for the rarer, so that both count the same.
+    """Weight 1 for the larger class, and for the smaller the one that makes the ratio 1:1.
 
-    Rounded to two decimals. 1 and 1 when one class is absent.
+    Rounded to two decimals. 1 and 1 if a class is absent.
     """
-    rarer, commoner = sorted((num_desirable, num_undesirable))
-    raised = round(commoner / rarer, 2) if rarer else 1.0
+    smaller, larger = sorted((num_desirable, num_undesirable))
+    weight = round(larger / smaller, 2) if smaller else 1.0
     if num_desirable < num_undesirable:
-        return ClassWeights(desirable=raised, undesirable=1.0)
-    return ClassWeights(desirable=1.0, undesirable=raised)
+        return ClassWeights(desirable=weight, undesirable=1.0)
+    return ClassWeights(desirable=1.0, undesirable=weight)
 
 
 def resolve_weights(
@@ -42,45 +42,53 @@ def resolve_weights(
     desirable: Literal["auto"] | float = "auto",
     undesirable: Literal["auto"] | float = "auto",
 ) -> ClassWeights:
-    """The weights to train with: a given one is kept, an `auto` one makes the ratio 1:1.
+    """The weights to train with: numbers are kept, `auto` makes the ratio 1:1.
 
     Raises:
         ConfigError: if a given weight is not a positive, finite number.
     """
-    _check_given("desirable_weight", desirable)
-    _check_given("undesirable_weight", undesirable)
+    _check_weight("desirable_weight", desirable)
+    _check_weight("undesirable_weight", undesirable)
     one_class = not num_desirable or not num_undesirable
     if isinstance(desirable, str):
         if isinstance(undesirable, str):
             return recommended_weights(num_desirable, num_undesirable)
-        desirable = 1.0 if one_class else _rounded(num_undesirable * undesirable / num_desirable)
+        desirable = 1.0 if one_class else _round(num_undesirable * undesirable / num_desirable)
     elif isinstance(undesirable, str):
-        undesirable = 1.0 if one_class else _rounded(num_desirable * desirable / num_undesirable)
+        undesirable = 1.0 if one_class else _round(num_desirable * desirable / num_undesirable)
     return ClassWeights(desirable=float(desirable), undesirable=float(undesirable))
 
 
 def effective_ratio(
     num_desirable: int, num_undesirable: int, weights: ClassWeights
 ) -> tuple[float, float]:
-    """λ_D n_D and λ_U n_U: how much both classes weigh, such as 746.0 and 746.76."""
+    """λ_D n_D and λ_U n_U, the total weight of each class, such as 746.0 and 746.76."""
     return weights.desirable * num_desirable, weights.undesirable * num_undesirable
 
 
-def check_weights(num_desirable: int, num_undesirable: int, weights: ClassWeights) -> str | None:
-    """A warning in plain words if the classes weigh outside 1:1 to 4:3; None if all is well.
+def imbalance_warning(
+    num_desirable: int, num_undesirable: int, weights: ClassWeights
+) -> str | None:
+    """A warning if the ratio of the classes' total weights is outside 1:1 to 4:3, else None.
 
-    As TRL 1.16 (`KTOTrainer._prepare_dataset`) it is enough that one of the two weights lies within
-    the bounds that the other one sets, and the bounds are rounded first. A single class is a
+    As in TRL 1.16 (`KTOTrainer._prepare_dataset`), it is enough that one of the two weights lies
+    within the bounds that the other one implies, and these are rounded first. A single class has a
     warning of its own.
     """
     if not num_desirable or not num_undesirable:
         return _single_class_warning(num_desirable, num_undesirable)
     balanced = num_undesirable * weights.undesirable / num_desirable
-    lowest_desirable, highest_desirable = _rounded(balanced), _rounded(balanced * UPPER_RATIO)
+    lowest_desirable, highest_desirable = (
+        _round(balanced),
+        _round(balanced * UPPER_RATIO),
+    )
     if lowest_desirable <= weights.desirable <= highest_desirable:
         return None
     balanced = num_desirable * weights.desirable / num_undesirable
-    lowest_undesirable, highest_undesirable = _rounded(balanced / UPPER_RATIO), _rounded(balanced)
+    lowest_undesirable, highest_undesirable = (
+        _round(balanced / UPPER_RATIO),
+        _round(balanced),
+    )
     if lowest_undesirable <= weights.undesirable <= highest_undesirable:
         return None
     both = effective_ratio(num_desirable, num_undesirable, weights)
@@ -101,19 +109,19 @@ def _single_class_warning(num_desirable: int, num_undesirable: int) -> str | Non
     )
     return (
         f"all {num_desirable or num_undesirable} records are {present}. KTO learns from the "
-        f"contrast of good and bad completions: add {absent} ones if there are any."
+        f"contrast of desirable and undesirable completions: add {absent} ones if there are any."
     )
 
 
-def _check_given(name: str, weight: Literal["auto"] | float) -> None:
+def _check_weight(name: str, weight: Literal["auto"] | float) -> None:
     if weight == "auto":
         return
     if isinstance(weight, str) or not (math.isfinite(weight) and weight > 0):
         raise ConfigError(f"--model.{name} must be 'auto' or a positive number, got {weight}.")
 
 
-def _rounded(weight: float) -> float:
-    """To two decimals; a weight below 0.1 to two significant digits, so that it never becomes 0."""
+def _round(weight: float) -> float:
+    """Round to two decimals, below 0.1 to two significant digits, so that no weight becomes 0."""
     if weight >= 0.1:
         return round(weight, 2)
     return float(f"{weight:.2g}")

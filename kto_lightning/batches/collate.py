@@ -1,7 +1,7 @@
-"""From a step's plan to tensors: sequences packed end to end, and the rows that are scored.
+"""Collation: the packed sequences of a step's plan, and the indices of the rows that are scored.
 
-Everything that is an index is computed here, on the host, in the loader's workers, so that the
-device is never asked where a prompt ends.
+All indices are computed here, on the host, in the loader's workers. Computed on the device, they
+would need a synchronisation in every step to read lengths.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ KEY_BYTES = 16
 
 @runtime_checkable
 class TokenizedExample(Protocol):
-    """What is packed of an example; `data/tokenize.py` makes them."""
+    """One example; implemented by `data/examples.py` and `data/streaming/buffers.py`."""
 
     @property
     def index(self) -> int: ...
@@ -37,7 +37,7 @@ class TokenizedExample(Protocol):
 
 @runtime_checkable
 class TokenizedExamples(Protocol):
-    """A data set of them: arrays of all examples are in memory, token ids come one by one."""
+    """A data set: lengths, labels and weights as arrays, token ids example by example."""
 
     @property
     def prompt_lengths(self) -> Int[np.ndarray, " examples"]: ...
@@ -53,26 +53,30 @@ class TokenizedExamples(Protocol):
 
 @dataclass(kw_only=True)
 class StepBatches(Dataset[StepBatch]):
-    """`batches[plan]` is the step's batch for the rank whose plan it is.
+    """A map-style data set whose key is a `StepPlan` and whose item is the `StepBatch` for it.
 
-    For `DataLoader(batches, batch_size=None, sampler=PlanSampler(…))`. Mismatched completions are
-    packed where the plan has partners.
+    For `DataLoader(batches, batch_size=None, sampler=PlanSampler(…))`. A `DataLoader` item is
+    normally one example, or a batch of a fixed number of them. Here it is one optimizer step: how
+    many micro-batches it has, and which examples are in them, depends on the lengths of the whole
+    batch over all ranks. So the sampler plans and the workers collate, each a whole step.
+
+    Mismatched completions are packed if the plan has partners.
     """
 
     examples: TokenizedExamples
     desirable_weight: float
-    """λ_D; an example's weight is that of its class times the record's own."""
+    """λ_D; the weight of an example is its class weight times the record's own weight."""
     undesirable_weight: float
-    """λ_U"""
+    """λ_U."""
     max_length: int | None
-    """Tokens at which prompt + completion are cut at the end; None: nowhere."""
+    """Tokens after which prompt + completion is truncated; None: never."""
     can_share_prompts: bool
-    """Whether the model's second run can attend to the prompts of its first."""
+    """Whether the mismatched run can attend to the prompts of the matched run."""
     with_keys: bool = False
-    """Whether a reference cache asks under which keys the log-probs are filed."""
+    """Whether to add the keys of a reference cache."""
 
     def __len__(self) -> int:
-        """The number of examples: there are as many batches as ways to plan them."""
+        """The number of examples; required by `DataLoader`, although the keys are plans."""
         return len(self.examples)
 
     def __getitem__(self, plan: StepPlan) -> StepBatch:
@@ -82,14 +86,14 @@ class StepBatches(Dataset[StepBatch]):
             lengths = np.minimum(lengths, self.max_length)
         num_desirable = int(np.count_nonzero(self.examples.desirable[chosen]))
         return StepBatch(
-            micro_batches=[self._packed(plan, micro_batch) for micro_batch in plan.micro_batches],
+            micro_batches=[self._pack(plan, micro_batch) for micro_batch in plan.micro_batches],
             num_examples=len(chosen),
             num_tokens=int(lengths.sum()),
             num_desirable=num_desirable,
             num_undesirable=len(chosen) - num_desirable,
         )
 
-    def _packed(self, plan: StepPlan, micro_batch: MicroBatch) -> PackedBatch:
+    def _pack(self, plan: StepPlan, micro_batch: MicroBatch) -> PackedBatch:
         chosen = plan.examples[micro_batch.positions]
         mismatched = None
         if plan.partners is not None:
@@ -110,13 +114,13 @@ class StepBatches(Dataset[StepBatch]):
         )
 
 
-def all_keys(
+def all_pair_keys(
     examples: TokenizedExamples,
     partner: Int64[np.ndarray, " examples"] | None,
     *,
     max_length: int | None,
 ) -> set[bytes]:
-    """The keys of all matched and, with partners, all mismatched log-probs of a set."""
+    """The `pair_key` of every matched and, with partners, mismatched sequence of a data set."""
     keys = set()
     for index in range(len(examples)):
         example = examples[index]
@@ -125,7 +129,7 @@ def all_keys(
         if partner is not None:
             completions.append(examples[int(partner[index])].completion_ids)
         prompts *= len(completions)
-        keys.update(_keys(prompts, _cut(completions, prompts, max_length)))
+        keys.update(_pair_keys(prompts, _truncate(completions, prompts, max_length)))
     return keys
 
 
@@ -141,26 +145,26 @@ def pack(
 ) -> PackedBatch:
     """Pack examples with their mismatched completions into one micro-batch.
 
-    A sequence is prompt + completion, cut at its end to `max_length`; one whose prompt fills it has
-    no scored token and a log-prob of 0. The first token of a sequence is predicted by nothing, so
-    with an empty prompt the completion's first token is not scored.
+    A sequence is prompt + completion, truncated at its end to `max_length`; if the prompt fills it,
+    no token is scored and its log-prob is 0. No row predicts the first token of a sequence, so with
+    an empty prompt the completion's first token is not scored.
 
     Args:
         examples: at least one.
-        mismatched_completions: token ids, uncut, one for each example; None: none are needed.
-        max_length: in tokens; None: no cut.
+        mismatched_completions: token ids before truncation, one for each example; None: none.
+        max_length: in tokens; None: no truncation.
         shares_prompts: the layout of the mismatched completions, see `PackedBatch`.
         weights: λ of each example.
         is_filler: True for a filler (see `PackedBatch`).
-        with_keys: say under which keys a reference cache files the log-probs.
+        with_keys: whether to add the keys of a reference cache.
     """
     prompts = [example.prompt_ids[:max_length] for example in examples]
     prompt_lengths = _lengths(prompts)
-    completions = _cut([example.completion_ids for example in examples], prompts, max_length)
+    completions = _truncate([example.completion_ids for example in examples], prompts, max_length)
     matched = _whole_sequences(prompts, completions)
     mismatched = others = None
     if mismatched_completions is not None:
-        others = _cut(mismatched_completions, prompts, max_length)
+        others = _truncate(mismatched_completions, prompts, max_length)
         if shares_prompts:
             mismatched = _continuations(prompt_lengths, matched, others)
         else:
@@ -174,15 +178,15 @@ def pack(
         weight=torch.from_numpy(weights),
         is_filler=torch.full((len(examples),), is_filler),
         indices=[example.index for example in examples],
-        matched_keys=_keys(prompts, completions) if with_keys else None,
-        mismatched_keys=_keys(prompts, others) if with_keys and others is not None else None,
+        matched_keys=_pair_keys(prompts, completions) if with_keys else None,
+        mismatched_keys=_pair_keys(prompts, others) if with_keys and others is not None else None,
     )
 
 
-def _cut(
+def _truncate(
     completions: Sequence[np.ndarray], prompts: list[np.ndarray], max_length: int | None
 ) -> list[np.ndarray]:
-    """What `max_length` leaves of each completion behind its prompt."""
+    """Truncate each completion to the tokens that `max_length` leaves after its prompt."""
     if max_length is None:
         return list(completions)
     return [
@@ -191,23 +195,23 @@ def _cut(
     ]
 
 
-def _keys(prompts: list[np.ndarray], completions: list[np.ndarray]) -> list[bytes]:
+def _pair_keys(prompts: list[np.ndarray], completions: list[np.ndarray]) -> list[bytes]:
     return [pair_key(*pair) for pair in zip(prompts, completions, strict=True)]
 
 
 def _whole_sequences(prompts: list[np.ndarray], completions: list[np.ndarray]) -> Sequences:
-    """`[x1 y1 | x2 y2 | …]`; the row of the token before predicts each completion token."""
+    """`[x1 y1 | x2 y2 | …]`; the row of the preceding token predicts each completion token."""
     pieces = [piece for pair in zip(prompts, completions, strict=True) for piece in pair]
     prompt_lengths, completion_lengths = _lengths(prompts), _lengths(completions)
     lengths = prompt_lengths + completion_lengths
     starts = np.cumsum(lengths) - lengths
-    in_completion = _counts_within(completion_lengths)  # j of each completion token, from 0
+    in_completion = _positions_within(completion_lengths)  # j of each completion token, from 0
     in_sequence = np.repeat(prompt_lengths, completion_lengths) + in_completion
     token = np.repeat(starts, completion_lengths) + in_sequence
-    return _sequences(
+    return _build_sequences(
         pieces,
         lengths,
-        position_ids=_counts_within(lengths),
+        position_ids=_positions_within(lengths),
         targets=token,
         rows=token - 1,
         owners=np.repeat(np.arange(len(lengths)), completion_lengths),
@@ -224,12 +228,12 @@ def _continuations(
     """
     lengths = _lengths(others)
     matched_starts = np.cumsum(matched.lengths) - matched.lengths
-    in_completion = _counts_within(lengths)
+    in_completion = _positions_within(lengths)
     token = np.arange(len(in_completion))
     last_of_prompt = np.repeat(matched_starts + prompt_lengths - 1, lengths)
     row_before = len(matched.input_ids) + token - 1
     position_ids = np.repeat(prompt_lengths, lengths) + in_completion
-    return _sequences(
+    return _build_sequences(
         others,
         lengths,
         position_ids=position_ids,
@@ -240,7 +244,7 @@ def _continuations(
     )
 
 
-def _sequences(
+def _build_sequences(
     pieces: list[np.ndarray],
     lengths: Int64[np.ndarray, " sequences"],
     *,
@@ -250,7 +254,7 @@ def _sequences(
     owners: Int64[np.ndarray, " completion_tokens"],
     scored: Bool[np.ndarray, " completion_tokens"],
 ) -> Sequences:
-    """Tensors of one packed run. `targets` are the places of the completion tokens in it."""
+    """Tensors of one packed run. `targets` are the positions of the completion tokens in it."""
     input_ids = np.concatenate(pieces).astype(np.int64)
     boundaries = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=boundaries[1:])
@@ -271,7 +275,7 @@ def _lengths(pieces: Sequence[np.ndarray]) -> Int64[np.ndarray, " pieces"]:
     return np.array([len(piece) for piece in pieces], dtype=np.int64)
 
 
-def _counts_within(lengths: Int64[np.ndarray, " sequences"]) -> Int64[np.ndarray, " tokens"]:
+def _positions_within(lengths: Int64[np.ndarray, " sequences"]) -> Int64[np.ndarray, " tokens"]:
     """`[0 … l1-1, 0 … l2-1, …]`."""
     starts = np.cumsum(lengths) - lengths
     return np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
@@ -280,9 +284,14 @@ def _counts_within(lengths: Int64[np.ndarray, " sequences"]) -> Int64[np.ndarray
 def pair_key(
     prompt_ids: Int[np.ndarray, " prompt"], completion_ids: Int[np.ndarray, " completion"]
 ) -> bytes:
-    """128 bits of BLAKE2b over a prompt's and a completion's token ids, as they are run.
+    """The key of a sequence in a reference cache: 128 bits of BLAKE2b over its token ids.
 
-    The prompt's length stands before both, so that no other cut of the same tokens has this key.
+    The prompt's length is hashed first, so that the same tokens divided elsewhere into prompt and
+    completion, which have another log-prob, have another key.
+
+    Args:
+        prompt_ids: after truncation.
+        completion_ids: after truncation.
     """
     digest = blake2b(np.int64(len(prompt_ids)).tobytes(), digest_size=KEY_BYTES)
     digest.update(np.ascontiguousarray(prompt_ids, dtype=np.int64).tobytes())

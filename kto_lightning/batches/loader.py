@@ -1,4 +1,4 @@
-"""From tokenized examples to the loader whose item is one optimizer step."""
+"""`Batching`: from tokenized examples to a `DataLoader` whose item is one optimizer step."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from kto_lightning.batches.class_weights import ClassWeights
 from kto_lightning.batches.collate import StepBatches, TokenizedExamples
 from kto_lightning.batches.packing import example_costs
-from kto_lightning.batches.pairing import Pairing, pair_distinct_prompts, pair_rotate, unpaired
+from kto_lightning.batches.pairing import Pairing, pair_distinct_prompts, pair_none, pair_rotate
 from kto_lightning.batches.sampler import PlanSampler
 from kto_lightning.batches.types import StepBatch
 from kto_lightning.errors import ConfigError
@@ -24,24 +24,24 @@ PairingKind = Literal["distinct_prompts", "rotate"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExecutionContext:
-    """Where and by what batches are run, which decides their cut but never their result."""
+    """The rank and model that run the batches; they change micro-batches, never the result."""
 
     rank: int
     world_size: int
     packed: bool
-    """Whether the model runs packed and shares prompts; else it pads."""
+    """Whether the model runs packed sequences and shares prompts; otherwise it pads."""
     with_keys: bool
-    """Whether a reference cache asks under which keys log-probs are filed."""
+    """Whether batches carry the keys of a reference cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batching:
-    """How examples become steps; the fields are `KTODataModule`'s keys."""
+    """Settings for pairing and batching examples; the fields are keys of `KTODataModule`."""
 
     batch_size: int
     max_tokens: int
     max_length: int | None
-    """Tokens at which prompt + completion are cut; None: no cut."""
+    """Tokens after which prompt + completion is truncated; None: never."""
     shuffle: bool
     pairing: PairingKind
     pairing_seed: int
@@ -61,16 +61,16 @@ class Batching:
     def pair(
         self, prompt_keys: Int64[np.ndarray, " examples"], *, needs_partners: bool, buffer: int = 0
     ) -> Pairing:
-        """Whose completion each example of a set, or of a stream's buffer, is mismatched with.
+        """Assign mismatched completions to the examples of a data set, or of a stream's buffer.
 
         Raises:
             ConfigError, DataError: as `pair_rotate` and `pair_distinct_prompts`.
         """
         if not needs_partners:
-            return unpaired(len(prompt_keys))
+            return pair_none(len(prompt_keys))
         if self.pairing == "rotate":
             return pair_rotate(len(prompt_keys), self.batch_size)
-        # A seed of [s, 0] is that of s: the first buffer is paired as a whole set is.
+        # NumPy seeds [s, 0] and s alike: a stream of one buffer is paired as a data set is.
         seed = [self.pairing_seed, buffer] if self.shuffle else None
         return pair_distinct_prompts(prompt_keys, seed=seed)
 
@@ -84,7 +84,7 @@ class Batching:
         seed: int,
         buffer: int = 0,
     ) -> PlanSampler:
-        """One rank's plan for every step of an epoch; `seed` draws the orders of the epochs."""
+        """The sampler of one rank's plans; `seed` draws the order of each epoch."""
         costs = example_costs(
             examples.prompt_lengths,
             examples.completion_lengths,
@@ -107,7 +107,7 @@ class Batching:
     def batches(
         self, examples: TokenizedExamples, weights: ClassWeights, context: ExecutionContext
     ) -> StepBatches:
-        """What turns a plan into its batch."""
+        """The data set that collates each plan into its batch."""
         return StepBatches(
             examples=examples,
             desirable_weight=weights.desirable,
@@ -118,29 +118,35 @@ class Batching:
         )
 
     def loader(self, batches: Dataset[StepBatch], plans: Sampler) -> DataLoader[StepBatch]:
+        """A loader without batching of its own: `plans` yields one key per optimizer step."""
         return DataLoader(
             batches,
             batch_size=None,
             sampler=plans,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_begin_worker if os.name == "posix" else None,
+            worker_init_fn=_init_worker if os.name == "posix" else None,
         )
 
 
-def _begin_worker(worker: int) -> None:
-    """Ctrl-C in a terminal and most schedulers' signals go to a whole group of processes; a worker
-    that ends by one would take the run with it before it is saved. The run's own end is another
-    matter, however it comes."""
+def _init_worker(worker: int) -> None:
+    """Shield a loader worker from signals to the process group, and end it with the run.
+
+    Ctrl-C in a terminal and the signals of most schedulers reach every process of a group. A worker
+    that such a signal ends would make the run fail before it saves a checkpoint.
+    """
     os.setsid()
     for signum in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_run, daemon=True).start()
+    threading.Thread(target=_exit_with_run, daemon=True).start()
 
 
-def _end_with_the_run() -> None:
-    """PyTorch's workers watch the process that forked them: where that is a fork server (Python
-    3.14), each keeps the other alive when the run is killed."""
+def _exit_with_run() -> None:
+    """End this worker when the run ends, in whatever way.
+
+    A PyTorch worker watches its parent process. With a fork server (Python 3.14's default) that is
+    the server, and the two keep each other alive when the run is killed.
+    """
     run = multiprocessing.parent_process()
     if run is not None:
         run.join()
@@ -148,10 +154,14 @@ def _end_with_the_run() -> None:
 
 
 def check_validation_interval(trainer: Any, num_steps: int | None) -> None:
-    """Before the model is loaded; Lightning finds out when the first epoch begins.
+    """Check before the model is loaded what Lightning checks when the first epoch begins.
+
+    Args:
+        trainer: Lightning's, typed `Any` because this package does not import Lightning.
+        num_steps: per epoch; None: unknown.
 
     Raises:
-        ConfigError: if an epoch of `num_steps` is over before validation comes round.
+        ConfigError: if an epoch has fewer steps than the validation interval.
     """
     interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
     if num_steps is None or not isinstance(interval, int) or every is None:

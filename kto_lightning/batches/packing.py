@@ -1,7 +1,8 @@
-"""How a batch is cut into micro-batches for every rank: a pure function of lengths and a budget.
+"""Micro-batches: how a batch is divided among ranks and forwards, by lengths and a token budget.
 
-Every rank computes the plan of all ranks and takes its own, so nothing is ever communicated. The
-cut decides memory and speed, never the result (invariant 1: "the batch decides, never the cut").
+A pure function: every rank computes the plan of all ranks and takes its own part, without
+communication. The division affects memory and speed, never the result, because losses and z0 are
+taken over the whole batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,24 +13,24 @@ from jaxtyping import Int, Int64
 
 from kto_lightning.errors import ConfigError
 
-EVENNESS = 64
-"""The search for the smallest budget stops when it is known to one part in so many."""
+BUDGET_PRECISION = 64
+"""The search for the smallest budget stops at a relative precision of 1 in this number."""
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one forward and backward run on one rank."""
+    """The examples of one forward and backward on one rank."""
 
     positions: list[int]
-    """Ascending positions into the batch, at least one."""
+    """Ascending positions in the batch, at least one."""
     is_filler: bool = False
-    """True for a filler: one example that some other micro-batch trains on and that here counts
-    for nothing, because this rank would otherwise run fewer forwards than the others."""
+    """True for a filler: an example of another micro-batch, run again with weight zero so that this
+    rank runs as many forwards as the others, which wait for it in collectives."""
 
 
 @dataclass(slots=True)
 class _Bin:
-    """A micro-batch in the making. Tokens are summed, or under padding count × longest."""
+    """A micro-batch under construction. Its cost: the sum of lengths; padded, count × longest."""
 
     padded: bool
     positions: list[int] = field(default_factory=list)
@@ -57,16 +58,18 @@ def example_costs(
     *,
     max_length: int | None,
 ) -> Int64[np.ndarray, " examples"]:
-    """Tokens of each example as the plan counts them: its prompt and the longer of its completions.
+    """Tokens that the plan counts for each example: prompt + the longer of its two completions.
 
-    So neither the matched nor the mismatched forward, with or without its prompts, is ever given
-    more than `max_tokens`.
+    A micro-batch takes two forwards: prompts with their own completions, then with the mismatched
+    ones. The longer completion bounds both by `max_tokens`, even if the second one repeats the
+    prompts. Not the sum of both: they run one after the other, and the mismatched forward has no
+    gradient and keeps no activations.
 
     Args:
         prompt_lengths: tokens of each prompt.
-        completion_lengths: tokens of each completion, before the cut to `max_length`.
-        partner: whose completion is each example's mismatched one; None: there are none.
-        max_length: where sequences are cut; None: nowhere.
+        completion_lengths: tokens of each completion, before truncation.
+        partner: the example whose completion is the mismatched one; None: there are none.
+        max_length: tokens after which sequences are truncated; None: never.
     """
     longer = completion_lengths
     if partner is not None:
@@ -82,22 +85,23 @@ def plan_micro_batches(
     world_size: int,
     padded: bool = False,
 ) -> list[list[MicroBatch]]:
-    """Cut a batch into micro-batches of at most `max_tokens`, the same number on every rank.
+    """Divide a batch into micro-batches of at most `max_tokens`, the same number on every rank.
 
-    As few per rank as first fit finds, by decreasing length or in batch order; then the most even
-    ones by MULTIFIT (Coffman, Garey and Johnson, 1978): the smallest budget under which first fit
-    decreasing still needs no more. An example longer than `max_tokens` is alone in its micro-batch;
-    a rank left without one runs a filler, the batch's shortest example at weight zero.
+    The number per rank is the smallest that first fit finds, by decreasing length or in batch
+    order. MULTIFIT (Coffman, Garey and Johnson, 1978) then evens out their sizes: it searches the
+    smallest budget under which first fit decreasing needs no more micro-batches. An example longer
+    than `max_tokens` has a micro-batch of its own. A rank with one micro-batch too few runs a
+    filler: the shortest example of the batch, with weight zero.
 
     Args:
         lengths: tokens of each example of the batch, see `example_costs`.
         max_tokens: tokens per forward on one device.
         world_size: number of ranks.
-        padded: whether the forward pads each micro-batch to its longest example.
+        padded: whether forwards pad to the longest example of the micro-batch.
 
     Returns:
-        For each rank its micro-batches, the costliest first. One rank that can take the whole batch
-        at once gets it as one micro-batch in the batch's order.
+        The micro-batches of each rank, the costliest first. If a single rank has room for the whole
+        batch, it is one micro-batch in batch order.
 
     Raises:
         ConfigError: if `max_tokens` or `world_size` is not positive.
@@ -105,30 +109,30 @@ def plan_micro_batches(
     """
     if max_tokens < 1 or world_size < 1:
         raise ConfigError(
-            f"cannot cut a batch for {world_size} ranks of {max_tokens} tokens each: both must be "
-            "at least 1. Raise --data.max_tokens (16384 by default)."
+            f"cannot divide a batch among {world_size} ranks of {max_tokens} tokens each: both "
+            "must be at least 1. Raise --data.max_tokens (16384 by default)."
         )
     sizes = [int(length) for length in lengths]
     if not sizes:
-        raise ValueError("a batch to be cut into micro-batches has at least one example, got none")
+        raise ValueError("a batch must have at least one example, got none")
     bins = _fewest_even_bins(sizes, max_tokens, world_size, padded)
-    # The sort is stable and the bins come in a fixed order, so every rank deals the same hands.
+    # The sort is stable and the order of the bins deterministic: every rank gets the same plan.
     bins.sort(key=lambda full: -full.cost())
     shortest = min(range(len(sizes)), key=sizes.__getitem__)
     micro_batches = [MicroBatch(sorted(full.positions)) for full in bins]
     while len(micro_batches) % world_size:
         micro_batches.append(MicroBatch([shortest], is_filler=True))
-    # Ranks wait for each other in every round, so a round's micro-batches are of like cost; every
-    # other round is dealt backwards, so that no rank gets the costliest each time.
+    # Ranks wait for each other in every round, so the micro-batches of a round have similar costs.
+    # Every other round is reversed, so that no rank always gets the costliest.
     rounds = [micro_batches[i : i + world_size] for i in range(0, len(micro_batches), world_size)]
-    rounds = [hand[::-1] if i % 2 else hand for i, hand in enumerate(rounds)]
+    rounds = [dealt[::-1] if i % 2 else dealt for i, dealt in enumerate(rounds)]
     return [list(rank) for rank in zip(*rounds, strict=True)]
 
 
 def _fewest_even_bins(
     sizes: list[int], max_tokens: int, world_size: int, padded: bool
 ) -> list[_Bin]:
-    """The fewest bins per rank within the budget, as even as MULTIFIT makes them, none empty."""
+    """The fewest bins per rank within the budget, evened out by MULTIFIT; none is empty."""
     in_order = list(range(len(sizes)))
     decreasing = sorted(in_order, key=lambda i: -sizes[i])
 
@@ -141,7 +145,7 @@ def _fewest_even_bins(
     num_bins = -(-len(best) // world_size) * world_size
     too_small = -(-sum(min(size, max_tokens) for size in sizes) // num_bins) - 1
     enough = min(max_tokens, max(full.cost() for full in best))
-    while enough - too_small > 1 + enough // EVENNESS:
+    while enough - too_small > 1 + enough // BUDGET_PRECISION:
         budget = (too_small + enough) // 2
         bins = fit(decreasing, budget)
         if len(bins) <= num_bins:
@@ -155,7 +159,7 @@ def _fewest_even_bins(
 def _first_fit(
     order: list[int], sizes: list[int], budget: int, new_bin: Callable[[], _Bin]
 ) -> list[_Bin]:
-    """Put each example into the first bin it fits, or else into a new one, however long it is."""
+    """Put each example into the first bin with room, or into a new one, however long it is."""
     bins: list[_Bin] = []
     for position in order:
         length = sizes[position]
@@ -168,9 +172,9 @@ def _first_fit(
 
 
 def _split_until(bins: list[_Bin], num_bins: int, sizes: list[int]) -> None:
-    """Give bins that would stay empty the smaller half of the costliest that can be halved.
+    """Split the costliest bin that has two examples until there are `num_bins`, if there can be.
 
-    A rank that trains on something is of more use than one that only keeps step.
+    Otherwise fillers would take the missing places, and their ranks would compute nothing of use.
     """
     while len(bins) < min(num_bins, len(sizes)):
         largest = max((b for b in bins if len(b.positions) > 1), key=_Bin.cost)

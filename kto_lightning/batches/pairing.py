@@ -1,4 +1,18 @@
-"""Partners: which example's completion is the mismatched completion of another."""
+"""Pairing: the partner of each example, whose completion is its mismatched completion y'.
+
+The reference point z0 needs completions drawn independently of the prompt. Partners are therefore
+
+- drawn by a seed. Files are rarely in random order: neighbours often share a topic, a source or a
+  label, and examples sorted by length would be paired with completions of their own length. In both
+  cases y' would resemble y, and z0 would be biased.
+- a property of the data set, fixed before the first step by the order of the records and a seed of
+  their own, never by the batch or the run's seed. So the pairs (x, y') are the same in every epoch
+  and run, and a reference cache can keep their log-probs.
+- arranged in rings of two: y'1 = y2 and y'2 = y1. Every completion is then used exactly once as a
+  mismatched one, so z0 is an average over the same completions as the loss; and an epoch can be
+  shuffled by rings, so that a batch of even size contains both uses of each of its completions, as
+  in TRL, where completions rotate within a batch.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,18 +25,18 @@ from kto_lightning.errors import ConfigError, DataError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pairing:
-    """Whose completion each example gets as its mismatched one, and what is shuffled whole.
+    """The partner of each example, and the units that an epoch shuffles as wholes.
 
-    `members` lists every example once, unit after unit: `unit_size` examples each, but for the last
-    `num_fixed` (a ring of three, an odd leftover, a smaller block), which every epoch sees last. So
-    a batch whose size is a multiple of `unit_size` holds whole units, and where units are rings,
-    its mismatched completions are a permutation of its completions.
+    `members` lists every example once, unit after unit. A unit has `unit_size` examples; the last
+    `num_fixed` examples (a ring of three, an odd one left over, a smaller block) are in no unit and
+    come last in every epoch. So a batch whose size is a multiple of `unit_size` consists of whole
+    units, and if these are rings, its mismatched completions are a permutation of its completions.
     """
 
     partner: Int64[np.ndarray, " examples"] | None
-    """None where the loss needs no mismatched completions."""
+    """The example whose completion is the mismatched one; None if the loss needs none."""
     members: Int64[np.ndarray, " examples"]
-    """The units by their first member, then what is fixed."""
+    """Units in the order of their first members, then the fixed examples."""
     unit_size: int
     num_fixed: int
 
@@ -31,23 +45,23 @@ class Pairing:
 
     @property
     def self_paired(self) -> Int64[np.ndarray, " self_paired"]:
-        """The examples whose mismatched completion is their own, worth a warning."""
+        """The examples whose mismatched completion is their own; callers warn of them."""
         if self.partner is None:
             return np.empty(0, dtype=np.int64)
         return np.flatnonzero(self.partner == np.arange(len(self)))
 
 
-def unpaired(num_examples: int) -> Pairing:
-    """No mismatched completions (`apo_zero_unpaired`): every example is shuffled on its own."""
+def pair_none(num_examples: int) -> Pairing:
+    """No mismatched completions (`apo_zero_unpaired`): each example is a unit."""
     members = np.arange(num_examples, dtype=np.int64)
     return Pairing(partner=None, members=members, unit_size=1, num_fixed=0)
 
 
 def pair_rotate(num_examples: int, batch_size: int) -> Pairing:
-    """TRL's pairs: in each block of `batch_size` neighbours the completions rotate by one.
+    """TRL's pairing: in each block of `batch_size` consecutive examples, completions rotate by one.
 
-    (x1, y_last), (x2, y1), (x3, y2), …; a last block of one pairs with itself, which
-    `Pairing.self_paired` tells.
+    (x1, y_last), (x2, y1), (x3, y2), …; a last block of one is paired with itself, see
+    `Pairing.self_paired`.
 
     Raises:
         ConfigError: if `batch_size` is below 2, where every example would pair with itself.
@@ -71,13 +85,13 @@ def pair_distinct_prompts(
 ) -> Pairing:
     """Join examples with different prompts in rings of two, and one of three if they are odd.
 
-    Inside a ring completions rotate by one. When a prompt holds more than half of all examples, the
-    excess cannot be joined in rings: those examples get the completions of the others in turn, and
-    are shuffled two by two so that even batches keep holding whole rings.
+    Inside a ring completions rotate by one. If one prompt has more than half of all examples, the
+    excess cannot be joined in rings: these examples take the completions of the others in turn, and
+    form units of two, so that a batch of even size still consists of whole rings.
 
     Args:
         prompt_keys: equal exactly where prompts are.
-        seed: draws the partners; None: neighbours as they stand, or the nearest that differ.
+        seed: draws the partners; None: the nearest examples with different prompts.
 
     Raises:
         DataError: if there are fewer than two different prompts.
@@ -124,17 +138,17 @@ def _check_two_prompts(prompt_keys: Int64[np.ndarray, " examples"]) -> None:
 def _rings(
     sequence: list[int], keys: list[int]
 ) -> tuple[list[tuple[int, int]], list[int], list[int]]:
-    """Join each example of the sequence with the nearest one before it that has another prompt.
+    """Join each example of the sequence with the nearest earlier one that has another prompt.
 
-    Boyer and Moore's majority vote with its votes kept: `waiting` holds examples of one prompt; an
-    example of another prompt takes the last of them. In the end k examples of one prompt P are
-    left. A pair without P can be opened for two of them (or for one, as a ring of three). P is in
-    k + p examples when p pairs have it, of which f = pairs − p do not; if P holds at most half of
-    all, k + p ≤ f + p + k/2, so f ≥ k/2 and there are pairs enough. Otherwise f < k/2, every
-    pair without P is opened and the excess k − 2f stays. Linear in the number of examples.
+    Boyer and Moore's majority vote, keeping the votes: `waiting` holds examples of one prompt, and
+    an example of another prompt is joined with the last of them. At the end, k examples of one
+    prompt P are left over. A pair without P can be split to take two of them, or extended to a ring
+    of three to take one. With p pairs that contain P and f pairs that do not, P has k + p of
+    k + 2p + 2f examples. If that is at most half, then f ≥ k/2, and all k are joined. Otherwise
+    f < k/2: every pair without P is split, and k − 2f examples remain. Linear time.
 
     Returns:
-        Rings of two; a ring of three or nothing; what stays because its prompt holds too much.
+        Rings of two; one ring of three or an empty list; the examples that remain.
     """
     pairs: list[tuple[int, int]] = []
     waiting: list[int] = []
@@ -146,7 +160,7 @@ def _rings(
     if not waiting:
         return pairs, [], []
 
-    # The last pairs without P are the nearest: every pair made since P began to wait has it.
+    # Every pair made since P began to wait contains P: the last pairs without P are the nearest.
     prompt = keys[waiting[-1]]
     triple: list[int] = []
     for i in range(len(pairs) - 1, -1, -1):

@@ -1,9 +1,4 @@
-"""Which completion is mismatched with which prompt, and the order in which an epoch sees them.
-
-Partners are a property of the data set: they are fixed before the first step, by the order of the
-records and a seed of their own, and never by the batch. So each (x, y') recurs in every epoch, and
-its reference log-prob can be kept (invariant 3).
-"""
+"""`PlanSampler`: the order of an epoch, and the plan of each of its optimizer steps."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,11 +16,11 @@ from kto_lightning.errors import ConfigError
 def epoch_order(
     pairing: Pairing, *, shuffle: bool, seed: int, epoch: int, buffer: int = 0
 ) -> Int64[np.ndarray, " examples"]:
-    """The examples in the order in which an epoch sees them, a permutation.
+    """The order of the examples in an epoch, a permutation.
 
-    A pure function of its arguments on every platform. Units are shuffled as wholes; without
-    `shuffle` they come by their first member, which for TRL's blocks is the order of the file.
-    Each buffer of a stream has an order of its own; the first has that of a whole data set.
+    A pure function of its arguments, on every platform. Units are shuffled as wholes; without
+    `shuffle` they come by their first members, which for TRL's blocks is the order of the file.
+    Each buffer of a stream has its own order; the first one has that of a data set.
     """
     if not shuffle:
         return pairing.members.copy()
@@ -41,27 +36,35 @@ class StepPlan:
     """One optimizer step for one rank."""
 
     examples: Int64[np.ndarray, " batch"]
-    """The whole batch over all ranks, in the order of the epoch."""
+    """The batch over all ranks, in the order of the epoch."""
     partners: Int64[np.ndarray, " batch"] | None
-    """Whose completion is each one's mismatched one; None where none is needed."""
+    """The partner of each example; None if the loss needs none."""
     micro_batches: list[MicroBatch]
-    """This rank's; all ranks have the same number."""
+    """Of this rank, positions in `examples`; the same number on every rank."""
     step_in_epoch: int
-    """From 0, over the whole epoch, whether it was resumed or not."""
+    """From 0 at the beginning of the epoch, also in a resumed one."""
 
 
 @dataclass(kw_only=True, eq=False)
 class PlanSampler(Sampler[StepPlan]):
-    """This rank's plan for every optimizer step of an epoch; the last, smaller batch is kept.
+    """One rank's `StepPlan` for every optimizer step of an epoch; a smaller last batch is kept.
 
-    A pure function of (seed, epoch, start). Lightning calls `set_epoch` on a loader's `sampler`.
-    The length is always that of the whole epoch, because Lightning counts the steps done before a
-    resume as well. Raises ConfigError if `batch_size` is not positive.
+    A plan covers a whole optimizer step, because how a batch is divided among ranks and
+    micro-batches depends on all its lengths (`packing`).
+
+    The plans are a function of the settings, `epoch` and `start` alone: ranks agree on them without
+    communication, and a resumed run needs no replay. Lightning calls `set_epoch` on a loader's
+    `sampler` before every epoch; without that call each epoch would repeat the order of the first.
+    The length is that of the whole epoch even after a resume, because Lightning also counts the
+    steps done before it.
+
+    Raises:
+        ConfigError: if `batch_size` is not positive.
     """
 
     pairing: Pairing
     costs: Int[np.ndarray, " examples"]
-    """Tokens of each example, see `packing.example_costs`."""
+    """Tokens of each example, from `packing.example_costs`."""
     batch_size: int
     """Examples per optimizer step over all ranks."""
     max_tokens: int
@@ -69,16 +72,16 @@ class PlanSampler(Sampler[StepPlan]):
     shuffle: bool
     """Whether each epoch has an order of its own."""
     seed: int
-    """Of these orders."""
+    """Draws these orders."""
     rank: int = 0
     world_size: int = 1
     padded: bool = False
     """Whether forwards pad their micro-batches."""
     buffer: int = 0
-    """Which part of a stream the examples are."""
+    """The number of the stream's buffer that the examples are from."""
     epoch: int = field(default=0, init=False)
     start: int = field(default=0, init=False)
-    """The step of `epoch` at which iteration begins."""
+    """The first step of `epoch` to yield; above 0 after a resume."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -107,40 +110,45 @@ class PlanSampler(Sampler[StepPlan]):
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin `epoch`: from where a loaded state left it, if that is the epoch it was in."""
+        """Start `epoch`: from its beginning, or from the loaded state if that is in this epoch.
+
+        Lightning also calls this for the epoch it resumes in, so `start` must survive that call.
+        """
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
     def state_dict(self, *, num_steps_done: int, ends_epoch: bool = False) -> dict[str, int]:
-        """What a checkpoint needs to go on after `num_steps_done` steps of this epoch.
+        """State for a checkpoint after `num_steps_done` steps of this epoch.
 
-        The trainer knows that number, and whether it ends the epoch there (`limit_train_batches`);
-        the sampler does not, because workers fetch ahead of it.
+        Args:
+            num_steps_done: as the trainer counts them; the sampler itself is ahead of the training,
+                because workers prefetch.
+            ends_epoch: whether the trainer ends this epoch there (`limit_train_batches`).
         """
         epoch, start = (self.epoch + 1, 0) if ends_epoch else (self.epoch, num_steps_done)
         return {"epoch": epoch, "start": start} | self._order_settings()
 
     def load_state(self, state: Mapping[str, int]) -> None:
-        """Go on where `state_dict` was taken.
+        """Resume where `state_dict` was taken.
 
-        A state taken after an epoch's last step is the next epoch's first: left as it is, a loader
-        with workers would fetch from the exhausted sampler and that epoch would be lost.
+        A state taken after the last step of an epoch becomes the beginning of the next one:
+        otherwise workers would prefetch from the exhausted sampler, and that epoch would be empty.
 
         Raises:
-            ConfigError: if the order of an epoch was another then, so that going on would see some
-                examples twice and others never.
+            ConfigError: if the order of an epoch was another one then, so that some examples would
+                be seen twice and others never.
         """
         for name, now in self._order_settings().items():
             if state[name] != now:
                 raise ConfigError(
-                    f"cannot go on within an epoch: {name} was {state[name]} when the checkpoint "
+                    f"cannot resume within an epoch: {name} was {state[name]} when the checkpoint "
                     f"was saved and is {now} now. Use the same data, --data settings and seeds as "
                     "then, or start a new run from the exported model."
                 )
         self.epoch, self.start = divmod(state["epoch"] * len(self) + state["start"], len(self))
 
     def _order_settings(self) -> dict[str, int]:
-        """What decides the order of an epoch. Ranks and `max_tokens` are free to change."""
+        """The settings that determine the order of an epoch; ranks and `max_tokens` do not."""
         partner = self.pairing.partner
         checksum = crc32(self.pairing.members.tobytes())
         return {

@@ -1,8 +1,8 @@
-"""What flows from the collator through the policy to the loss. Plain dataclasses of tensors.
+"""Batch types, from the collator through the policy to the loss: dataclasses of tensors.
 
-`PackedBatch` and its parts are plain (not frozen) dataclasses, because Lightning moves a batch to
-the device by setting the fields of a copy. Python ints and lists in them stay on the host: they are
-what the attention loops over, so that the device is never asked for a length.
+They are not frozen, because Lightning moves a batch to the device by setting the fields of a copy.
+Python ints and lists in them stay on the host, where attention loops over them, so that no device
+synchronisation is needed to read a length.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from torch import Tensor
 
 @dataclass(kw_only=True, slots=True)
 class Scored:
-    """The hidden-state rows that predict completion tokens, and what they must predict.
+    """The hidden-state rows that predict completion tokens, and their targets.
 
     Row `rows[i]` predicts token `targets[i]` of example `owners[i]`; a sequence's log-prob is the
-    sum over its rows. Computed on the host, so that the device never syncs to find them.
+    sum over its rows. Computed on the host, which spares a device synchronisation to find them.
     """
 
     rows: Int[Tensor, " scored"]
@@ -26,14 +26,14 @@ class Scored:
 
 @dataclass(kw_only=True, slots=True)
 class Sequences:
-    """Sequences packed end to end in one row, without padding; positions restart in each."""
+    """Sequences concatenated into one row without padding; positions restart in each."""
 
     input_ids: Int[Tensor, " tokens"]
     position_ids: Int[Tensor, " tokens"]
     boundaries: Int[Tensor, " sequences_plus_1"]
     """int32, `[0, len_1, len_1 + len_2, …]`: what variable-length attention calls `cu_seqlens`."""
     lengths: list[int]
-    """The same on the host, one length per sequence."""
+    """Tokens of each sequence, on the host."""
     scored: Scored
 
 
@@ -41,15 +41,16 @@ class Sequences:
 class PackedBatch:
     """One micro-batch of examples with their mismatched completions.
 
-    `matched` is `[x1 y1 | x2 y2 | …]`; `mismatched` holds the mismatched completions, in one of two
-    layouts told by `shares_prompts`:
+    `matched` is `[x1 y1 | x2 y2 | …]`; `mismatched` holds the mismatched completions y', in one of
+    two layouts, by `shares_prompts`:
 
-    - True: `[y'1 | y'2 | …]`, whose positions continue their prompt's and which attend to the
-      prompt's keys and values of the matched run. `mismatched.scored.rows` index the matched run's
-      rows followed by the mismatched run's, because y'_1 is predicted by the prompt's last row.
-    - False: `[x1 y'1 | x2 y'2 | …]`, whole sequences that stand alone.
+    - True: `[y'1 | y'2 | …]`. Positions continue those of the prompt, and attention reads the
+      prompt's keys and values from the matched run. `mismatched.scored.rows` index the rows of the
+      matched run followed by those of the mismatched run, because the prompt's last row, in the
+      matched run, predicts the first token of y'.
+    - False: `[x1 y'1 | x2 y'2 | …]`, complete sequences.
 
-    `mismatched` is None where the loss needs no reference point.
+    `mismatched` is None if the loss has no reference point.
     """
 
     matched: Sequences
@@ -61,12 +62,12 @@ class PackedBatch:
     """λ of the example: its class weight times the record's own weight."""
     is_filler: Bool[Tensor, " batch"]
     """True for a filler, which runs only so that its rank runs as many micro-batches as the others:
-    it enters no sum, neither the loss nor z0 nor any metric. False for every other example,
-    whatever its weight."""
+    it enters neither the loss nor z0 nor any metric. False for every other example, whatever its
+    weight."""
     indices: list[int]
-    """Which examples of the data set these are."""
+    """Positions of the examples in the data set."""
     matched_keys: list[bytes] | None = None
-    """What a reference cache files each matched log-prob under; None: there is no cache."""
+    """Keys of the matched log-probs in a reference cache; None: there is no cache."""
     mismatched_keys: list[bytes] | None = None
 
     def __len__(self) -> int:
@@ -75,34 +76,34 @@ class PackedBatch:
 
 @dataclass(kw_only=True, slots=True)
 class StepBatch:
-    """One optimizer step on one rank: its micro-batches, and what the whole batch counts."""
+    """One optimizer step on one rank: its micro-batches, and counts of the whole batch."""
 
     micro_batches: list[PackedBatch]
-    """As many on every rank, at least one."""
+    """At least one; the same number on every rank."""
     num_examples: int
-    """Of the whole batch over all ranks, as are the counts below; fillers never count."""
+    """Of the whole batch over all ranks, as the counts below, without fillers."""
     num_tokens: int
-    """Real matched tokens, prompts included, after the cut to `max_length`."""
+    """Matched tokens, prompts included, after truncation to `max_length`."""
     num_desirable: int
     num_undesirable: int
 
 
 @dataclass(kw_only=True, slots=True)
 class Logps:
-    """What one pass of the policy or the reference says of a micro-batch, in nats, float32."""
+    """Sequence log-probs of a micro-batch under the policy or the reference, in nats, float32."""
 
     matched: Float[Tensor, " batch"] | None = None
     mismatched: Float[Tensor, " batch"] | None = None
     auxiliary_loss: Float[Tensor, ""] | None = None
-    """A Mixture of Experts' load-balancing loss over the matched run, before its coefficient."""
+    """Load-balancing loss of a mixture of experts over the matched run, before its coefficient."""
 
 
 @dataclass(slots=True)
 class Prediction:
-    """What the policy says of one example."""
+    """Reward and log-probs of one example."""
 
     index: int
-    """Its place in the set."""
+    """Its position in the data set."""
     reward: float
     policy_logps: float
     reference_logps: float

@@ -7,16 +7,16 @@ from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from kto_lightning.batches.class_weights import ClassWeights
-from kto_lightning.batches.collate import StepBatches, all_keys
+from kto_lightning.batches.collate import StepBatches, all_pair_keys
 from kto_lightning.batches.loader import Batching, ExecutionContext, PairingKind
-from kto_lightning.batches.pairing import Pairing, unpaired
+from kto_lightning.batches.pairing import Pairing, pair_none
 from kto_lightning.batches.sampler import PlanSampler
 from kto_lightning.batches.types import StepBatch
 from kto_lightning.data.dataset import Reading
+from kto_lightning.data.examples import ExampleSet, Truncation
 from kto_lightning.data.prepared import PreparedData, Source
 from kto_lightning.data.streaming.sampler import StreamedBatches, StreamSampler
 from kto_lightning.data.streaming.stream import StreamPosition
-from kto_lightning.data.tokenize import ExampleSet, Truncation
 from kto_lightning.errors import ConfigError, KTOError, pick_settings
 
 
@@ -214,7 +214,7 @@ class KTODataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[StepBatch]:
         examples = self.prepared.predict_set
         assert examples is not None
-        plans = self._plans(examples, unpaired(len(examples)), shuffle=False)
+        plans = self._plans(examples, pair_none(len(examples)), shuffle=False)
         weights = ClassWeights(desirable=1.0, undesirable=1.0)
         return self.batching.loader(self._batches(examples, weights), plans)
 
@@ -241,7 +241,10 @@ class KTODataModule(LightningDataModule):
         max_length = self.batching.max_length
         sets = self.prepared.paired_sets()
         return set().union(
-            *(all_keys(examples, pairs.partner, max_length=max_length) for examples, pairs in sets)
+            *(
+                all_pair_keys(examples, pairs.partner, max_length=max_length)
+                for examples, pairs in sets
+            )
         )
 
     def facts(self) -> dict[str, Any]:
@@ -285,7 +288,7 @@ class KTODataModule(LightningDataModule):
     def stream_position(self) -> StreamPosition | None:
         """Where a resumed run continues in the stream; None: nothing is streamed."""
         if isinstance(self._sampler, StreamSampler):
-            return self._sampler.place(**self._steps_done())
+            return self._sampler.position_after(**self._steps_done())
         return None
 
     def location(self, index: int) -> str:

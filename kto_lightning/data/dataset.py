@@ -1,4 +1,4 @@
-"""Records from files and hub data sets: checked one by one, and kept as a cached data set."""
+"""The data set of a run: records of all sources, checked, cached on disk and tokenized."""
 
 import hashlib
 import json
@@ -9,18 +9,17 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
-from kto_lightning.data.records import Record, encode, is_conversational, records_of
+from kto_lightning.data.examples import ExampleSet, Truncation
+from kto_lightning.data.records import Record, parse_row, record_to_json
 from kto_lightning.data.sources import BadRecord, content_hash, expand, read_rows
-from kto_lightning.data.strict_json import Unusable
-from kto_lightning.data.tokenize import ExampleSet, Truncation, tokenize_records
+from kto_lightning.data.strict_json import RecordError
+from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.errors import ConfigError, DataError, ModelError
 from kto_lightning.models.loading import vocabulary_size
 from kto_lightning.models.tokenizer import load_tokenizer
 
-__all__ = ["BadRecord", "Record", "is_conversational", "load_records", "read_records"]
-
 FORMAT_VERSION = 1
-"""Part of the cache's key: raise it when the same file would give other records or columns."""
+"""Part of the cache key: raise it when the same file would give other records or columns."""
 NUM_SHOWN = 5
 FEATURES = datasets.Features(
     {
@@ -36,16 +35,16 @@ FEATURES = datasets.Features(
 def read_records(
     source: str | list[str], *, streaming: bool = False
 ) -> Iterator[Record | BadRecord]:
-    """The records of files, globs or hub data sets, in their order, one at a time.
+    """The records of files, globs or hub data sets, in order, one at a time.
 
-    Memory stays constant, but for a `.json` file, which is read whole.
+    Memory use is constant, except for a `.json` file, which is read whole.
 
     Args:
         source: a path, a glob, a hub data set's id, or a list of those.
-        streaming: whether hub data sets are read as they are fetched, and not first to the disk.
+        streaming: whether to read hub data sets while they are downloaded, without storing them.
 
     Raises:
-        DataError: if a source is missing, of unknown kind, unreadable or if there is no record.
+        DataError: if a source is missing, of unknown kind or unreadable, or if there is no record.
     """
     names = expand(source)
     empty = True
@@ -56,8 +55,8 @@ def read_records(
                 yield row
                 continue
             try:
-                records = list(records_of(row))
-            except Unusable as problem:
+                records = list(parse_row(row))
+            except RecordError as problem:
                 yield BadRecord(file=row.file, line=row.line, message=str(problem))
             except RecursionError:
                 message = "the record is nested too deep. Flatten or drop it."
@@ -65,48 +64,49 @@ def read_records(
             else:
                 yield from records
     if empty:
-        raise DataError(f"{_joined(names)}: no record in there. Check that it is the right file.")
+        raise DataError(
+            f"{_join_names(names)}: no record in there. Check that it is the right file."
+        )
 
 
 def load_records(source: str | list[str], *, cache_dir: str | None = None) -> datasets.Dataset:
-    """All records as a memory-mapped data set, parsed once for the same contents.
+    """All records as a memory-mapped data set, parsed only once for the same contents.
 
     Columns: `record` (JSON of prompt, completion, tools, chat_template_kwargs), `desirable`,
-    `weight`, `file`, `line`. The fingerprint depends on names and contents only, so that what is
-    mapped from it can be cached too.
+    `weight`, `file`, `line`. The fingerprint depends on names and contents only, so the token ids
+    mapped from it are cached too.
 
     Args:
         source: a path, a glob, a hub data set's id, or a list of those.
-        cache_dir: where the data set is kept; None for the place that `datasets` uses.
+        cache_dir: directory of the cache; None for the default of `datasets`.
 
     Raises:
-        DataError: as `read_records`; and if there is a bad record, with their number, the first few
-            of them and what to do.
+        DataError: as `read_records`; and if any record is bad, with their number and the first few.
     """
     names = expand(source)
     contents = [FORMAT_VERSION, [[name, content_hash(name)] for name in names]]
     key = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]
     try:
         return datasets.Dataset.from_generator(
-            lambda: _columns(names),
+            lambda: _rows(names),
             features=FEATURES,
-            cache_dir=cache_dir,  # pyright: ignore[reportArgumentType]  (None is its default)
+            cache_dir=cache_dir,  # pyright: ignore[reportArgumentType]  annotated `str`, default None
             fingerprint=key,
-            writer_batch_size=100,  # rows held in memory at a time: one may be of 10 MB
+            writer_batch_size=100,  # rows in memory at a time: a row may have 10 MB
         )
     except DatasetGenerationError as error:
         cause = error.__cause__
         if isinstance(cause, DataError):
             raise cause from None
         if isinstance(cause, OSError):
-            raise _unwritable(cause) from error
+            raise _cache_write_error(cause) from error
         raise
     except OSError as error:
-        raise _unwritable(error) from error
+        raise _cache_write_error(error) from error
 
 
-def _columns(names: list[str]) -> Iterator[dict[str, object]]:
-    """The rows of the data set; raises at the end, when all bad records have been counted."""
+def _rows(names: list[str]) -> Iterator[dict[str, object]]:
+    """The rows of the data set; raises at the end, so that the error counts all bad records."""
     bad: list[BadRecord] = []
     num_bad = num_read = 0
     for record in read_records(names):
@@ -116,43 +116,45 @@ def _columns(names: list[str]) -> Iterator[dict[str, object]]:
             bad = [*bad, record][:NUM_SHOWN]
             continue
         yield {
-            "record": encode(record),
+            "record": record_to_json(record),
             "desirable": record.desirable,
             "weight": record.weight,
             "file": record.file,
             "line": record.line,
         }
     if num_bad:
-        raise _bad_records(names, bad, num_bad, num_read)
+        raise _bad_records_error(names, bad, num_bad, num_read)
 
 
-def _bad_records(names: list[str], shown: list[BadRecord], count: int, total: int) -> DataError:
+def _bad_records_error(
+    names: list[str], shown: list[BadRecord], count: int, total: int
+) -> DataError:
     verb = "record cannot" if total == 1 else "records cannot"
-    lines = [f"{count} of {total} {verb} be used, in {_joined(names)}:", *map(str, shown)]
+    lines = [f"{count} of {total} {verb} be used, in {_join_names(names)}:", *map(str, shown)]
     if count > len(shown):
         lines.append(f"… and {count - len(shown)} more")
-    advice = "Mend or drop them and start again; nothing has been trained."
+    advice = "Fix or remove them and start again; nothing has been trained."
     return DataError("\n  ".join(lines) + "\n" + advice)
 
 
-def _unwritable(error: OSError) -> DataError:
+def _cache_write_error(error: OSError) -> DataError:
     return DataError(
         f"the cache of parsed records cannot be written: {error}. "
-        "Free some room, or set HF_DATASETS_CACHE to another place."
+        "Free disk space, or set HF_DATASETS_CACHE to another directory."
     )
 
 
-def _joined(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """How records become examples; the fields are `KTODataModule`'s keys."""
+    """Settings for reading and tokenizing records; the fields are keys of `KTODataModule`."""
 
     tokenizer: str | None
-    """A directory or hub id; None: the policy's."""
+    """A directory or hub id; None: the policy's tokenizer."""
     chat_template: str | None
     truncation: Truncation
     preprocessing_workers: int | None
@@ -165,21 +167,21 @@ class Reading:
             )
 
     def load_tokenizer(self, policy: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-        """The tokenizer for a policy, whose every id that policy must embed.
+        """Load the tokenizer for a policy, which must have an embedding for each of its ids.
 
         Raises:
-            ModelError: if there is no tokenizer, or it knows more tokens than the policy.
+            ModelError: if there is no tokenizer, or it has more tokens than the policy embeds.
         """
         name = self.tokenizer or policy
-        known = vocabulary_size(policy, trust_remote_code=trust_remote_code)
+        vocabulary = vocabulary_size(policy, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(
             name, chat_template=self.chat_template, trust_remote_code=trust_remote_code
         )
-        if len(tokenizer) > known:
+        if len(tokenizer) > vocabulary:
             raise ModelError(
                 f"the tokenizer of {name} has {len(tokenizer)} tokens, but the model {policy} "
-                f"embeds only {known}. Use the tokenizer that belongs to the model, or resize the "
-                "model's embeddings and save it again."
+                f"embeds only {vocabulary}. Use the tokenizer that belongs to the model, or resize "
+                "the model's embeddings and save it again."
             )
         return tokenizer
 
@@ -190,7 +192,11 @@ class Reading:
         *,
         max_length: int | None,
     ) -> ExampleSet:
-        """All records of a source, tokenized. Raises as `load_records` and `tokenize_records`."""
+        """Load and tokenize all records of a source.
+
+        Raises:
+            ConfigError, DataError, ModelError: as `load_records` and `tokenize_records`.
+        """
         return tokenize_records(
             load_records(source),
             tokenizer,

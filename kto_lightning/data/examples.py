@@ -1,12 +1,12 @@
-"""Tokenized records, cut to a length: what the sampler plans with and the collator reads.
+"""`ExampleSet`: tokenized records, truncated to a length, for the sampler and the collator.
 
 Lengths, labels and prompt keys are NumPy arrays in memory; the tokens stay in the cache file, which
-is mapped into memory, so that a million records cost megabytes and loader processes share them.
+is memory-mapped, so that a million records take megabytes and loader processes share them.
 """
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 from zlib import crc32
 
 import numpy as np
@@ -18,7 +18,7 @@ from kto_lightning.errors import DataError
 
 Truncation = Literal["keep_start", "keep_end"]
 
-_MOST_SHOWN = 5
+_NUM_SHOWN = 5
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,19 +26,20 @@ class Example:
     """One example, ready to be collated. The arrays are read-only views into the cache file."""
 
     index: int
-    """Its place in the `ExampleSet`."""
+    """Its position in the `ExampleSet`."""
     prompt_ids: Int32[np.ndarray, " prompt"]
     """Truncated at its start under `keep_end`, else whole."""
     completion_ids: Int32[np.ndarray, " completion"]
-    """Never truncated: as a mismatched completion it follows another prompt. The collator cuts."""
+    """Never truncated: as a mismatched completion it follows another prompt, which may leave more
+    room. The collator truncates."""
     desirable: bool
     weight: float
-    """The record's own weight, without its class's."""
+    """The record's own weight, without the class weight."""
 
 
 @dataclass(kw_only=True, slots=True)
 class TokenizationCounts:
-    """What became of the records, for the log and the data report."""
+    """Counts of kept, dropped and truncated records, for the log and the data report."""
 
     records: int
     dropped_desirable: int
@@ -49,7 +50,7 @@ class TokenizationCounts:
     dropped: list[str]
     """The first few dropped records, as `file:line`."""
     truncated_desirable: int
-    """Desirable examples that stay, but longer than `max_length`."""
+    """Desirable examples that are kept, but longer than `max_length`."""
     truncated_undesirable: int
     prompts_not_prefix: int
     """Records whose tokenized prompt is not a prefix of their tokenized text."""
@@ -58,25 +59,25 @@ class TokenizationCounts:
     desirable: int
     undesirable: int
     prompt_tokens: int
-    """Of the examples that stay, after truncation."""
+    """Of the examples kept, after truncation."""
     completion_tokens: int
 
 
 class ExampleSet:
-    """The examples that stay, by position; their tokens remain on disk until they are asked for.
+    """The examples kept, by position; token ids are read from disk on access.
 
     Attributes:
         prompt_lengths: tokens of each prompt after truncation.
         completion_lengths: tokens of each completion, untruncated.
-        desirable: whether each completion was marked good.
+        desirable: the labels.
         weights: each record's own weight.
         prompt_keys: equal where the untruncated prompts are equal, token by token (64 bits of
             BLAKE2b: among a million prompts two that differ share a key once in 10^7 data sets,
             and then merely do not become partners). Untruncated, so that two questions with the
             same last tokens still differ and another `max_length` keeps partners.
-        rows: which record each example is.
-        max_length: the limit that `prompt_lengths` and `counts` were made for.
-        counts: what became of the records.
+        rows: the record that each example was made from, as a row of `records`.
+        max_length: the limit that `prompt_lengths` and `counts` were computed for.
+        counts: of kept, dropped and truncated records.
     """
 
     prompt_lengths: Int64[np.ndarray, " examples"]
@@ -96,7 +97,7 @@ class ExampleSet:
         lost_prompt_end: str | None = None,
     ) -> None:
         self._records, self._tokenized = records, tokenized
-        self._open()
+        self._open_columns()
         table = tokenized.data
         full_prompts, completions = self._prompts.lengths(), self._completions.lengths()
         prompts, dropped = truncate_prompts(full_prompts, completions, max_length, truncation)
@@ -111,9 +112,9 @@ class ExampleSet:
         self.weights = given["weight"][self.rows]
         self.prompt_keys = table.column("prompt_key").to_numpy()[self.rows]
         if not len(self.rows):
-            raise _nothing_left(full_prompts, empty, max_length)
+            raise _no_examples_error(full_prompts, empty, max_length)
         num_lost = table.column("num_lost").to_numpy()
-        first_dropped = np.flatnonzero(dropped | empty)[:_MOST_SHOWN]
+        first_dropped = np.flatnonzero(dropped | empty)[:_NUM_SHOWN]
         self.counts = TokenizationCounts(
             records=len(records),
             dropped_desirable=int((dropped & given["desirable"]).sum()),
@@ -138,7 +139,7 @@ class ExampleSet:
         }
 
     def select(self, positions: Int64[np.ndarray, " chosen"]) -> "ExampleSet":
-        """The examples at `positions`, as a set of its own; what was dropped stays counted."""
+        """The examples at `positions` as a new set; `counts` still includes the dropped records."""
         chosen = copy.copy(self)
         for name in (
             "prompt_lengths",
@@ -168,7 +169,7 @@ class ExampleSet:
 
     @property
     def records(self) -> Dataset:
-        """All records as they were read, also those that were dropped; `rows` points into it."""
+        """All records as they were read, dropped ones included; `rows` indexes it."""
         return self._records
 
     def location(self, index: int) -> str:
@@ -176,7 +177,7 @@ class ExampleSet:
         return location(self._records, int(self.rows[index]))
 
     def longest(self, *, mismatched: bool) -> int:
-        """At most so many tokens has a sequence.
+        """An upper bound on the tokens of a sequence.
 
         Args:
             mismatched: whether any completion may follow any prompt.
@@ -188,29 +189,32 @@ class ExampleSet:
         return min(length, _limit(self.max_length))
 
     def checksum(self) -> int:
-        """Of which records these are, in their order: labels and lengths of completions, which a
-        prompt with today's date leaves alone."""
+        """CRC-32 that identifies the records and their order on resume.
+
+        It covers labels and completion lengths only: a chat template may write today's date into
+        the prompts.
+        """
         return crc32(self.completion_lengths.tobytes(), crc32(self.desirable.tobytes()))
 
     def _room(self) -> Int64[np.ndarray, " examples"]:
-        """How many tokens of a completion each prompt leaves room for."""
+        """Tokens that `max_length` leaves for the completion after each prompt."""
         return _limit(self.max_length) - self.prompt_lengths
 
-    def _open(self) -> None:
+    def _open_columns(self) -> None:
         self._prompts = _TokenLists(self._tokenized.data.column("prompt_ids"))
         self._completions = _TokenLists(self._tokenized.data.column("completion_ids"))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # A spawned loader process maps the file again; pickling the views would copy the tokens.
         return {k: v for k, v in vars(self).items() if k not in ("_prompts", "_completions")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
-        self._open()
+        self._open_columns()
 
 
 class _TokenLists:
-    """The rows of an Arrow list column as numpy views, without a Python list in between."""
+    """The rows of an Arrow list column as NumPy views, without conversion to Python lists."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self._starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
@@ -242,14 +246,14 @@ def truncate_prompts(
     max_length: int | None,
     truncation: Truncation,
 ) -> tuple[Int64[np.ndarray, " records"], Bool[np.ndarray, " records"]]:
-    """The prompts' lengths after truncation, and which examples have no room for a completion."""
+    """Prompt lengths after truncation, and a mask of the examples without room for a completion."""
     if truncation == "keep_start":
         return prompts, prompts >= _limit(max_length)
     room = np.maximum(_limit(max_length) - completions, 1)
     return np.minimum(prompts, room), np.zeros(len(prompts), dtype=bool)
 
 
-def _nothing_left(
+def _no_examples_error(
     prompts: Int64[np.ndarray, " records"],
     empty: Bool[np.ndarray, " records"],
     max_length: int | None,
@@ -258,6 +262,6 @@ def _nothing_left(
         return DataError(f"None of the {len(prompts)} records has a token. Check --data.train.")
     return DataError(
         f"No example is left of {len(prompts)} records: with --data.max_length {max_length} every "
-        f"prompt fills the sequence alone (the shortest has {prompts[~empty].min()} tokens). "
+        f"prompt alone fills the sequence (the shortest has {prompts[~empty].min()} tokens). "
         "Raise --data.max_length, or set --data.truncation keep_end."
     )

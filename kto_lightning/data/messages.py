@@ -1,9 +1,9 @@
-"""Chat messages in the shape that chat templates expect: `role`, `content` and further keys.
+"""Chat messages in the form that chat templates expect: `role`, `content` and further keys.
 
-ShareGPT's `from` and `value` are translated; a table's filled-in nulls are taken out again.
+ShareGPT's `from` and `value` are converted; the nulls that tables fill in are dropped.
 """
 
-from kto_lightning.data.strict_json import Unusable, json_or_text, shown, without_none
+from kto_lightning.data.strict_json import RecordError, drop_none, parse_json_or_text, quote
 
 SHAREGPT_ROLES = {
     "human": "user",
@@ -22,40 +22,40 @@ KEYS_REPLACING_CONTENT = ("tool_calls", "function_call", "reasoning", "reasoning
 
 
 def is_message(value: object) -> bool:
-    """Whether `value` has a speaker, named as chat templates or as ShareGPT do."""
+    """Whether `value` has a `role`, or a `from` as in ShareGPT."""
     return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
-def parse_messages(key: str, value: object, cells: bool) -> list[dict]:
-    """The messages of field `key`, a list or the JSON text of one; `cells`: see `Row`.
+def parse_messages(key: str, value: object, from_table: bool) -> list[dict]:
+    """Parse the messages of field `key`, a list or its JSON text; `from_table`: see `Row`.
 
     Raises:
-        Unusable: for no message, one without a speaker, and one without content or tool calls.
+        RecordError: if there is no message, or one has no role, or neither content nor tool calls.
     """
     if isinstance(value, str):
-        value, cells = json_or_text(value), False
+        value, from_table = parse_json_or_text(value), False
     if not isinstance(value, list) or not value:
         kind = "a non-empty list of messages"
         kind = kind if key in ("messages", "conversations") else f"a string or {kind}"
-        raise Unusable(f"'{key}' must be {kind}, got {shown(value)}. Mend or drop the line.")
-    return [_message(f"{key}[{index}]", item, cells) for index, item in enumerate(value)]
+        raise RecordError(f"'{key}' must be {kind}, got {quote(value)}. Fix or remove the line.")
+    return [_parse_message(f"{key}[{index}]", item, from_table) for index, item in enumerate(value)]
 
 
-def _message(where: str, value: object, cells: bool) -> dict:
-    if cells and isinstance(value, str):  # how parquet keeps a column of `datasets`' type Json
-        value, cells = json_or_text(value), False
+def _parse_message(where: str, value: object, from_table: bool) -> dict:
+    if from_table and isinstance(value, str):  # how parquet stores the type Json of `datasets`
+        value, from_table = parse_json_or_text(value), False
     if not isinstance(value, dict) or not is_message(value):
-        raise Unusable(
-            f"'{where}' must be an object with 'role' and 'content', got {shown(value)}. "
-            "Mend or drop the line."
+        raise RecordError(
+            f"'{where}' must be an object with 'role' and 'content', got {quote(value)}. "
+            "Fix or remove the line."
         )
-    # A null key means what a missing one means, but templates ask whether `content` is null.
+    # A null key means the same as a missing one, but templates test whether `content` is null.
     message = {key: item for key, item in value.items() if item is not None or key == "content"}
-    if cells:
-        message = {key: without_none(item) for key, item in message.items()}
-    message = _from_sharegpt(where, message) if "role" not in message else message
+    if from_table:
+        message = {key: drop_none(item) for key, item in message.items()}
+    message = _convert_sharegpt(where, message) if "role" not in message else message
     if not isinstance(message["role"], str) or not message["role"]:
-        raise Unusable(f"'{where}.role' must be a name, got {shown(message['role'])}. Mend it.")
+        raise RecordError(f"'{where}.role' must be a name, got {quote(message['role'])}. Fix it.")
     _check_content(where, message)
     return message
 
@@ -70,30 +70,30 @@ def _check_content(where: str, message: dict) -> None:
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
     ):
         return
-    raise Unusable(
-        f"'{where}.content' must be text (null only beside 'tool_calls'), got {shown(content)}. "
-        "Mend or drop the line."
+    raise RecordError(
+        f"'{where}.content' must be text (null only beside 'tool_calls'), got {quote(content)}. "
+        "Fix or remove the line."
     )
 
 
-def _from_sharegpt(where: str, message: dict) -> dict:
+def _convert_sharegpt(where: str, message: dict) -> dict:
     speaker = message.get("from")
     speaker = speaker.lower() if isinstance(speaker, str) else speaker
     role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         known = ", ".join(SHAREGPT_ROLES)
-        raise Unusable(f"'{where}.from' must be one of {known}, got {shown(speaker)}. Mend it.")
+        raise RecordError(f"'{where}.from' must be one of {known}, got {quote(speaker)}. Fix it.")
     rest = {key: item for key, item in message.items() if key not in ("from", "value")}
     text = message.get("value")
-    calls = _calls(text) if speaker == "function_call" else None
+    calls = _parse_tool_calls(text) if speaker == "function_call" else None
     if calls:
         return {"role": role, "content": "", "tool_calls": calls, **rest}
     return {"role": role, "content": text, **rest}
 
 
-def _calls(text: object) -> list[dict] | None:
+def _parse_tool_calls(text: object) -> list[dict] | None:
     """ShareGPT's `{"name": …, "arguments": …}`, or a list of them, as tool calls; else None."""
-    content = json_or_text(text) if isinstance(text, str) else text
+    content = parse_json_or_text(text) if isinstance(text, str) else text
     functions = content if isinstance(content, list) else [content]
     if not all(
         isinstance(item, dict) and {"name", "arguments"} <= item.keys() for item in functions
@@ -102,9 +102,13 @@ def _calls(text: object) -> list[dict] | None:
     return [{"type": "function", "function": function} for function in functions]
 
 
-def last_turn(messages: list[dict]) -> tuple[list[dict], list[dict]]:
-    """The last turn of the assistant, which the label judges, and all that stands before it."""
+def split_last_turn(messages: list[dict]) -> tuple[list[dict], list[dict]]:
+    """All messages before the assistant's last one, and that one, which the label applies to.
+
+    Raises:
+        RecordError: if no message is the assistant's.
+    """
     turns = [index for index, item in enumerate(messages) if item["role"] == "assistant"]
     if not turns:
-        raise Unusable("no message is the assistant's: nothing to judge. Drop the line.")
+        raise RecordError("no message is the assistant's: nothing to judge. Drop the line.")
     return messages[: turns[-1]], messages[turns[-1] : turns[-1] + 1]

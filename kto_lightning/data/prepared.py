@@ -8,20 +8,20 @@ import numpy as np
 from lightning import Trainer
 from transformers import PreTrainedTokenizerBase
 
-from kto_lightning.batches.class_weights import ClassWeights, check_weights
+from kto_lightning.batches.class_weights import ClassWeights, imbalance_warning
 from kto_lightning.batches.loader import Batching, check_validation_interval
 from kto_lightning.batches.objective import Objective
-from kto_lightning.batches.pairing import Pairing, unpaired
+from kto_lightning.batches.pairing import Pairing, pair_none
 from kto_lightning.data.dataset import Reading
-from kto_lightning.data.rewards import without_rewards
+from kto_lightning.data.examples import ExampleSet
+from kto_lightning.data.rewards import exclude_rewards_files
 from kto_lightning.data.split import split_by_prompt
 from kto_lightning.data.streaming.stream import (
     ExampleStream,
     check_stream_settings,
     open_stream,
-    stream_weights,
+    resolve_stream_weights,
 )
-from kto_lightning.data.tokenize import ExampleSet
 from kto_lightning.distributed import warn
 
 Source = str | list[str]
@@ -75,7 +75,7 @@ class PreparedData:
         """The stream to train on; no record is read yet."""
         check_stream_settings(buffer_size, validation, trainer)
         weights = self.objective.desirable_weight, self.objective.undesirable_weight
-        self.class_weights = stream_weights(*weights)
+        self.class_weights = resolve_stream_weights(*weights)
         self.stream = open_stream(
             source,
             self.tokenizer,
@@ -108,7 +108,7 @@ class PreparedData:
 
     def load_predict(self, source: Source) -> None:
         """The records to reward, without the files that an earlier `predict` wrote."""
-        kept, skipped = without_rewards(source)
+        kept, skipped = exclude_rewards_files(source)
         self.warnings += [f"skipped {name}, which `predict` wrote." for name in skipped]
         self.predict_set = self._examples(kept)
 
@@ -124,7 +124,7 @@ class PreparedData:
         pairs = [
             (self.train_set, self.train_pairing),
             (self.validation_set, self.validation_pairing),
-            (self.predict_set, unpaired(len(self.predict_set or ()))),
+            (self.predict_set, pair_none(len(self.predict_set or ()))),
         ]
         return [(s, pairing) for s, pairing in pairs if s is not None and pairing is not None]
 
@@ -145,7 +145,7 @@ class PreparedData:
         """The class weights for a set; warns where its effective ratio is out of bounds."""
         counts = examples.counts.desirable, examples.counts.undesirable
         weights = self.objective.class_weights(*counts)
-        warning = check_weights(*counts, weights)
+        warning = imbalance_warning(*counts, weights)
         if warning:
             self.warnings.append(warning)
         return weights

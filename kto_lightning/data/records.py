@@ -1,6 +1,6 @@
-"""One row of a source → the records in it: the forms that records, labels and messages may take.
+"""`Record`, and the parser that turns one row of a source into records.
 
-Three forms: `{prompt, completion, label}`, `{messages | conversations, label}` and
+A row has one of three forms: `{prompt, completion, label}`, `{messages | conversations, label}` or
 `{chosen, rejected}` with or without `prompt`, which gives two records, the chosen one first.
 """
 
@@ -10,23 +10,28 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kto_lightning.data.messages import is_message, last_turn, parse_messages
+from kto_lightning.data.messages import is_message, parse_messages, split_last_turn
 from kto_lightning.data.sources import COLUMNS, Row
-from kto_lightning.data.strict_json import Unusable, is_deeper, json_or_text, shown, without_none
+from kto_lightning.data.strict_json import (
+    RecordError,
+    drop_none,
+    exceeds_depth,
+    parse_json_or_text,
+    quote,
+)
 
 LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False} | {
     "desirable": True,
     "undesirable": False,
 }
-SET_BY_THE_TOKENIZATION = {"tokenize", "return_dict", "return_tensors", "add_generation_prompt"} | {
-    "conversation",
-    "continue_final_message",
-    "padding",
-    "truncation",
-    "max_length",
-    "return_assistant_tokens_mask",
-    "tokenizer_kwargs",
-}
+RESERVED_TEMPLATE_KWARGS = frozenset(
+    (
+        *("tokenize", "return_dict", "return_tensors", "add_generation_prompt", "conversation"),
+        *("continue_final_message", "padding", "truncation", "max_length", "tokenizer_kwargs"),
+        "return_assistant_tokens_mask",
+    )
+)
+"""Arguments of `apply_chat_template` that tokenization sets itself."""
 MAX_NESTING = 100
 FLOAT32 = np.finfo(np.float32)
 
@@ -35,29 +40,29 @@ Text = str | list[dict]
 
 @dataclass(kw_only=True, slots=True)
 class Record:
-    """A completion that somebody liked or did not, with its prompt; not yet tokenized."""
+    """A prompt with one labelled completion, not yet tokenized."""
 
     prompt: Text
-    """Plain text or chat messages; of the same kind as the completion."""
+    """Plain text or chat messages, the same kind as the completion."""
     completion: Text
     desirable: bool
     weight: float = 1.0
-    """The record's own weight, which multiplies its class's."""
+    """The record's own weight; the loss multiplies it by the class weight."""
     tools: list | None = None
     chat_template_kwargs: dict = field(default_factory=dict)
     file: str
-    """The source as it was named: a path, or a hub data set's id."""
+    """The source: a path, or the id of a hub data set."""
     line: int
-    """From 1: the line of a jsonl or csv file, elsewhere the row."""
+    """From 1: the line in a jsonl or csv file, the row in any other source."""
 
 
 def is_conversational(record: Record) -> bool:
-    """Whether the record is made of chat messages, which take a chat template."""
+    """Whether the record consists of chat messages, to be rendered by a chat template."""
     return isinstance(record.prompt, list)
 
 
-def encode(record: Record) -> str:
-    """The record's text as JSON, its keys in their order, for chat templates print objects."""
+def record_to_json(record: Record) -> str:
+    """The text of a record as JSON; keys keep their order, because chat templates print objects."""
     content = {
         "prompt": record.prompt,
         "completion": record.completion,
@@ -67,143 +72,160 @@ def encode(record: Record) -> str:
     return json.dumps(content, ensure_ascii=False, allow_nan=False)
 
 
-def records_of(row: Row) -> Iterator[Record]:
-    """The records of one row: one, or two for a pair.
+def parse_row(row: Row) -> Iterator[Record]:
+    """Parse a row into its records: one, or two for a pair.
 
     Raises:
-        Unusable: with a message that says what is wrong, what was got and what to do.
+        RecordError: if the row has none of the three forms, or one of its values is invalid.
     """
     if not isinstance(row.value, dict):
-        raise Unusable(f"a record must be a JSON object, got {shown(row.value)}. Drop or wrap it.")
+        raise RecordError(
+            f"a record must be a JSON object, got {quote(row.value)}. Drop or wrap it."
+        )
     fields = {key: value for key, value in row.value.items() if value is not None}
     common = {
-        "weight": _weight(fields.get("weight", 1.0)),
-        "tools": _tools(fields.get("tools"), row.cells),
-        "chat_template_kwargs": _template_kwargs(fields.get("chat_template_kwargs"), row.cells),
+        "weight": _parse_weight(fields.get("weight", 1.0)),
+        "tools": _parse_tools(fields.get("tools"), row.from_table),
+        "chat_template_kwargs": _parse_template_kwargs(
+            fields.get("chat_template_kwargs"), row.from_table
+        ),
         "file": row.file,
         "line": row.line,
     }
-    for prompt, completion, desirable in _forms(row.value, fields, row.cells):
+    for prompt, completion, desirable in _labelled_completions(row.value, fields, row.from_table):
         prompt, completion = _match_kinds(prompt, completion)
         record = Record(prompt=prompt, completion=completion, desirable=desirable, **common)
         _check_serializable(record)
         yield record
 
 
-def _forms(row: dict, fields: dict, cells: bool) -> list[tuple[Text, Text, bool]]:
+def _labelled_completions(
+    row: dict, fields: dict, from_table: bool
+) -> list[tuple[Text, Text, bool]]:
+    """(prompt, completion, desirable) of each record in the row."""
     if "chosen" in fields or "rejected" in fields:
-        prompt, chosen, rejected = _pair(fields, cells)
+        prompt, chosen, rejected = _parse_pair(fields, from_table)
         return [(prompt, chosen, True), (prompt, rejected, False)]
     for key in ("messages", "conversations"):
         if key in fields and "completion" not in fields:
-            prompt, completion = last_turn(parse_messages(key, fields[key], cells))
-            return [(prompt, completion, _label(row))]
-    prompt, completion = _text("prompt", row, cells), _text("completion", row, cells)
-    return [(prompt, completion, _label(row))]
+            prompt, completion = split_last_turn(parse_messages(key, fields[key], from_table))
+            return [(prompt, completion, _parse_label(row))]
+    prompt, completion = (
+        _parse_text("prompt", row, from_table),
+        _parse_text("completion", row, from_table),
+    )
+    return [(prompt, completion, _parse_label(row))]
 
 
-def _missing(key: str, row: dict) -> Unusable:
+def _missing_key_error(key: str, row: dict) -> RecordError:
     if key in row:
-        return Unusable(f"'{key}' is null. Drop the line or fill it in.")
-    has = shown(", ".join(name for name in COLUMNS if name in row) or ", ".join(map(str, row)))
-    return Unusable(f"'{key}' is missing; the record has {has}. Drop the line or add it.")
+        return RecordError(f"'{key}' is null. Drop the line or fill it in.")
+    has = quote(", ".join(name for name in COLUMNS if name in row) or ", ".join(map(str, row)))
+    return RecordError(f"'{key}' is missing; the record has {has}. Drop the line or add it.")
 
 
-def _label(row: dict) -> bool:
+def _parse_label(row: dict) -> bool:
     if "label" not in row:
-        raise Unusable("'label' is missing. Drop the line or give it a label.")
+        raise RecordError("'label' is missing. Drop the line or give it a label.")
     label = row["label"]
     if isinstance(label, str):
         known = LABELS.get(label.strip().lower())
     else:
         known = bool(label) if isinstance(label, int | float) and label in (0, 1) else None
     if known is None:
-        raise Unusable(
-            f"'label' must be true or false, got {shown(label)}. Drop the line or give it a label."
+        raise RecordError(
+            f"'label' must be true or false, got {quote(label)}. Drop the line or give it a label."
         )
     return known
 
 
-def _weight(value: object) -> float:
+def _parse_weight(value: object) -> float:
     try:
         weight = float(value) if isinstance(value, str) else value
     except ValueError:
         weight = None
-    # The bounds keep the float32 column from turning it into 0 or infinity.
+    # Outside these bounds the float32 column would turn it into 0 or infinity.
     lowest, highest = float(FLOAT32.tiny), float(FLOAT32.max)
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         weight = None
     if weight is None or not lowest <= weight <= highest:
-        raise Unusable(
-            f"'weight' must be a positive, finite number, got {shown(value)}. Mend it, or leave "
-            "it out for 1.0."
+        raise RecordError(
+            f"'weight' must be a positive, finite number, got {quote(value)}. Fix it, or omit it "
+            "for 1.0."
         )
     return float(weight)
 
 
-def _tools(value: object, cells: bool) -> list | None:
-    tools = json_or_text(value) if isinstance(value, str) else value
-    tools = without_none(tools) if cells and not isinstance(value, str) else tools
+def _parse_tools(value: object, from_table: bool) -> list | None:
+    tools = parse_json_or_text(value) if isinstance(value, str) else value
+    tools = drop_none(tools) if from_table and not isinstance(value, str) else tools
     if tools is None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Unusable(f"'tools' must be a list of objects, got {shown(value)}. Mend or drop it.")
+        raise RecordError(
+            f"'tools' must be a list of objects, got {quote(value)}. Fix or remove it."
+        )
     return tools
 
 
-def _template_kwargs(value: object, cells: bool) -> dict:
-    kwargs = json_or_text(value) if isinstance(value, str) else value
-    kwargs = without_none(kwargs) if cells and not isinstance(value, str) else kwargs
+def _parse_template_kwargs(value: object, from_table: bool) -> dict:
+    kwargs = parse_json_or_text(value) if isinstance(value, str) else value
+    kwargs = drop_none(kwargs) if from_table and not isinstance(value, str) else kwargs
     if kwargs is None:
         return {}
     if not isinstance(kwargs, dict):
-        raise Unusable(f"'chat_template_kwargs' must be an object, got {shown(value)}. Mend it.")
-    reserved = sorted(SET_BY_THE_TOKENIZATION & kwargs.keys())
+        raise RecordError(f"'chat_template_kwargs' must be an object, got {quote(value)}. Fix it.")
+    reserved = sorted(RESERVED_TEMPLATE_KWARGS & kwargs.keys())
     if reserved:
-        raise Unusable(
-            f"'chat_template_kwargs' may not set {', '.join(reserved)}: the tokenization does. "
-            "Take it out."
+        raise RecordError(
+            f"'chat_template_kwargs' may not set {', '.join(reserved)}: tokenization sets it. "
+            "Remove it."
         )
     return kwargs
 
 
-def _text(key: str, row: dict, cells: bool) -> Text:
+def _parse_text(key: str, row: dict, from_table: bool) -> Text:
     value = row.get(key)
     if value is None:
-        raise _missing(key, row)
+        raise _missing_key_error(key, row)
     if isinstance(value, str):
-        content = json_or_text(value) if cells and value.startswith("[") else None
+        content = parse_json_or_text(value) if from_table and value.startswith("[") else None
         if not isinstance(content, list) or not content or not all(map(is_message, content)):
             return value
-        return parse_messages(key, content, cells=False)
-    return parse_messages(key, value, cells)
+        return parse_messages(key, content, from_table=False)
+    return parse_messages(key, value, from_table)
 
 
 def _match_kinds(prompt: Text, completion: Text) -> tuple[Text, Text]:
-    """Both as text or both as messages: text beside messages is the user's or assistant's turn."""
+    """Convert text to a user's or assistant's message where the other one is a list of messages."""
     if isinstance(prompt, str) and isinstance(completion, list):
         prompt = [{"role": "user", "content": prompt}] if prompt else []
     elif isinstance(completion, str) and isinstance(prompt, list):
         completion = [{"role": "assistant", "content": completion}]
     if isinstance(prompt, list) and not prompt:
-        raise Unusable("no message stands before the completion. Add a prompt or drop the line.")
+        raise RecordError("no message stands before the completion. Add a prompt or drop the line.")
     return prompt, completion
 
 
-def _pair(fields: dict, cells: bool) -> tuple[Text, Text, Text]:
-    chosen, rejected = _text("chosen", fields, cells), _text("rejected", fields, cells)
+def _parse_pair(fields: dict, from_table: bool) -> tuple[Text, Text, Text]:
+    chosen, rejected = (
+        _parse_text("chosen", fields, from_table),
+        _parse_text("rejected", fields, from_table),
+    )
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise Unusable("'chosen' and 'rejected' must both be text or both messages. Mend the line.")
+        raise RecordError(
+            "'chosen' and 'rejected' must both be text or both messages. Fix the line."
+        )
     if "prompt" not in fields:
         return _split_prompt(chosen, rejected)
-    prompt = _text("prompt", fields, cells)
+    prompt = _parse_text("prompt", fields, from_table)
     if isinstance(chosen, str):
         return prompt, chosen, rejected
     if isinstance(prompt, str):
-        # Beside whole conversations a plain prompt only repeats the user's turn in them.
+        # Beside whole conversations, a plain prompt only repeats their user's turn.
         split = _split_prompt(chosen, rejected)
         return split if split[0] else (prompt, chosen, rejected)
-    # TRL would train on the prompt twice if whole conversations stand beside it.
+    # `chosen` and `rejected` may repeat the prompt; TRL would then train on it twice.
     length = len(prompt)
     if chosen[:length] == rejected[:length] == prompt and min(len(chosen), len(rejected)) > length:
         return prompt, chosen[length:], rejected[length:]
@@ -211,7 +233,7 @@ def _pair(fields: dict, cells: bool) -> tuple[Text, Text, Text]:
 
 
 def _split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
-    """The common beginning as the prompt, by the rules of TRL's `extract_prompt`.
+    """Split off the common beginning as the prompt, by the rules of TRL's `extract_prompt`.
 
     A completion keeps at least its last message or character, and a space before it.
     """
@@ -225,19 +247,21 @@ def _split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
 
 
 def _check_serializable(record: Record) -> None:
-    """Refuses what could not travel on as JSON in UTF-8 to the chat template."""
+    """Raise RecordError for what cannot be written as JSON in UTF-8, as the data set stores it."""
     try:
-        content = encode(record)
+        content = record_to_json(record)
         content.encode()
     except UnicodeEncodeError as error:
         code = ord(error.object[error.start])
-        raise Unusable(
-            f"the text holds half a character (\\u{code:04x}). Mend or drop it."
+        raise RecordError(
+            f"the text holds half a character (\\u{code:04x}). Fix or remove it."
         ) from error
     except (TypeError, ValueError) as error:
-        raise Unusable(f"a value cannot be written as JSON ({error}). Mend or drop it.") from error
-    # Brackets bound the depth from above, so that few records are walked through.
+        raise RecordError(
+            f"a value cannot be written as JSON ({error}). Fix or remove it."
+        ) from error
+    # The number of brackets is an upper bound on the depth: few records need the exact walk.
     brackets = content.count("[") + content.count("{")
     values = [record.prompt, record.completion, record.tools, record.chat_template_kwargs]
-    if brackets > MAX_NESTING and is_deeper(values, MAX_NESTING):
-        raise Unusable(f"nested deeper than {MAX_NESTING} levels. Flatten or drop it.")
+    if brackets > MAX_NESTING and exceeds_depth(values, MAX_NESTING):
+        raise RecordError(f"nested deeper than {MAX_NESTING} levels. Flatten or drop it.")

@@ -1,9 +1,8 @@
-"""`FILE.rewards.jsonl`: what the policy says of every record of a file."""
+"""Rewards files: `predict` writes `FILE.rewards.jsonl` with a reward for every record of FILE."""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from kto_lightning.batches.types import Prediction
 from kto_lightning.data.examples import ExampleSet
@@ -13,38 +12,41 @@ from kto_lightning.errors import DataError
 SUFFIX = ".rewards.jsonl"
 
 
-def without_rewards(source: str | list[str]) -> tuple[list[str], list[str]]:
-    """The files of a source but for those that `write_rewards` wrote beside them, and these.
+def exclude_rewards_files(source: str | list[str]) -> tuple[list[str], list[str]]:
+    """Separate a source's files from the rewards files that `write_rewards` left beside them.
 
-    A pattern such as `*.jsonl` finds both. Whoever names such a file, or a pattern that ends like
-    one, gets it.
+    A pattern such as `*.jsonl` matches both. A rewards file is kept if it is named itself, or by a
+    pattern that ends in `.rewards.jsonl`.
+
+    Returns:
+        The files to read, and the rewards files excluded.
 
     Raises:
-        DataError: as `sources.expand`, or if a pattern finds nothing else.
+        DataError: as `sources.expand`, or if a pattern matches only rewards files.
     """
     kept: list[str] = []
-    left_out: list[str] = []
+    excluded: list[str] = []
     for item in [source] if isinstance(source, str) else source:
         names = expand(item)
-        found_by_chance = names != [item] and not item.endswith(SUFFIX)
-        rewards = [name for name in names if found_by_chance and name.endswith(SUFFIX)]
+        by_pattern = names != [item] and not item.endswith(SUFFIX)
+        rewards = [name for name in names if by_pattern and name.endswith(SUFFIX)]
         kept += [name for name in names if name not in rewards]
-        left_out += rewards
+        excluded += rewards
     if not kept:
         raise DataError(
-            f"'{source}' finds only rewards that `predict` wrote: {', '.join(left_out[:3])}. "
+            f"'{source}' matches only rewards that `predict` wrote: {', '.join(excluded[:3])}. "
             "Check the pattern, or name the files."
         )
-    return kept, left_out
+    return kept, excluded
 
 
 def write_rewards(
     examples: ExampleSet, predictions: Iterable[Prediction], output_dir: str | Path
 ) -> list[Path]:
-    """Write a line per record, in the order of its file, beside the file.
+    """Write one line per record, in the order of its file, to a file beside it.
 
-    A record that was dropped (its prompt fills `max_length`) has a null reward. Records that came
-    from a hub go into `output_dir`.
+    A dropped record (its prompt fills `max_length`) has a null reward. Rewards of a hub data set
+    are written to `output_dir`.
 
     Returns:
         The files written.
@@ -64,12 +66,12 @@ def write_rewards(
     return written
 
 
-def _line(record: dict[str, Any], prediction: Prediction | None) -> str:
-    known = {
+def _line(record: dict[str, object], prediction: Prediction | None) -> str:
+    content = {
         "line": record["line"],
         "label": record["desirable"],
         "reward": None if prediction is None else prediction.reward,
         "policy_logps": None if prediction is None else prediction.policy_logps,
         "reference_logps": None if prediction is None else prediction.reference_logps,
     }
-    return json.dumps(known) + "\n"
+    return json.dumps(content) + "\n"

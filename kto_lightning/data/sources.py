@@ -1,6 +1,6 @@
-"""Where records come from: files, globs of files and hub data sets, read row by row.
+"""Sources of records: files, globs of files and hub data sets, read row by row.
 
-Knows files and formats, not what a record looks like: that is `forms`' business.
+This module knows file formats; what a row must contain is up to `records`.
 """
 
 import codecs
@@ -20,31 +20,32 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kto_lightning.data.strict_json import Unusable, parse_json
+from kto_lightning.data.strict_json import RecordError, parse_json
 from kto_lightning.errors import DataError
 
 COLUMNS = (
     *("prompt", "completion", "messages", "conversations", "chosen", "rejected"),
     *("label", "weight", "tools", "chat_template_kwargs"),
 )
-"""What a record may be made of; further columns are left where they are."""
+"""The columns of a record; others are not read."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(kw_only=True, slots=True)
 class Row:
-    """One row as it was read, not yet looked at."""
+    """One row as it was read, not yet parsed into records."""
 
     file: str
     line: int
     value: object
-    cells: bool = False
-    """From a table: lists of messages may be JSON text, and structs are filled up with None."""
+    from_table: bool = False
+    """Whether the row comes from a table (csv, parquet, hub data set): lists of messages may be
+    JSON text there, and structs are padded with None."""
 
 
 @dataclass(kw_only=True, slots=True)
 class BadRecord:
-    """A row that cannot be trained on: where it stands, what is wrong and what to do."""
+    """A row that cannot be trained on: its place, what is wrong and what to do."""
 
     file: str
     line: int
@@ -55,23 +56,23 @@ class BadRecord:
 
 
 def expand(source: str | list[str]) -> list[str]:
-    """The files and hub data sets that `source` names, globs spelt out in alphabetical order.
+    """The files and hub data sets of a source, with globs expanded in alphabetical order.
 
     Raises:
         DataError: for an empty list, a directory, a glob without a match, an unknown extension, and
-            a name that is neither a file nor the form of a hub data set's.
+            a name that is neither a file nor has the form of a hub data set's.
     """
     sources = [source] if isinstance(source, str) else source
     if not sources:
         raise DataError("the list of data files is empty. Name at least one file or hub data set.")
     try:
         return [name for item in sources for name in _expand_one(item)]
-    except OSError as error:  # a name too long, a directory closed to us
+    except OSError as error:  # a name too long, a directory without read permission
         raise DataError(f"the data files cannot be found: {error}. Check the path.") from error
 
 
 def _expand_one(item: str) -> list[str]:
-    path = Path(_utf8(item))
+    path = Path(_check_utf8(item))
     if item and path.is_file():
         names = [item]
     elif item and path.is_dir():
@@ -88,7 +89,7 @@ def _expand_one(item: str) -> list[str]:
             "owner/name. Check the path."
         )
     for name in names:
-        if Path(_utf8(name)).suffix.lower() not in READERS:
+        if Path(_check_utf8(name)).suffix.lower() not in READERS:
             known = ", ".join(READERS)
             raise DataError(
                 f"{name}: unknown extension '{Path(name).suffix}'; {known} are read. "
@@ -97,7 +98,7 @@ def _expand_one(item: str) -> list[str]:
     return names
 
 
-def _utf8(name: str) -> str:
+def _check_utf8(name: str) -> str:
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -106,7 +107,7 @@ def _utf8(name: str) -> str:
 
 
 def content_hash(name: str) -> str:
-    """What stands for the contents of one of `expand`'s names: equal hashes, equal rows."""
+    """Hash of the contents of one of `expand`'s names: equal hashes mean equal rows."""
     if not Path(name).is_file():
         return str(_hub_dataset(name)._fingerprint)
     try:
@@ -117,10 +118,10 @@ def content_hash(name: str) -> str:
 
 
 def read_rows(name: str, *, streaming: bool = False) -> Iterator[Row | BadRecord]:
-    """The rows of one of `expand`'s names, in order; those that cannot be parsed as `BadRecord`.
+    """The rows of one of `expand`'s names, in order; a row that cannot be parsed is a `BadRecord`.
 
-    Only a `.json` file is held in memory whole. With `streaming` a hub data set is read as it is
-    fetched, and never written to the disk as a whole.
+    Only a `.json` file is held in memory whole. With `streaming`, a hub data set is read while it
+    is downloaded and never stored on disk as a whole.
 
     Raises:
         DataError: if the file or the hub data set cannot be read at all.
@@ -144,7 +145,7 @@ def _decode(raw: bytes) -> str:
         return raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         got = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
-        raise Unusable(f"not valid UTF-8 ({got}). Save the file as UTF-8.") from error
+        raise RecordError(f"not valid UTF-8 ({got}). Save the file as UTF-8.") from error
 
 
 def _jsonl_rows(name: str) -> Iterator[Row | BadRecord]:
@@ -154,7 +155,7 @@ def _jsonl_rows(name: str) -> Iterator[Row | BadRecord]:
                 text = _decode(raw).rstrip("\r\n")
                 if text.strip():
                     yield Row(file=name, line=line, value=parse_json(text))
-            except Unusable as problem:
+            except RecordError as problem:
                 yield BadRecord(file=name, line=line, message=str(problem))
 
 
@@ -162,18 +163,18 @@ def _json_rows(name: str) -> Iterator[Row | BadRecord]:
     try:
         text = _decode(Path(name).read_bytes())
         content = parse_json(text) if text.strip() else []
-    except Unusable as problem:
+    except RecordError as problem:
         cause = problem.__cause__
         if isinstance(cause, json.JSONDecodeError) and cause.msg == "Extra data":
-            yield from _jsonl_rows(name)  # JSON lines under the name of JSON, as is common
+            yield from _jsonl_rows(name)  # JSON lines with the extension .json, as is common
             return
         yield BadRecord(file=name, line=problem.line, message=str(problem))
         return
-    for line, value in enumerate(_only_list(name, content), start=1):
+    for line, value in enumerate(_record_list(name, content), start=1):
         yield Row(file=name, line=line, value=value)
 
 
-def _only_list(name: str, content: object) -> list:
+def _record_list(name: str, content: object) -> list:
     """The records of a whole JSON file: an array, the single list of an object, or one record."""
     if isinstance(content, list):
         return content
@@ -191,7 +192,7 @@ def _only_list(name: str, content: object) -> list:
 
 def _csv_rows(name: str) -> Iterator[Row | BadRecord]:
     csv.field_size_limit(2**31 - 1)  # the default refuses a cell of more than 128 KiB
-    # Bytes that are not UTF-8 come through as surrogates, so that their row can be named.
+    # Invalid UTF-8 becomes surrogates, so that the error can name the row.
     with open(name, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.reader(stream, strict=True)
         header = _csv_header(name, reader)
@@ -203,11 +204,11 @@ def _csv_rows(name: str) -> Iterator[Row | BadRecord]:
                     return
                 if cells:
                     value = _csv_record(header, cells)
-                    yield Row(file=name, line=line, value=value, cells=True)
+                    yield Row(file=name, line=line, value=value, from_table=True)
             except csv.Error as error:
                 message = f"invalid CSV ({error}). Check the quotes, or drop the line."
                 yield BadRecord(file=name, line=line, message=message)
-            except Unusable as problem:
+            except RecordError as problem:
                 yield BadRecord(file=name, line=line, message=str(problem))
 
 
@@ -223,15 +224,15 @@ def _csv_header(name: str, reader) -> list[str]:
 
 def _csv_record(header: list[str], cells: list[str]) -> dict[str, str | None]:
     if len(cells) != len(header):
-        raise Unusable(
+        raise RecordError(
             f"{len(header)} cells are needed, one per column, got {len(cells)}. "
             "Check commas and quotes, or drop the line."
         )
     try:
         "".join(cells).encode()
     except UnicodeEncodeError as error:
-        raise Unusable("not valid UTF-8. Save the file as UTF-8.") from error
-    text = {"prompt", "completion"}  # these may be empty; elsewhere an empty cell is no value
+        raise RecordError("not valid UTF-8. Save the file as UTF-8.") from error
+    text = {"prompt", "completion"}  # an empty cell is a text here, and a missing value elsewhere
     return {
         key: cell if cell or key in text else None for key, cell in zip(header, cells, strict=True)
     }
@@ -240,21 +241,21 @@ def _csv_record(header: list[str], cells: list[str]) -> dict[str, str | None]:
 def _parquet_rows(name: str) -> Iterator[Row | BadRecord]:
     with pq.ParquetFile(name) as table:
         lines = itertools.count(1)
-        columns = _known(table.schema_arrow.names)
+        columns = _record_columns(table.schema_arrow.names)
         for batch in table.iter_batches(batch_size=64, columns=columns):
             for index in range(batch.num_rows):
                 line = next(lines)
                 try:
                     value = batch.slice(index, 1).to_pylist()[0]
                 except UnicodeDecodeError:
-                    message = "a text is not valid UTF-8. Mend or drop the row."
+                    message = "a text is not valid UTF-8. Fix or remove the row."
                     yield BadRecord(file=name, line=line, message=message)
                 else:
-                    yield Row(file=name, line=line, value=value, cells=True)
+                    yield Row(file=name, line=line, value=value, from_table=True)
 
 
-def _known(columns: list[str]) -> list[str]:
-    """The columns worth reading; all when there is none, so that the error can name them."""
+def _record_columns(columns: list[str]) -> list[str]:
+    """The columns of a record; all columns if there is none, so that the error can name them."""
     return [column for column in columns if column in COLUMNS] or columns
 
 
@@ -267,22 +268,22 @@ def _hub_dataset(name: str) -> datasets.Dataset:
 
 @contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
-    """Network, permissions, formats: the hub's errors have no common base."""
+    """Turn any error of the hub into a DataError."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # network, permissions, formats: they have no common base class
         reason = str(error).splitlines()[0] if str(error) else ""
         raise DataError(
-            f"'{name}' is neither a file here nor a data set that could be fetched from the hub "
+            f"'{name}' is neither a file here nor a data set that could be downloaded from the hub "
             f"({type(error).__name__}: {reason}). Check the path, or the id and the connection."
         ) from error
 
 
 def _hub_rows(name: str) -> Iterator[Row]:
     dataset = _hub_dataset(name)
-    dataset = dataset.select_columns(_known(dataset.column_names))
+    dataset = dataset.select_columns(_record_columns(dataset.column_names))
     for line, value in enumerate(dataset, start=1):
-        yield Row(file=name, line=line, value=value, cells=True)
+        yield Row(file=name, line=line, value=value, from_table=True)
 
 
 def _streamed_hub_rows(name: str) -> Iterator[Row]:
@@ -294,8 +295,8 @@ def _streamed_hub_rows(name: str) -> Iterator[Row]:
         if value is None:
             return
         assert isinstance(value, dict)
-        record = {key: value[key] for key in _known(list(value))}
-        yield Row(file=name, line=line, value=record, cells=True)
+        record = {key: value[key] for key in _record_columns(list(value))}
+        yield Row(file=name, line=line, value=record, from_table=True)
 
 
 READERS = {

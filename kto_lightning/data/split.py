@@ -1,4 +1,4 @@
-"""Holding records out: a fraction of either class, and no prompt on both sides. NumPy only."""
+"""Split into training and held-out examples by prompt, with the same fraction of both classes."""
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -15,17 +15,17 @@ def split_by_prompt(
 ) -> tuple[Int64[np.ndarray, " kept"], Int64[np.ndarray, " held_out"]]:
     """Positions to train on and positions to hold out, each ascending.
 
-    Prompts are drawn by `seed`, whole with all their completions, as long as neither class goes
-    beyond its share: so both classes are held out in proportion wherever the prompts allow it.
+    Prompts are drawn at random, each with all its completions, and held out while neither class
+    exceeds its share. With a prompt on both sides, validation would reward memorising it.
 
     Args:
-        prompt_keys: equal where prompts are equal.
+        prompt_keys: equal exactly where prompts are.
         desirable: the labels.
-        fraction: share of the examples of either class to hold out.
+        fraction: share of the examples of each class to hold out.
         seed: draws the prompts.
 
     Raises:
-        ConfigError: if `fraction` is not between 0 and 1, or nothing is left on either side.
+        ConfigError: if `fraction` is not between 0 and 1, or one side is left empty.
     """
     if not 0.0 < fraction < 1.0:
         raise ConfigError(
@@ -48,7 +48,7 @@ def split_by_prompt(
     if not held_out.any() or held_out.all():
         raise ConfigError(
             f"--data.validation {fraction:g} of {len(desirable)} examples on {num_groups} prompts "
-            "leaves one side empty, because a prompt stays whole. Give a larger fraction, or a "
+            "leaves one side empty, because a prompt is not divided. Give a larger fraction, or a "
             "file of records."
         )
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)

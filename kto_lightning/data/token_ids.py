@@ -1,4 +1,4 @@
-"""Records to token ids by TRL's own calls, many records in a call."""
+"""Token ids of records, by the calls that TRL makes, batched over many records."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -13,29 +13,29 @@ from kto_lightning.errors import ModelError
 NO_TEMPLATE = "no chat template"
 NO_EOS = "no end-of-text token"
 
-_OF_TOKENIZING = frozenset(
+_TOKENIZATION_KWARGS = frozenset(
     (
         *("tokenize", "padding", "truncation", "max_length", "tokenizer_kwargs"),
         *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
         "sanitize_control_tokens",
     )
 )
-"""Arguments of `apply_chat_template` that matter after the template."""
+"""Arguments of `apply_chat_template` that take effect after rendering."""
 
 _Result = TypeVar("_Result")
 
 
-def ids_of_records(
+def token_ids_of_records(
     records: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], list[int], str | None]]:
-    """Of each record the ids of its prompt, those of prompt and completion, and its fault.
+    """For each record the ids of its prompt, the ids of prompt + completion, and its fault or None.
 
-    All texts in two calls, each different one once: in calls of their own they take twice as long.
-    Where a text stops its call, record by record.
+    All texts are tokenized in two calls, duplicates once: one call per text takes twice as long. If
+    a text makes the batched call fail, each record is tokenized on its own.
     """
-    texts = [_faultless(partial(_texts, json.loads(record), tokenizer)) for record in records]
+    texts = [_attempt(partial(_render, json.loads(record), tokenizer)) for record in records]
     try:
-        ids = _ids_of_texts((text for text, _ in texts if text is not None), tokenizer)
+        ids = _tokenize_texts((text for text, _ in texts if text is not None), tokenizer)
     except Exception:
         ids = {}
     for record, (text, fault) in zip(records, texts, strict=True):
@@ -43,18 +43,18 @@ def ids_of_records(
         if text is not None and text.prompt in ids.get(text.special, ()):
             found = ids[text.special][text.prompt], ids[text.special][text.whole]
         elif fault is None:
-            found, fault = _faultless(partial(token_ids, json.loads(record), tokenizer))
+            found, fault = _attempt(partial(token_ids, json.loads(record), tokenizer))
         yield *(found or ([], [])), fault
 
 
-def _faultless(attempt: Callable[[], _Result]) -> tuple[_Result | None, str | None]:
-    """The result, or what was wrong: a template is somebody's program and can raise anything.
+def _attempt(compute: Callable[[], _Result]) -> tuple[_Result | None, str | None]:
+    """The result, or an error message: a chat template is a program and can raise anything.
 
-    Kept as a column and not raised here, so that whichever worker process is first, the first
-    record in file order is named.
+    The message is stored in a column instead of being raised, so that the first record in file
+    order is reported, whichever worker process fails first.
     """
     try:
-        return attempt(), None
+        return compute(), None
     except ModelError as error:
         return None, str(error)
     except Exception as error:
@@ -62,42 +62,42 @@ def _faultless(attempt: Callable[[], _Result]) -> tuple[_Result | None, str | No
 
 
 @dataclass(frozen=True, slots=True)
-class _Texts:
-    """A record as the tokenizer gets it."""
+class _RenderedRecord:
+    """The two texts of a record that the tokenizer is given."""
 
     prompt: str
     whole: str
     special: bool
-    """Whether the tokenizer adds its special tokens; a template writes its own."""
+    """Whether the tokenizer adds special tokens; a chat template writes its own."""
 
 
-def _texts(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> _Texts | None:
-    """The two texts whose ids `token_ids` gives; None where it alone knows how.
+def _render(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> _RenderedRecord | None:
+    """The two texts whose ids are those of `token_ids`; None where only `token_ids` is correct.
 
     Raises:
         ModelError: see `token_ids`.
     """
     if isinstance(record["completion"], str):
-        return _Texts(*_plain_texts(record, tokenizer), special=True)
+        return _RenderedRecord(*_plain_texts(record, tokenizer), special=True)
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
         return None
-    if not _OF_TOKENIZING.isdisjoint(record.get("chat_template_kwargs") or {}):
+    if not _TOKENIZATION_KWARGS.isdisjoint(record.get("chat_template_kwargs") or {}):
         return None
-    return _Texts(*_apply_template(record, tokenizer, tokenize=False), special=False)
+    return _RenderedRecord(*_apply_template(record, tokenizer, tokenize=False), special=False)
 
 
-def _ids_of_texts(
-    texts: Iterable[_Texts], tokenizer: PreTrainedTokenizerBase
+def _tokenize_texts(
+    texts: Iterable[_RenderedRecord], tokenizer: PreTrainedTokenizerBase
 ) -> dict[bool, dict[str, list[int]]]:
-    """By whether special tokens are added, the ids of each text."""
-    different: dict[bool, dict[str, None]] = {True: {}, False: {}}
+    """The ids of each text, keyed by whether special tokens are added."""
+    unique: dict[bool, dict[str, None]] = {True: {}, False: {}}
     for pair in texts:
-        different[pair.special] |= {pair.prompt: None, pair.whole: None}
+        unique[pair.special] |= {pair.prompt: None, pair.whole: None}
     return {
         special: dict(
             zip(found, _ids(tokenizer(list(found), add_special_tokens=special)), strict=True)
         )
-        for special, found in different.items()
+        for special, found in unique.items()
         if found
     }
 
@@ -105,7 +105,7 @@ def _ids_of_texts(
 def token_ids(
     record: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """Ids of the prompt alone and of prompt and completion together, by TRL's own calls.
+    """Ids of the prompt alone and of prompt + completion, by TRL's own calls.
 
     Raises:
         ModelError: `NO_TEMPLATE` or `NO_EOS`, if the tokenizer lacks what the record needs.
@@ -118,7 +118,7 @@ def token_ids(
 
 
 def _plain_texts(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    eos_token: Any = tokenizer.eos_token
+    eos_token: Any = tokenizer.eos_token  # Any: transformers gives it no type
     if eos_token is None:
         raise ModelError(NO_EOS)
     whole = record["prompt"] + record["completion"]
@@ -139,5 +139,5 @@ def _apply_template(
     )
 
 
-def _ids(encoding: Any) -> Any:
+def _ids(encoding: Any) -> Any:  # Any: a BatchEncoding of one text or of several
     return encoding["input_ids"]

@@ -1,12 +1,12 @@
-"""Records become token ids: once, in parallel, cached on disk; truncation happens afterwards.
+"""Tokenization of a data set: in parallel, cached on disk, independent of `max_length`.
 
-The ids are TRL's (`trl.trainer.kto_trainer`, `_prepare_dataset`), token for token, of the record as
-it was written. TRL gets its rows from `datasets`, which may change them before: `Dataset.from_list`
-gives all rows one schema, so that a tool call has the arguments of all other tools too, as null;
+The ids equal TRL's (`trl.trainer.kto_trainer`, `_prepare_dataset`), token for token, for the record
+as it was written. TRL's rows come from `datasets`, which may change them first: `Dataset.from_list`
+gives all rows one schema, so that a tool call also has the arguments of all other tools, as null;
 `load_dataset("json")` rounds floats to ten digits. Neither happens here.
 
-The cache holds whole sequences and knows nothing of `max_length`, so that another length costs
-nothing: `ExampleSet` cuts when it is made.
+The cache holds whole sequences, and `ExampleSet` truncates when it is created, so that another
+`max_length` needs no new tokenization.
 """
 
 import json
@@ -19,26 +19,18 @@ import transformers
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from kto_lightning.data.examples import (
-    Example,
-    ExampleSet,
-    TokenizationCounts,
-    Truncation,
-    location,
-)
-from kto_lightning.data.token_ids import NO_EOS, NO_TEMPLATE, ids_of_records, token_ids
+from kto_lightning.data.examples import ExampleSet, Truncation, location
+from kto_lightning.data.token_ids import NO_EOS, NO_TEMPLATE, token_ids, token_ids_of_records
 from kto_lightning.errors import ConfigError, DataError, ModelError
 
-__all__ = ["Example", "ExampleSet", "TokenizationCounts", "Truncation", "tokenize_records"]
-
 _FORMAT_VERSION = 1
-"""Part of the cache's address: raise it when the columns or the way to the ids change."""
+"""Part of the cache key: raise it when the columns or the tokenization change."""
 
-_MANY_RECORDS = 10000
-"""From how many records on starting worker processes is quicker than doing without."""
+_MIN_RECORDS_FOR_WORKERS = 10000
+"""Above this number, starting worker processes takes less time than it saves."""
 
-_MOST_WORKERS = 8
-_MOST_SHOWN = 5
+_MAX_WORKERS = 8
+_NUM_SHOWN = 5
 
 _COLUMNS = Features(
     {
@@ -59,20 +51,21 @@ def tokenize_records(
     truncation: Truncation = "keep_start",
     num_workers: int | None = None,
 ) -> ExampleSet:
-    """Tokenize what `load_records` returned, or take it from the cache beside it.
+    """Tokenize the result of `load_records`, or read the token ids from the cache beside it.
 
     Args:
         records: columns `record` (JSON of prompt, completion, tools and chat_template_kwargs),
             `desirable`, `weight`, `file` and `line`.
-        tokenizer: with the chat template that is to be used.
-        max_length: the most tokens of prompt and completion together; None is no limit.
-        truncation: what a too long example keeps. `keep_start` cuts its end and drops it when the
-            prompt alone is that long; `keep_end` first cuts the prompt's start, down to one token.
-        num_workers: processes; None chooses by the number of records and of cores.
+        tokenizer: with the chat template to use.
+        max_length: limit on the tokens of prompt + completion; None: no limit.
+        truncation: what an example above the limit keeps. `keep_start` cuts its end, and drops the
+            example if the prompt alone reaches the limit; `keep_end` first cuts the prompt's start,
+            down to one token.
+        num_workers: processes; None: chosen by the number of records and of cores.
 
     Raises:
         ConfigError: if `max_length` is below 2.
-        DataError: if a record cannot be rendered by the template, or no example is left.
+        DataError: if the chat template cannot render a record, or no example is left.
         ModelError: if the tokenizer lacks the chat template or the end-of-text token that the
             records need.
     """
@@ -84,7 +77,7 @@ def tokenize_records(
     if len(records) == 0:
         raise DataError("There is no record to train on. Check --data.train.")
     tokenized = records.map(
-        tokenize_texts,
+        tokenize_json_records,
         batched=True,
         input_columns=["record"],
         remove_columns=records.column_names,
@@ -94,17 +87,19 @@ def tokenize_records(
         new_fingerprint=_fingerprint(records, tokenizer),
         desc="Tokenizing",
     )
-    _raise_faults(records, tokenized, tokenizer)
+    _check_faults(records, tokenized, tokenizer)
     lost = _lost_prompt_end(records, tokenized, tokenizer)
     return ExampleSet(
         records, tokenized, max_length=max_length, truncation=truncation, lost_prompt_end=lost
     )
 
 
-def tokenize_texts(records: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
-    """The columns of the cache for records as JSON; what cannot be tokenized says so in `fault`."""
+def tokenize_json_records(
+    records: list[str], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[Any]]:
+    """The columns of the cache for records as JSON; `fault` says why one cannot be tokenized."""
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    for prompt_ids, text_ids, fault in ids_of_records(records, tokenizer):
+    for prompt_ids, text_ids, fault in token_ids_of_records(records, tokenizer):
         start = _common_prefix_length(prompt_ids, text_ids)
         kept = np.asarray(prompt_ids[:start], dtype=np.int32)
         key = blake2b(kept.tobytes(), digest_size=8).digest()
@@ -119,19 +114,19 @@ def tokenize_texts(records: list[str], tokenizer: PreTrainedTokenizerBase) -> di
 def _common_prefix_length(first: list[int], second: list[int]) -> int:
     if second[: len(first)] == first:
         return len(first)
-    # strict=False: a text may be shorter than its prompt alone with the generation prompt.
+    # strict=False: a text may be shorter than its prompt with the generation prompt.
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _fingerprint(records: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Where the cache keeps these records' ids: all that decides them, and nothing else."""
+    """The cache key of the token ids: a hash of what determines them, and of nothing else."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         vocabulary: Any = [tokenizer.get_vocab(), repr(tokenizer.init_kwargs)]
     else:
         vocabulary = json.loads(backend.to_str())
-        # Left behind by the last call with padding or truncation; we use neither.
+        # State of the last call with padding or truncation; tokenization here uses neither.
         vocabulary = {k: v for k, v in vocabulary.items() if k not in ("padding", "truncation")}
     content = {
         "version": [_FORMAT_VERSION, transformers.__version__],
@@ -145,21 +140,21 @@ def _fingerprint(records: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _num_processes(num_records: int, num_workers: int | None) -> int | None:
-    """None where the work is done in this process."""
+    """The number of worker processes; None: tokenize in this process."""
     if num_workers is None:
-        if num_records <= _MANY_RECORDS:
+        if num_records <= _MIN_RECORDS_FOR_WORKERS:
             return None
         allowed = getattr(os, "sched_getaffinity", None)
         num_cores = len(allowed(0)) if allowed else os.cpu_count() or 1
-        num_workers = min(num_cores, _MOST_WORKERS)
+        num_workers = min(num_cores, _MAX_WORKERS)
     num_workers = min(num_workers, num_records)
     return num_workers if num_workers > 1 else None
 
 
-def lacking_in_tokenizer(
+def tokenizer_error(
     fault: str, where: str, tokenizer: PreTrainedTokenizerBase
 ) -> ModelError | None:
-    """The error to raise if a fault is the tokenizer's, so that no record of that kind can do."""
+    """The error to raise if the tokenizer itself lacks what all records of this kind need."""
     name = tokenizer.name_or_path or type(tokenizer).__name__
     if fault == NO_TEMPLATE:
         return ModelError(
@@ -174,24 +169,25 @@ def lacking_in_tokenizer(
     return None
 
 
-def _raise_faults(records: Dataset, tokenized: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_faults(records: Dataset, tokenized: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError or ModelError if some record could not be tokenized."""
     faults = tokenized.data.column("fault")
     if faults.null_count == len(faults):
         return
     rows = np.flatnonzero(faults.is_valid().to_numpy())
     where, first = location(records, int(rows[0])), faults[int(rows[0])].as_py()
     name = tokenizer.name_or_path or type(tokenizer).__name__
-    lacking = lacking_in_tokenizer(first, where, tokenizer)
-    if lacking is not None:
-        raise lacking
+    error = tokenizer_error(first, where, tokenizer)
+    if error is not None:
+        raise error
     shown = [
-        f"  {location(records, int(row))}: {faults[int(row)].as_py()}" for row in rows[:_MOST_SHOWN]
+        f"  {location(records, int(row))}: {faults[int(row)].as_py()}" for row in rows[:_NUM_SHOWN]
     ]
-    more = [f"  … and {len(rows) - _MOST_SHOWN} more"] if len(rows) > _MOST_SHOWN else []
+    more = [f"  … and {len(rows) - _NUM_SHOWN} more"] if len(rows) > _NUM_SHOWN else []
     raise DataError(
         f"The chat template of {name!r} cannot render {len(rows)} of {len(records)} records:\n"
         + "\n".join([*shown, *more])
-        + "\nMend or drop these records, or give another template with "
+        + "\nFix or remove these records, or give another template with "
         "--data.chat_template FILE_OR_NAME."
     )
 
@@ -199,6 +195,7 @@ def _raise_faults(records: Dataset, tokenized: Dataset, tokenizer: PreTrainedTok
 def _lost_prompt_end(
     records: Dataset, tokenized: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> str | None:
+    """The end of the first prompt that is no prefix of its text; see `TokenizationCounts`."""
     num_lost = tokenized.data.column("num_lost").to_numpy()
     if not num_lost.any():
         return None

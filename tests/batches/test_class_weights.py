@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from kto_lightning.batches.class_weights import (
     ClassWeights,
-    check_weights,
     effective_ratio,
+    imbalance_warning,
     recommended_weights,
     resolve_weights,
 )
@@ -95,12 +95,12 @@ def test_a_weight_that_is_not_positive_is_refused(weight: float) -> None:
 def test_given_weights_are_checked_against_one_to_four_thirds(
     counts: tuple[int, int], weights: tuple[float, float], fits: bool
 ) -> None:
-    warning = check_weights(*counts, ClassWeights(desirable=weights[0], undesirable=weights[1]))
+    warning = imbalance_warning(*counts, ClassWeights(desirable=weights[0], undesirable=weights[1]))
     assert (warning is None) == fits
 
 
 def test_the_warning_names_the_weights_that_fit() -> None:
-    assert check_weights(746, 254, ClassWeights(desirable=1.0, undesirable=1.0)) == (
+    assert imbalance_warning(746, 254, ClassWeights(desirable=1.0, undesirable=1.0)) == (
         "desirable and undesirable records weigh 746 : 254 (2.94 : 1), outside 1:1 to 4:3. Set "
         "either undesirable_weight to 2.94 (2.21 to 2.94 fits) or desirable_weight to 0.34 "
         "(0.34 to 0.45 fits), not both."
@@ -109,12 +109,12 @@ def test_the_warning_names_the_weights_that_fit() -> None:
 
 def test_a_single_class_is_a_warning() -> None:
     ones = ClassWeights(desirable=1.0, undesirable=1.0)
-    assert check_weights(0, 0, ones) is None
-    assert check_weights(300, 0, ones) == (
-        "all 300 records are desirable. KTO learns from the contrast of good and bad completions: "
-        "add undesirable ones if there are any."
+    assert imbalance_warning(0, 0, ones) is None
+    assert imbalance_warning(300, 0, ones) == (
+        "all 300 records are desirable. KTO learns from the contrast of desirable and undesirable "
+        "completions: add undesirable ones if there are any."
     )
-    warning = check_weights(0, 300, ones)
+    warning = imbalance_warning(0, 300, ones)
     assert warning is not None
     assert warning.startswith("all 300 records are undesirable.")
 
@@ -123,7 +123,7 @@ def test_a_single_class_is_a_warning() -> None:
 def test_recommended_weights_always_fit(num_desirable: int, num_undesirable: int) -> None:
     weights = recommended_weights(num_desirable, num_undesirable)
     assert min(pair(weights)) == 1.0
-    assert check_weights(num_desirable, num_undesirable, weights) is None
+    assert imbalance_warning(num_desirable, num_undesirable, weights) is None
 
 
 @given(COUNTS, COUNTS, st.floats(min_value=1e-3, max_value=1e3), st.booleans())
@@ -135,4 +135,4 @@ def test_automatic_weights_always_fit(
     desirable, undesirable = effective_ratio(num_desirable, num_undesirable, weights)
     assert min(pair(weights)) > 0
     assert desirable / undesirable == pytest.approx(1, rel=0.06)
-    assert check_weights(num_desirable, num_undesirable, weights) is None
+    assert imbalance_warning(num_desirable, num_undesirable, weights) is None

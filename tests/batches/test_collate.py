@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from kto_lightning.batches.collate import StepBatches, pack
 from kto_lightning.batches.packing import MicroBatch, example_costs
-from kto_lightning.batches.pairing import pair_rotate, unpaired
+from kto_lightning.batches.pairing import pair_none, pair_rotate
 from kto_lightning.batches.sampler import PlanSampler, StepPlan
 from kto_lightning.batches.types import PackedBatch, Sequences, StepBatch
 
@@ -243,7 +243,7 @@ def test_prompts_are_shared_only_where_a_step_is_one_micro_batch():
 
 def test_without_partners_there_is_no_mismatched_run():
     plans = PlanSampler(
-        pairing=unpaired(6),
+        pairing=pair_none(6),
         costs=np.ones(6, int),
         batch_size=6,
         max_tokens=99,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kto_lightning.batches.pairing import Pairing, pair_distinct_prompts, pair_rotate, unpaired
+from kto_lightning.batches.pairing import Pairing, pair_distinct_prompts, pair_none, pair_rotate
 from kto_lightning.batches.sampler import PlanSampler, StepPlan, epoch_order
 from kto_lightning.errors import ConfigError, DataError
 
@@ -47,7 +47,7 @@ def pairings(draw) -> Pairing:
     num_examples = draw(st.integers(min_value=1, max_value=40))
     if kind == "rotate":
         return pair_rotate(num_examples, draw(st.integers(min_value=2, max_value=9)))
-    return unpaired(num_examples)
+    return pair_none(num_examples)
 
 
 def units(pairing: Pairing) -> list[list[int]]:
@@ -169,7 +169,7 @@ def test_rotate_refuses_a_batch_of_one():
 
 
 def test_unpaired_has_no_partners():
-    pairing = unpaired(3)
+    pairing = pair_none(3)
     assert pairing.partner is None
     assert pairing.self_paired.tolist() == []
     assert epoch_order(pairing, shuffle=False, seed=0, epoch=0).tolist() == [0, 1, 2]
@@ -196,7 +196,7 @@ def test_an_even_batch_holds_whole_rings(keys, seed, half_batch, epoch):
 
 def test_epochs_differ_and_are_the_same_on_every_machine():
     orders = [
-        epoch_order(unpaired(8), shuffle=True, seed=seed, epoch=epoch).tolist()
+        epoch_order(pair_none(8), shuffle=True, seed=seed, epoch=epoch).tolist()
         for seed, epoch in [(0, 0), (0, 1), (1, 0)]
     ]
     assert orders == [
@@ -276,7 +276,7 @@ def test_a_resumed_stream_is_the_tail_of_the_uninterrupted_one(pairing, batch_si
 
 
 def test_a_state_counts_only_in_its_own_epoch():
-    plans = sampler(unpaired(20))
+    plans = sampler(pair_none(20))
     plans.load_state(plans.state_dict(num_steps_done=3))
     assert [step for step, *_ in epoch_of(plans, 0)] == [3, 4]
     assert [step for step, *_ in epoch_of(plans, 1)] == [0, 1, 2, 3, 4]
@@ -284,7 +284,7 @@ def test_a_state_counts_only_in_its_own_epoch():
 
 
 def test_a_state_of_a_finished_epoch_begins_the_next():
-    plans = sampler(unpaired(20))
+    plans = sampler(pair_none(20))
     plans.set_epoch(1)
     plans.load_state(plans.state_dict(num_steps_done=5))
     assert (plans.epoch, plans.start) == (2, 0)
@@ -298,7 +298,7 @@ def test_a_state_of_a_finished_epoch_begins_the_next():
         (pair_rotate(20, 4), {"shuffle": False}, "shuffle was 1"),
         (pair_rotate(24, 4), {}, "num_examples was 20"),
         (pair_rotate(20, 5), {}, "pairing_checksum was"),
-        (unpaired(20), {}, "pairing_checksum was"),
+        (pair_none(20), {}, "pairing_checksum was"),
     ],
 )
 def test_going_on_in_another_order_is_refused(pairing, changed, named):
@@ -316,4 +316,4 @@ def test_memory_and_ranks_may_change_on_resume():
 
 def test_a_batch_of_nothing_is_refused():
     with pytest.raises(ConfigError, match="at least 1, got 0"):
-        sampler(unpaired(3), batch_size=0)
+        sampler(pair_none(3), batch_size=0)

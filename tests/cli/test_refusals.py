@@ -38,7 +38,7 @@ BAD_DATA = {
         records_with('{"prompt": "a", "completion": "b", "label": null}'),
         ["train.jsonl:4: 'label' must be true or false, got null", "Drop the line or give it"],
     ),
-    "not JSON": (records_with("{not json"), ["train.jsonl:4: invalid JSON", "Mend or drop it"]),
+    "not JSON": (records_with("{not json"), ["train.jsonl:4: invalid JSON", "Fix or remove it"]),
     "a number": (records_with("7"), ["train.jsonl:4:"]),
     "many": (
         "\n".join(['{"prompt": "a", "completion": "b"}'] * 9) + "\n",

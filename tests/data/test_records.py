@@ -415,32 +415,32 @@ def test_pairs_without_a_common_beginning_have_no_prompt(tmp_path: Path) -> None
         (
             PLAIN | {"prompt": 7},
             "'prompt' must be a string or a non-empty list of messages, got 7. "
-            "Mend or drop the line.",
+            "Fix or remove the line.",
         ),
         (
             PLAIN | {"completion": []},
             "'completion' must be a string or a non-empty list of messages, got []. "
-            "Mend or drop the line.",
+            "Fix or remove the line.",
         ),
         (
             {"messages": "hello", "label": True},
             "'messages' must be a non-empty list of messages, got \"hello\". "
-            "Mend or drop the line.",
+            "Fix or remove the line.",
         ),
         (
             PLAIN | {"prompt": [USER, "a"]},
             "'prompt[1]' must be an object with 'role' and 'content', got \"a\". "
-            "Mend or drop the line.",
+            "Fix or remove the line.",
         ),
         (
             PLAIN | {"prompt": [{"role": "user", "content": None}]},
             "'prompt[0].content' must be text (null only beside 'tool_calls'), got null. "
-            "Mend or drop the line.",
+            "Fix or remove the line.",
         ),
         (
             PLAIN | {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
             "'prompt[0].content' must be text (null only beside 'tool_calls'), "
-            'got [{"type": "image"}]. Mend or drop the line.',
+            'got [{"type": "image"}]. Fix or remove the line.',
         ),
         (PLAIN | {"prompt": [USER | {"role": 1}]}, "'prompt[0].role' must be a name, got 1."),
         (
@@ -458,23 +458,23 @@ def test_pairs_without_a_common_beginning_have_no_prompt(tmp_path: Path) -> None
         ({"prompt": "a", "chosen": "b"}, "'rejected' is missing; the record has"),
         (
             {"chosen": "b", "rejected": [GOOD]},
-            "'chosen' and 'rejected' must both be text or both messages. Mend the line.",
+            "'chosen' and 'rejected' must both be text or both messages. Fix the line.",
         ),
         (
             PLAIN | {"tools": "{not json"},
-            "'tools' must be a list of objects, got \"{not json\". Mend or drop it.",
+            "'tools' must be a list of objects, got \"{not json\". Fix or remove it.",
         ),
         (
             PLAIN | {"chat_template_kwargs": [1]},
-            "'chat_template_kwargs' must be an object, got [1]. Mend it.",
+            "'chat_template_kwargs' must be an object, got [1]. Fix it.",
         ),
         (
             PLAIN | {"chat_template_kwargs": {"tokenize": False}},
-            "'chat_template_kwargs' may not set tokenize: the tokenization does. Take it out.",
+            "'chat_template_kwargs' may not set tokenize: tokenization sets it. Remove it.",
         ),
         (
             PLAIN | {"weight": -1},
-            "'weight' must be a positive, finite number, got -1. Mend it, or leave it out for 1.0.",
+            "'weight' must be a positive, finite number, got -1. Fix it, or omit it for 1.0.",
         ),
         ([1], "a record must be a JSON object, got [1]. Drop or wrap it."),
     ],
@@ -501,7 +501,7 @@ DEEP = '{"prompt": "a", "completion": "b", "label": true, "tools": [%s]}'
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"prompt": ', "invalid JSON (Expecting value, column 12). Mend or drop it."),
+        (b'{"prompt": ', "invalid JSON (Expecting value, column 12). Fix or remove it."),
         (b'{"prompt": "\xff"}', "not valid UTF-8 (byte 0xff at offset 12). Save the file as"),
         (b'{"weight": NaN}', "NaN is not JSON. Write null or a number, or drop it."),
         (
@@ -516,7 +516,7 @@ DEEP = '{"prompt": "a", "completion": "b", "label": true, "tools": [%s]}'
         ),
         (
             b'{"prompt": "\\ud83d", "completion": "b", "label": true}',
-            "the text holds half a character (\\ud83d). Mend or drop it.",
+            "the text holds half a character (\\ud83d). Fix or remove it.",
         ),
         (
             (DEEP % '{"a": 1e999}').encode(),
@@ -540,7 +540,7 @@ def test_a_broken_array_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[\n  {"prompt": "a"},\n  {"prompt": }\n]')
     (bad,) = read_records(str(path))
-    assert str(bad) == f"{path}:3: invalid JSON (Expecting value, column 14). Mend or drop it."
+    assert str(bad) == f"{path}:3: invalid JSON (Expecting value, column 14). Fix or remove it."
 
 
 def test_broken_csv_rows(tmp_path: Path) -> None:
@@ -571,7 +571,7 @@ def test_parquet_values_that_json_cannot_carry(tmp_path: Path) -> None:
     assert isinstance(first, BadRecord)
     assert first.message.startswith("a value cannot be written as JSON (Object of type bytes")
     assert isinstance(second, BadRecord)
-    assert second.message == "a text is not valid UTF-8. Mend or drop the row."
+    assert second.message == "a text is not valid UTF-8. Fix or remove the row."
 
 
 def test_a_line_of_ten_megabytes(tmp_path: Path) -> None:
@@ -662,7 +662,7 @@ def test_bad_records_are_counted_and_leave_no_cache(tmp_path: Path) -> None:
             f"7 of 9 records cannot be used, in {source}:",
             *[f"  {source}:{line}: {why}" for line in range(2, 7)],
             "  … and 2 more",
-            "Mend or drop them and start again; nothing has been trained.",
+            "Fix or remove them and start again; nothing has been trained.",
         ]
     assert not list((tmp_path / "cache").rglob("*.arrow"))
     jsonl(tmp_path / "a.jsonl", PLAIN)

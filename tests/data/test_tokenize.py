@@ -16,8 +16,9 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from kto_lightning.data import tokenize
-from kto_lightning.data.token_ids import ids_of_records, token_ids
-from kto_lightning.data.tokenize import ExampleSet, tokenize_records
+from kto_lightning.data.examples import ExampleSet
+from kto_lightning.data.token_ids import token_ids, token_ids_of_records
+from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.errors import ConfigError, DataError, ModelError
 from tests.support.factories import (
     BOS_ID,
@@ -138,7 +139,7 @@ def test_texts_of_one_call_and_of_calls_of_their_own_have_the_same_ids() -> None
     rows = [row for pair in zip(plain_records(6), chat_records(6), strict=True) for row in pair]
     rows += [rows[0], rows[1] | {"chat_template_kwargs": {"truncation": True, "max_length": 9}}]
     tokenizer = make_tokenizer(chat_template="llama3", bos=True)
-    found = list(ids_of_records([json.dumps(row) for row in rows], tokenizer))
+    found = list(token_ids_of_records([json.dumps(row) for row in rows], tokenizer))
     assert found == [(*token_ids(row, tokenizer), None) for row in rows]
     assert len(found[-1][0]) == 9 < len(found[1][0])
 
@@ -147,7 +148,7 @@ def test_a_text_that_stops_its_call_stops_no_other() -> None:
     rows = plain_records(4)
     rows[2]["completion"] = "\ud800"  # half of a character: nothing can encode it
     tokenizer = make_tokenizer()
-    found = list(ids_of_records([json.dumps(row) for row in rows], tokenizer))
+    found = list(token_ids_of_records([json.dumps(row) for row in rows], tokenizer))
     prompt_ids, text_ids, fault = found.pop(2)
     assert fault is not None
     assert prompt_ids == text_ids == []
@@ -281,7 +282,7 @@ import kto_lightning.data.tokenize as tokenize
 def refuse(*_):
     raise AssertionError("tokenized again")
 
-tokenize._token_ids = refuse
+tokenize.token_ids_of_records = refuse
 records = Dataset.load_from_disk(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
 tokenizer(["a", "bc"], padding=True, truncation=True, max_length=1)
@@ -314,7 +315,7 @@ def test_the_cache_knows_data_template_and_tokenizer_but_not_the_length(
 ) -> None:
     seen: list[str] = []
     real = tokenize.ids_of_records
-    monkeypatch.setattr(tokenize, "ids_of_records", lambda r, t: seen.extend(r) or real(r, t))
+    monkeypatch.setattr(tokenize, "token_ids_of_records", lambda r, t: seen.extend(r) or real(r, t))
 
     def num_tokenized(data: Dataset, tokenizer, max_length: int | None = None) -> int:
         seen.clear()

@@ -1,1 +1,1 @@
-"""Training on records that are read while the run goes on."""
+"""Streaming: records are read and tokenized during the run instead of before it."""

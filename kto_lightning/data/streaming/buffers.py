@@ -1,4 +1,4 @@
-"""A stream of examples, cut into buffers of which no more than two are held at a time."""
+"""Buffers of a stream of examples: partners and shuffling stay inside one; two are in memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,26 +11,26 @@ from kto_lightning.batches.sampler import StepPlan
 
 @dataclass(kw_only=True, slots=True)
 class StreamedExample:
-    """One example of a stream, as it is packed, and where it stood."""
+    """One tokenized example of a stream, and its place in it."""
 
     index: int
-    """The place of its record among the usable ones of the epoch, from 0."""
+    """Position of its record among the usable records of the epoch, from 0."""
     prompt_ids: Int32[np.ndarray, " prompt"]
     """Truncated at its start under `keep_end`, else whole."""
     completion_ids: Int32[np.ndarray, " completion"]
-    """Never truncated, see `Example`."""
+    """Never truncated, see `examples.Example`."""
     desirable: bool
     weight: float
     prompt_key: int
-    """Equal where the untruncated prompts are."""
+    """Equal where the untruncated prompts are equal."""
     location: str
     """`file:line`."""
     checksum: int
-    """Of all usable records before its own."""
+    """CRC-32 of all usable records before this one."""
 
 
-class HeldExamples:
-    """Some examples of a stream, in memory: `collate.TokenizedExamples`."""
+class BufferedExamples:
+    """Examples of a stream held in memory; implements `collate.TokenizedExamples`."""
 
     prompt_lengths: Int64[np.ndarray, " examples"]
     completion_lengths: Int64[np.ndarray, " examples"]
@@ -54,36 +54,36 @@ class HeldExamples:
     def __getitem__(self, position: int, /) -> StreamedExample:
         return self._examples[position]
 
-    def take(self, positions: Int64[np.ndarray, " chosen"]) -> "HeldExamples":
-        return HeldExamples([self._examples[position] for position in positions.tolist()])
+    def take(self, positions: Int64[np.ndarray, " chosen"]) -> "BufferedExamples":
+        return BufferedExamples([self._examples[position] for position in positions.tolist()])
 
 
 @dataclass(kw_only=True, slots=True)
 class Buffer:
-    """Neighbours in a stream, from among which partners are taken."""
+    """Consecutive examples of a stream, which are paired with each other."""
 
     number: int
     """From 0."""
-    examples: HeldExamples
+    examples: BufferedExamples
     is_last: bool
 
     @property
     def span(self) -> str:
-        """Where it begins and ends in the files."""
+        """First and last place in the files, as `file:line to file:line`."""
         return f"{self.examples[0].location} to {self.examples[len(self.examples) - 1].location}"
 
 
 def cut_into_buffers(
     examples: Iterator[StreamedExample], size: int, *, first: int = 0
 ) -> Iterator[Buffer]:
-    """Buffers of `size` neighbours; the last takes what is left, up to 2 · `size` − 1.
+    """Buffers of `size` consecutive examples; the last takes the rest, up to 2 · `size` − 1.
 
-    So a buffer is small only where the whole stream is, and no leftover of one example is in want
-    of a partner. A buffer is given out once the next one is whole, which is all that is held.
+    So a buffer is smaller than `size` only if the whole stream is, and a single last example never
+    lacks a partner. A buffer is yielded when the next one is complete; no more is held.
 
     Args:
-        examples: from the first of buffer `first` on.
-        size: of every buffer but the last.
+        examples: starting with the first example of buffer `first`.
+        size: of every buffer except the last.
         first: the number of the first buffer.
     """
     held: list[StreamedExample] = []
@@ -91,29 +91,29 @@ def cut_into_buffers(
     for example in examples:
         held.append(example)
         if len(held) == 2 * size:
-            yield Buffer(number=number, examples=HeldExamples(held[:size]), is_last=False)
+            yield Buffer(number=number, examples=BufferedExamples(held[:size]), is_last=False)
             del held[:size]
             number += 1
     if held:
-        yield Buffer(number=number, examples=HeldExamples(held), is_last=True)
+        yield Buffer(number=number, examples=BufferedExamples(held), is_last=True)
 
 
 @dataclass(kw_only=True, slots=True)
 class StreamedStep:
-    """A step's plan with the examples it is about, so that its buffer need not be at hand."""
+    """A step's plan with its examples and partners, which is all that a loader worker needs."""
 
     plan: StepPlan
-    """Its positions are those in `examples`."""
-    examples: HeldExamples
+    """Indexes `examples`."""
+    examples: BufferedExamples
 
 
-def with_its_examples(plan: StepPlan, examples: HeldExamples) -> StreamedStep:
-    """A plan of a buffer, with those of the buffer's examples that it names."""
+def attach_examples(plan: StepPlan, examples: BufferedExamples) -> StreamedStep:
+    """A plan with the examples of its buffer that it uses, re-indexed to them."""
     num_examples = len(plan.examples)
-    named = [plan.examples] if plan.partners is None else [plan.examples, plan.partners]
-    needed, place = np.unique(np.concatenate(named), return_inverse=True)
-    partners = None if plan.partners is None else place[num_examples:]
+    used = [plan.examples] if plan.partners is None else [plan.examples, plan.partners]
+    positions, index = np.unique(np.concatenate(used), return_inverse=True)
+    partners = None if plan.partners is None else index[num_examples:]
     return StreamedStep(
-        plan=replace(plan, examples=place[:num_examples], partners=partners),
-        examples=examples.take(needed),
+        plan=replace(plan, examples=index[:num_examples], partners=partners),
+        examples=examples.take(positions),
     )

@@ -1,88 +1,94 @@
-"""Records read and tokenized on the fly in every epoch: for sources too big to be kept twice."""
+"""`ExampleStream`: records read and tokenized anew in every epoch, without a copy on disk."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 from zlib import crc32
 
 import numpy as np
 from jaxtyping import Int64
+from lightning import Trainer
 from transformers import PreTrainedTokenizerBase
 
 from kto_lightning.batches.class_weights import ClassWeights, resolve_weights
-from kto_lightning.data.dataset import BadRecord, Record, read_records
+from kto_lightning.data.dataset import read_records
 from kto_lightning.data.examples import Truncation, truncate_prompts
-from kto_lightning.data.records import encode
+from kto_lightning.data.records import Record, record_to_json
+from kto_lightning.data.sources import BadRecord
 from kto_lightning.data.streaming.buffers import StreamedExample
-from kto_lightning.data.tokenize import lacking_in_tokenizer, tokenize_texts
+from kto_lightning.data.tokenize import tokenize_json_records, tokenizer_error
 from kto_lightning.errors import ConfigError, DataError
 
 _CHUNK = 64
-"""Records that are tokenized at a time."""
-_MOST_SHOWN = 5
-MOST_BAD = 100
-"""From so many bad records on, a stream with more bad than good ones is given up: that is the wrong
-file or the wrong form, and not a few spoilt lines."""
+"""Records tokenized in one call."""
+_NUM_SHOWN = 5
+MAX_BAD = 100
+"""A stream with so many bad records, and more bad than usable ones, is an error: it is the wrong
+file or form, and not a few damaged lines."""
 
 
 @dataclass(kw_only=True, slots=True)
 class StreamPosition:
-    """Where an epoch of a stream goes on, in numbers that a checkpoint holds."""
+    """Where to resume in an epoch of a stream; plain numbers, saved in checkpoints."""
 
     epoch: int = 0
     step: int = 0
-    """The next one."""
+    """The next step."""
     buffer: int = 0
-    """The one that `step` is in."""
+    """The number of the buffer that contains `step`."""
     records: int = 0
     """Usable records before that buffer."""
     checksum: int = 0
-    """Of these."""
+    """CRC-32 of these records."""
 
 
 @dataclass(kw_only=True, slots=True)
 class StreamCounts:
-    """What this process has met in an epoch so far; what a resumed run skips is only `records`."""
+    """Counts of the current epoch in this process.
+
+    Records before the place where a run was resumed are not tokenized: only `records` and `bad`
+    count them.
+    """
 
     records: int = 0
-    """Usable ones."""
+    """Usable records."""
     bad: int = 0
-    """Those that are not, or that the tokenizer's template cannot render."""
+    """Records that are invalid, or that the chat template cannot render."""
     dropped: int = 0
-    """Without a token, or with a prompt that fills `max_length`."""
+    """Usable records without a token, or whose prompt fills `max_length`."""
     desirable: int = 0
     undesirable: int = 0
 
     def __str__(self) -> str:
         return (
             f"{self.records} records read in the last epoch, {self.desirable} desirable and "
-            f"{self.undesirable} undesirable ones tokenized, {self.dropped} dropped; {self.bad} "
-            "bad ones left out"
+            f"{self.undesirable} undesirable ones tokenized, {self.dropped} dropped; bad records "
+            f"skipped: {self.bad}"
         )
 
 
 @dataclass(kw_only=True, eq=False)
 class ExampleStream:
-    """The examples of a source, over and over; bad records are warned of when they are met."""
+    """The examples of a source, read in every epoch; bad records are skipped with a warning."""
 
     source: str | list[str]
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None
     truncation: Truncation
     buffer_size: int
-    """Examples among which partners are found, a multiple of the batch's."""
+    """Examples per buffer, a multiple of the batch size."""
     warn: Callable[[str], None]
     counts: StreamCounts = field(default_factory=StreamCounts, init=False)
     _num_shown: int = field(default=0, init=False)
 
     def examples(self, start: StreamPosition) -> Iterator[StreamedExample]:
-        """The examples of an epoch, in the order of the files, from the buffer of `start` on.
+        """The examples of an epoch, in file order, from the first one of `start`'s buffer.
 
         Raises:
-            DataError: if the source cannot be read, holds nothing to train on, or almost only bad
-                records (`MOST_BAD`).
-            ConfigError: if the records before `start` are not those that were there.
+            DataError: if the source cannot be read, has nothing to train on, or too many bad
+                records (`MAX_BAD`).
+            ConfigError: if the records before `start` are not those of the checkpoint.
             ModelError: if the tokenizer lacks what the records need.
         """
         self.counts = StreamCounts()
@@ -93,14 +99,14 @@ class ExampleStream:
             if not checked and chunk[0].checksum != start.checksum:
                 break
             checked = True
-            for example in self._tokenized(chunk):
+            for example in self._tokenize(chunk):
                 any_example = True
                 yield example
         if not checked:
             raise ConfigError(
-                "cannot go on within an epoch: the records of --data.train before the checkpoint's "
-                "place in the stream are not those that were read then. Use the same files, or "
-                "start a new run from the exported model."
+                "cannot resume within an epoch: the records of --data.train before the "
+                "checkpoint's place in the stream are not those that were read then. Use the same "
+                "files, or start a new run from the exported model."
             )
         if not any_example:
             raise DataError(
@@ -109,32 +115,34 @@ class ExampleStream:
                 f"a prompt that fills --data.max_length {self.max_length}. See `inspect`."
             )
 
-    def _usable_records(self) -> Iterator["_Usable"]:
+    def _usable_records(self) -> Iterator["_UsableRecord"]:
         checksum = 0
         for record in read_records(self.source, streaming=True):
             if isinstance(record, BadRecord):
                 self._count_bad(str(record))
                 continue
-            text = encode(record)
-            yield _Usable(record=record, text=text, index=self.counts.records, checksum=checksum)
+            text = record_to_json(record)
+            yield _UsableRecord(
+                record=record, text=text, index=self.counts.records, checksum=checksum
+            )
             self.counts.records += 1
             checksum = crc32(f"{record.desirable} {record.weight} {text}".encode(), checksum)
 
     def _count_bad(self, message: str) -> None:
         self.counts.bad += 1
-        if self._num_shown < _MOST_SHOWN:
+        if self._num_shown < _NUM_SHOWN:
             self._num_shown += 1
-            more = " Further ones are only counted." if self._num_shown == _MOST_SHOWN else ""
-            self.warn(f"left out: {message}{more}")
-        if self.counts.bad >= MOST_BAD and self.counts.bad > self.counts.records:
+            more = " Further ones are only counted." if self._num_shown == _NUM_SHOWN else ""
+            self.warn(f"skipped: {message}{more}")
+        if self.counts.bad >= MAX_BAD and self.counts.bad > self.counts.records:
             raise DataError(
-                f"{self.counts.bad} bad records and {self.counts.records} good ones so far, the "
-                f"latest {message}\n--data.streaming leaves bad records out, but so many mean that "
-                "the file or its form is wrong. `inspect` shows what is in it."
+                f"{self.counts.bad} bad records and {self.counts.records} usable ones so far, the "
+                f"latest {message}\n--data.streaming skips bad records, but so many mean that the "
+                "file or its form is wrong. Run `inspect` on it."
             )
 
-    def _tokenized(self, chunk: list["_Usable"]) -> Iterator[StreamedExample]:
-        columns = tokenize_texts([usable.text for usable in chunk], self.tokenizer)
+    def _tokenize(self, chunk: list["_UsableRecord"]) -> Iterator[StreamedExample]:
+        columns = tokenize_json_records([usable.text for usable in chunk], self.tokenizer)
         prompts, completions = columns["prompt_ids"], columns["completion_ids"]
         prompt_lengths, completion_lengths = map(_lengths, (prompts, completions))
         kept, dropped = truncate_prompts(
@@ -145,7 +153,7 @@ class ExampleStream:
             record = usable.record
             location = f"{record.file}:{record.line}"
             if columns["fault"][row] is not None:
-                self._refuse(columns["fault"][row], location)
+                self._count_fault(columns["fault"][row], location)
                 continue
             if dropped[row]:
                 self.counts.dropped += 1
@@ -162,10 +170,10 @@ class ExampleStream:
                 checksum=usable.checksum,
             )
 
-    def _refuse(self, fault: str, location: str) -> None:
-        lacking = lacking_in_tokenizer(fault, location, self.tokenizer)
-        if lacking is not None:
-            raise lacking
+    def _count_fault(self, fault: str, location: str) -> None:
+        error = tokenizer_error(fault, location, self.tokenizer)
+        if error is not None:
+            raise error
         self._count_bad(f"{location}: the chat template cannot render it: {fault}")
 
     def _count(self, record: Record) -> None:
@@ -176,14 +184,14 @@ class ExampleStream:
 
 
 @dataclass(kw_only=True, slots=True)
-class _Usable:
-    """A record as it is tokenized."""
+class _UsableRecord:
+    """A record about to be tokenized."""
 
     record: Record
     text: str
     index: int
     checksum: int
-    """Of all usable records before."""
+    """CRC-32 of all usable records before this one."""
 
 
 def _lengths(ids: list[np.ndarray]) -> Int64[np.ndarray, " records"]:
@@ -200,10 +208,10 @@ def open_stream(
     batch_size: int,
     warn: Callable[[str], None],
 ) -> ExampleStream:
-    """The stream of a source, tried on its first example, so that a run does not begin in vain.
+    """Open the stream of a source and read its first example, so that errors come before training.
 
     Raises:
-        DataError, ModelError: as `ExampleStream.examples` up to there.
+        DataError, ModelError: as `ExampleStream.examples`.
     """
     stream = ExampleStream(
         source=source,
@@ -217,12 +225,12 @@ def open_stream(
     return stream
 
 
-def check_stream_settings(buffer_size: int, validation: object, trainer: Any) -> None:
-    """Refuse what only a whole data set can give.
+def check_stream_settings(buffer_size: int, validation: object, trainer: Trainer) -> None:
+    """Check the settings of a streamed run before its model is loaded.
 
     Raises:
-        ConfigError: if the buffer is too small to hold partners, or a share of the records or of
-            the steps is asked for.
+        ConfigError: if the buffer has no room for partners, or a setting is a fraction of the
+            records or steps, whose number is unknown.
     """
     if buffer_size < 2:
         raise ConfigError(
@@ -230,30 +238,30 @@ def check_stream_settings(buffer_size: int, validation: object, trainer: Any) ->
         )
     if isinstance(validation, (int, float)):
         raise ConfigError(
-            f"--data.validation {validation:g} is a share of records that --data.streaming true "
+            f"--data.validation {validation:g} is a fraction of records that --data.streaming true "
             "has not counted. Give a file of held-out records."
         )
     for name in ("limit_train_batches", "val_check_interval"):
-        share = getattr(trainer, name)
-        if isinstance(share, float) and share != 1.0:
+        fraction = getattr(trainer, name)
+        if isinstance(fraction, float) and fraction != 1.0:
             raise ConfigError(
-                f"--trainer.{name} {share:g} is a share of an epoch whose length "
+                f"--trainer.{name} {fraction:g} is a fraction of an epoch whose length "
                 "--data.streaming true does not know. Give a number of steps."
             )
 
 
-def stream_weights(
+def resolve_stream_weights(
     desirable: Literal["auto"] | float, undesirable: Literal["auto"] | float
 ) -> ClassWeights:
-    """The weights that were given: a stream's records cannot be counted before it is read.
+    """The given class weights: `auto` needs counts, which a stream has not before it is read.
 
     Raises:
-        ConfigError: if one is left to choose.
+        ConfigError: if one of them is `auto`.
     """
     if desirable == "auto" or undesirable == "auto":
         raise ConfigError(
-            "--data.streaming true cannot count the records that `auto` class weights need. Give "
+            "--data.streaming true cannot count the records, as `auto` class weights need. Give "
             "--model.desirable_weight and --model.undesirable_weight: `inspect FILE` recommends "
-            "them, from a part of the records too."
+            "them, also from a part of the records."
         )
     return resolve_weights(1, 1, desirable=desirable, undesirable=undesirable)

@@ -7,9 +7,10 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from kto_lightning.data.dataset import FEATURES, Record, load_records, read_records
-from kto_lightning.data.records import encode
-from kto_lightning.data.tokenize import ExampleSet, tokenize_records
+from kto_lightning.data.dataset import FEATURES, load_records, read_records
+from kto_lightning.data.examples import ExampleSet
+from kto_lightning.data.records import Record, record_to_json
+from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.errors import DataError
 from kto_lightning.reports.data.facts import (
     Facts,
@@ -208,7 +209,7 @@ def _tokenize(
 
 def _as_row(record: Record) -> dict[str, object]:
     return {
-        "record": encode(record),
+        "record": record_to_json(record),
         "desirable": record.desirable,
         "weight": record.weight,
         "file": record.file,

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kto_lightning.data.dataset import Record, is_conversational
 from kto_lightning.data.messages import KEYS_REPLACING_CONTENT
+from kto_lightning.data.records import Record, is_conversational
 from kto_lightning.data.sources import BadRecord, expand, read_rows
 from kto_lightning.errors import DataError
 from kto_lightning.reports.data.fields import Column, Places

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from math import sqrt
 from pathlib import Path
 
-from kto_lightning.batches.class_weights import ClassWeights, check_weights
+from kto_lightning.batches.class_weights import ClassWeights, imbalance_warning
 from kto_lightning.reports.data.fields import DataReport, Places
 from kto_lightning.reports.data.order import single_label_chance
 from kto_lightning.reports.finding import Finding
@@ -87,7 +87,7 @@ def _about_labels(report: DataReport) -> Iterator[Finding]:
                 action="add records of the other label, if there are any",
             )
         return
-    if check_weights(*counts, ClassWeights(desirable=1.0, undesirable=1.0)):
+    if imbalance_warning(*counts, ClassWeights(desirable=1.0, undesirable=1.0)):
         yield Finding(
             grade="note",
             what=f"The labels are {shown_ratio(report)}, outside 1:1 to 4:3",

@@ -139,12 +139,12 @@ def test_bad_records_are_reported_when_met_and_left_out(
     left = fit(policy, spoilt, tmp_path / "left", *SMALL_BUFFERS)
     assert rows(left) == rows(clean)
     said = capsys.readouterr()
-    warnings = [line for line in said.err.splitlines() if "left out" in line]
+    warnings = [line for line in said.err.splitlines() if "skipped: " in line]
     assert len(warnings) == 5
     assert f"{spoilt}:10: invalid JSON" in warnings[0]
     assert f"{spoilt}:11: 'label' must be true or false, got null" in warnings[1]
     assert warnings[-1].endswith("Further ones are only counted.")
-    assert "7 bad ones left out" in said.out
+    assert "bad records skipped: 7" in said.out
     report = json.loads((left / "data_report.json").read_text())
     assert report["streamed"] is True
     assert (report["records"], report["bad"]) == (25, 7)
@@ -167,7 +167,7 @@ def test_records_that_no_template_renders_are_left_out_too(
     fit(policy, data, tmp_path, *STREAM, "--data.chat_template", tmp_path / "template.jinja")
     said = capsys.readouterr()
     assert f"{data}:5: the chat template cannot render it" in said.err
-    assert "1 bad ones left out" in said.out
+    assert "bad records skipped: 1" in said.out
 
 
 def test_a_file_of_bad_records_is_given_up(
@@ -177,7 +177,7 @@ def test_a_file_of_bad_records_is_given_up(
     good = "".join(json.dumps(record) + "\n" for record in plain_records(9))
     data.write_text(good + '{"prompt": "a", "completion": "b"}\n' * 200)
     fit(policy, data, tmp_path, *SMALL_BUFFERS, status=1)
-    assert "100 bad records and 9 good ones so far" in capsys.readouterr().err
+    assert "100 bad records and 9 usable ones so far" in capsys.readouterr().err
     data.write_text('{"prompt": "a", "completion": "b"}\n' * 9)
     fit(policy, data, tmp_path, *SMALL_BUFFERS, status=1)
     assert "None of the 9 records in the stream can be trained on" in capsys.readouterr().err

@@ -163,8 +163,8 @@ def test_a_place_leads_to_the_rest_of_the_epoch(train: Path):
         assert seen(batches_of(other)) == whole[done:]
     last = sampler_of(stream_of(train))
     list(last)
-    assert last.place(len(whole), ends_epoch=False) == StreamPosition(epoch=1)
-    assert last.place(3, ends_epoch=True) == StreamPosition(epoch=1)
+    assert last.position_after(len(whole), ends_epoch=False) == StreamPosition(epoch=1)
+    assert last.position_after(3, ends_epoch=True) == StreamPosition(epoch=1)
 
 
 def test_what_is_skipped_is_not_tokenized(train: Path, monkeypatch: pytest.MonkeyPatch):
