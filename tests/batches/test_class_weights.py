@@ -1,4 +1,4 @@
-"""Class weights, with numbers worked by hand."""
+"""Class weights, checked with numbers computed by hand."""
 
 import math
 
@@ -35,7 +35,7 @@ def pair(weights: ClassWeights) -> tuple[float, float]:
         (0, 0, (1.0, 1.0)),
     ],
 )
-def test_the_rarer_class_is_raised(
+def test_the_smaller_class_gets_the_larger_weight(
     num_desirable: int, num_undesirable: int, expected: tuple[float, float]
 ) -> None:
     assert pair(recommended_weights(num_desirable, num_undesirable)) == expected

@@ -1,4 +1,4 @@
-"""Packed batches against the plain reading of each sequence, token by token."""
+"""Packed batches, compared token by token with each sequence on its own."""
 
 import pickle
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class InMemoryExample:
 
 
 class InMemoryExamples:
-    """Token ids tell where they come from: example i's prompt counts from 1000·i, its completion
-    from 1000·i + 500."""
+    """Token ids that name their origin: example i's prompt counts from 1000·i, its completion from
+    1000·i + 500."""
 
     def __init__(self, lengths: list[tuple[int, int]], weights: list[float] | None = None):
         self.prompt_lengths = np.array([prompt for prompt, _ in lengths], dtype=np.int32)
@@ -142,7 +142,7 @@ def test_shared_prompts_score_what_whole_sequences_score(lengths, max_length):
 
 
 @given(lengths_of_examples, cuts)
-def test_a_shared_run_holds_only_completions_and_goes_on_from_their_prompts(lengths, max_length):
+def test_a_shared_run_holds_only_completions_and_continues_their_prompts(lengths, max_length):
     mismatched = packed(lengths, max_length, shares_prompts=True).mismatched
     ids, positions, boundaries = [], [], [0]
     for i in range(len(lengths)):
@@ -308,7 +308,7 @@ def test_lightning_moves_every_tensor_and_leaves_the_lengths_on_the_host():
 
 
 @pytest.mark.parametrize("shares_prompts", [True, False])
-def test_ids_of_a_memory_map_are_left_alone(shares_prompts):
+def test_ids_of_a_memory_map_are_not_written(shares_prompts):
     """Token ids come read-only from Arrow; nothing may write into them or warn of it."""
     examples = [InMemoryExamples([(2, 2)])[0]]
     for ids in (examples[0].prompt_ids, examples[0].completion_ids):

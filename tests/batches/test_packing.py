@@ -1,4 +1,4 @@
-"""Every example is run once, within the budget, and no rank runs more forwards than another."""
+"""Micro-batch plans: every example once, within the budget, the same number on every rank."""
 
 from itertools import product
 
@@ -124,7 +124,7 @@ def test_padding_puts_like_lengths_together():
     assert plan == [[MicroBatch([0, 2]), MicroBatch([1, 3])]]
 
 
-def test_a_rank_without_examples_stands_in_with_the_shortest():
+def test_a_rank_without_examples_runs_the_shortest_as_a_filler():
     plan = plan_micro_batches([5, 3], max_tokens=100, world_size=4)
     assert plan == [
         [MicroBatch([0])],

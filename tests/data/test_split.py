@@ -1,3 +1,5 @@
+"""Splits by prompt: proportions, seeds, errors."""
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -33,7 +35,7 @@ def test_no_prompt_is_on_both_sides_and_nothing_is_lost(keys, fraction, seed):
         assert side[held_out].sum() <= np.rint(fraction * side.sum())
 
 
-def test_the_seed_decides():
+def test_the_split_follows_the_seed():
     desirable = np.arange(200) % 2 == 0
     splits = [
         split_by_prompt(np.arange(200), desirable, fraction=0.2, seed=seed)[1].tolist()

@@ -1,4 +1,4 @@
-"""Token for token what TRL trains on, cut where we say, and read once."""
+"""Tokenization: equal to TRL's token for token; truncation, the cache, errors."""
 
 import json
 import pickle
@@ -134,7 +134,7 @@ def test_tools_and_template_settings_have_trls_tokens(template: str, tmp_path: P
     assert ours(examples) == trls_or_skip(as_text, tokenizer, tmp_path)
 
 
-def test_texts_of_one_call_and_of_calls_of_their_own_have_the_same_ids() -> None:
+def test_batched_and_single_calls_give_the_same_ids() -> None:
     """Text and chat mixed, a text that recurs, and a record that has to go alone."""
     rows = [row for pair in zip(plain_records(6), chat_records(6), strict=True) for row in pair]
     rows += [rows[0], rows[1] | {"chat_template_kwargs": {"truncation": True, "max_length": 9}}]
@@ -144,7 +144,7 @@ def test_texts_of_one_call_and_of_calls_of_their_own_have_the_same_ids() -> None
     assert len(found[-1][0]) == 9 < len(found[1][0])
 
 
-def test_a_text_that_stops_its_call_stops_no_other() -> None:
+def test_a_text_that_fails_its_call_fails_no_other() -> None:
     rows = plain_records(4)
     rows[2]["completion"] = "\ud800"  # half of a character: nothing can encode it
     tokenizer = make_tokenizer()
@@ -178,7 +178,7 @@ def test_a_call_is_rendered_with_the_arguments_it_was_written_with(tmp_path: Pat
     assert "null" not in "".join(texts)
 
 
-def test_prompts_that_are_no_prefix_are_counted_and_shown() -> None:
+def test_prompts_that_are_no_prefix_are_counted() -> None:
     template = (
         "{% for m in messages %}{{ m.content }};{% endfor %}{{ 'Bot:' if add_generation_prompt }}"
     )
@@ -310,11 +310,11 @@ def test_a_second_process_finds_the_cache(tmp_path: Path) -> None:
     assert run.stdout.split() == [str(len(short)), str(short.sum())]
 
 
-def test_the_cache_knows_data_template_and_tokenizer_but_not_the_length(
+def test_the_cache_key_covers_data_template_and_tokenizer_but_not_the_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    real = tokenize.ids_of_records
+    real = tokenize.token_ids_of_records
     monkeypatch.setattr(tokenize, "token_ids_of_records", lambda r, t: seen.extend(r) or real(r, t))
 
     def num_tokenized(data: Dataset, tokenizer, max_length: int | None = None) -> int:
@@ -352,7 +352,7 @@ def test_the_first_record_a_template_refuses_is_named(num_workers: int) -> None:
     assert "Conversation roles must alternate" in lines[1]
 
 
-def test_a_conversation_needs_a_template_and_text_an_end() -> None:
+def test_a_conversation_needs_a_template_and_text_an_end_token() -> None:
     mixed = as_dataset(plain_records(2) + chat_records(2))
     with pytest.raises(ModelError, match=r"no chat template, and train\.jsonl:3.*--data.chat_temp"):
         tokenize_records(mixed, make_tokenizer(), max_length=None)

@@ -1,4 +1,4 @@
-"""`--data.streaming true`: the steps of a data set, from records that are never all at hand."""
+"""`--data.streaming true`: whole runs, compared with runs on a data set and with resumed ones."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_a_stream_in_one_buffer_is_the_data_set(
     assert len(rows(streamed)) in (7, 14)
 
 
-def test_blocks_that_rotate_do_not_feel_the_buffers(policy: Path, train: Path, tmp_path: Path):
+def test_rotated_blocks_do_not_depend_on_the_buffers(policy: Path, train: Path, tmp_path: Path):
     """A buffer holds whole batches, so its blocks are those of the file."""
     options = ("--data.pairing", "rotate", "--data.shuffle", "false")
     kept = fit(policy, train, tmp_path / "kept", *WEIGHTS, *options)
@@ -93,7 +93,7 @@ def whole_runs(policy: Path, train: Path, tmp_path_factory: pytest.TempPathFacto
         ("validation", 7),
     ],
 )
-def test_a_killed_run_goes_on_bit_for_bit(
+def test_a_killed_run_resumes_bit_for_bit(
     name: str, step: int, policy: Path, train: Path, whole_runs, tmp_path: Path
 ):
     options = (*SMALL_BUFFERS, *TWO_EPOCHS, *SETTINGS[name])
@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert_equal_runs(tmp_path, whole)
 
 
-def test_other_records_are_not_gone_on_with(
+def test_resuming_on_other_records_is_an_error(
     policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     options = (*SMALL_BUFFERS, *EVERY_STEP)
@@ -126,7 +126,7 @@ def test_other_records_are_not_gone_on_with(
         assert part in capsys.readouterr().err
 
 
-def test_bad_records_are_reported_when_met_and_left_out(
+def test_bad_records_are_skipped_with_a_warning(
     policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     lines = train.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -151,7 +151,7 @@ def test_bad_records_are_reported_when_met_and_left_out(
     assert report["sources"] == [str(spoilt)]
 
 
-def test_records_that_no_template_renders_are_left_out_too(
+def test_records_that_no_template_renders_are_skipped_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     template = "{% for m in messages %}{{ raise_exception('no') if 'x' in m.content else ''}}"
@@ -170,7 +170,7 @@ def test_records_that_no_template_renders_are_left_out_too(
     assert "bad records skipped: 1" in said.out
 
 
-def test_a_file_of_bad_records_is_given_up(
+def test_a_stream_of_bad_records_is_an_error(
     policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     data = tmp_path / "train.jsonl"
@@ -208,7 +208,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_a_stream_cannot_do_is_refused(
+def test_settings_that_a_stream_cannot_support_are_errors(
     name: str, policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     options, part = REFUSED[name]
@@ -225,13 +225,13 @@ def test_the_reference_cache_serves_a_stream(
     assert rows(first) == rows(plain)
 
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("all its log-probs are in the cache")
+        raise AssertionError("all log-probs are in the cache")
 
     monkeypatch.setattr(FrozenReference, "logps", fail)
     assert rows(fit(policy, train, tmp_path / "again", *cached)) == rows(plain)
 
 
-def test_what_is_streamed_is_validated_and_exported(policy: Path, train: Path, tmp_path: Path):
+def test_a_streamed_run_is_validated_and_exported(policy: Path, train: Path, tmp_path: Path):
     held_out = small_data(tmp_path / "held_out.jsonl", 6, seed=1)
     output = fit(policy, train, tmp_path, *SMALL_BUFFERS, "--data.validation", held_out)
     assert rows(output)[-1]["val/loss"]

@@ -1,4 +1,4 @@
-"""Buffers of a stream: what is held, whose completion goes with which prompt, what ranks see."""
+"""Streams: buffers, partners, ranks, resuming, errors of the source."""
 
 import gc
 import json
@@ -140,7 +140,7 @@ def test_partners_answer_another_prompt_and_stay_the_same(train: Path):
     assert keys() == first
 
 
-def test_ranks_share_out_what_one_rank_sees(train: Path):
+def test_ranks_divide_the_steps_of_one_rank(train: Path):
     one = seen(batches_of(sampler_of(stream_of(train))))
     ranks = [
         seen(batches_of(sampler_of(stream_of(train), rank=rank, world_size=2, max_tokens=64)))
@@ -150,7 +150,7 @@ def test_ranks_share_out_what_one_rank_sees(train: Path):
     assert all(all(steps[:9]) for steps in ranks)
 
 
-def test_a_place_leads_to_the_rest_of_the_epoch(train: Path):
+def test_a_position_resumes_the_rest_of_the_epoch(train: Path):
     whole = seen(batches_of(sampler_of(stream_of(train))))
     for done in range(1, len(whole)):
         sampler = sampler_of(stream_of(train))
@@ -223,7 +223,7 @@ def test_lengths_and_drops_are_those_of_a_data_set(train: Path):
     assert stream.counts.desirable + stream.counts.undesirable == 37
 
 
-def test_a_stream_is_tried_before_it_is_needed(tmp_path: Path):
+def test_opening_a_stream_reads_its_first_example(tmp_path: Path):
     said: list[str] = []
 
     def opened(source: Any) -> ExampleStream:
@@ -252,7 +252,7 @@ def test_a_stream_is_tried_before_it_is_needed(tmp_path: Path):
     assert len(said) == 1
 
 
-def test_a_hub_data_set_is_read_as_it_is_fetched(monkeypatch: pytest.MonkeyPatch):
+def test_a_hub_data_set_is_read_while_it_is_downloaded(monkeypatch: pytest.MonkeyPatch):
     fetched: list[int] = []
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -286,7 +286,7 @@ def test_a_hub_data_set_that_breaks_off_is_named(monkeypatch: pytest.MonkeyPatch
         list(stream_of(Path("owner/feedback")).examples(StreamPosition()))
 
 
-def test_the_sampler_tells_where_its_examples_stand(train: Path):
+def test_the_sampler_locates_its_examples(train: Path):
     sampler = sampler_of(stream_of(train))
     batch = next(batches_of(sampler))
     index = batch.micro_batches[0].indices[0]

@@ -1,0 +1,212 @@
+"""The cached data set: columns, fingerprint, errors, real data and random input."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from kto_lightning.data import sources
+from kto_lightning.data.dataset import load_records, read_records
+from kto_lightning.data.records import Record
+from kto_lightning.data.sources import BadRecord
+from kto_lightning.errors import DataError
+from tests.data.rows import CALL, DEEP, PLAIN, USER, jsonl
+
+
+def cached(tmp_path: Path, source: str | list[str]) -> datasets.Dataset:
+    return load_records(source, cache_dir=str(tmp_path / "cache"))
+
+
+def test_the_columns_of_the_data_set(tmp_path: Path) -> None:
+    tools = [{"z": 1, "a": "ä"}]
+    source = jsonl(
+        tmp_path / "a.jsonl",
+        PLAIN,
+        {"messages": [USER, CALL], "label": 0, "tools": tools, "weight": 0.5},
+    )
+    dataset = cached(tmp_path, source)
+    assert dataset.column_names == ["record", "desirable", "weight", "file", "line"]
+    assert dataset["desirable"][:] == [True, False]
+    assert dataset["weight"][:] == [1.0, 0.5]
+    assert dataset["file"][:] == [source, source]
+    assert dataset["line"][:] == [1, 2]
+    assert json.loads(dataset[0]["record"]) == {
+        "prompt": "Is it raining?",
+        "completion": " Yes.",
+        "tools": None,
+        "chat_template_kwargs": {},
+    }
+    assert json.loads(dataset[1]["record"])["completion"] == [CALL]
+    assert '"tools": [{"z": 1, "a": "ä"}]' in dataset[1]["record"]
+
+
+def test_the_cache_follows_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = jsonl(tmp_path / "a.jsonl", PLAIN)
+    first = cached(tmp_path, source)
+    os.utime(source, (1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr("kto_lightning.data.dataset.read_rows", None)  # parsing again would fail
+        again = cached(tmp_path, source)
+    assert again._fingerprint == first._fingerprint
+    assert again[:] == first[:]
+    stamp = os.stat(source)
+    jsonl(tmp_path / "a.jsonl", PLAIN | {"label": False})
+    os.utime(source, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    changed = cached(tmp_path, source)
+    assert changed["desirable"][:] == [False]
+    assert changed._fingerprint != first._fingerprint
+    with monkeypatch.context() as patch:
+        patch.setattr("kto_lightning.data.dataset.FORMAT_VERSION", 0)
+        assert cached(tmp_path, source)._fingerprint != changed._fingerprint
+
+
+def test_the_fingerprint_is_that_of_any_process(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", PLAIN)
+    script = (
+        "import sys; from kto_lightning.data.dataset import load_records; "
+        "print(load_records(sys.argv[1], cache_dir=sys.argv[2])._fingerprint)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, source, str(tmp_path / "other-cache")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+    )
+    assert result.stdout.strip() == cached(tmp_path, source)._fingerprint
+
+
+def test_bad_records_are_counted_and_leave_no_cache(tmp_path: Path) -> None:
+    bad = PLAIN | {"label": None}
+    source = jsonl(tmp_path / "a.jsonl", PLAIN, *[bad] * 7, PLAIN)
+    why = "'label' must be true or false, got null. Drop the line or give it a label."
+    for _ in range(2):
+        with pytest.raises(DataError) as error:
+            cached(tmp_path, source)
+        assert str(error.value).splitlines() == [
+            f"7 of 9 records cannot be used, in {source}:",
+            *[f"  {source}:{line}: {why}" for line in range(2, 7)],
+            "  … and 2 more",
+            "Fix or remove them and start again; nothing has been trained.",
+        ]
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+    jsonl(tmp_path / "a.jsonl", PLAIN)
+    assert len(cached(tmp_path, source)) == 1
+
+
+def test_other_errors_come_through_the_cache(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(DataError, match="no record in there"):
+        cached(tmp_path, str(tmp_path / "empty.jsonl"))
+    source = jsonl(tmp_path / "a.jsonl", PLAIN)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="the cache of parsed records cannot be written"):
+        load_records(source, cache_dir=str(tmp_path / "file" / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("name", "desirable", "undesirable", "chat"),
+    [
+        ("claudesidian_1000.jsonl", 746, 254, False),
+        ("claudesidian_1000_raw.jsonl", 746, 254, True),
+        ("toolcalls_2386.jsonl", 1344, 1042, True),
+        ("kto_en_demo_300.jsonl", 150, 150, True),
+        ("kto_en_demo_300_raw.json", 150, 150, True),
+        ("gsm8k_solutions_5276.jsonl", 2001, 3275, False),
+    ],
+)
+def test_real_data(
+    tmp_path: Path, shared_data: Path, name: str, desirable: int, undesirable: int, chat: bool
+) -> None:
+    dataset = cached(tmp_path, str(shared_data / name))
+    assert Counter(dataset["desirable"][:]) == {True: desirable, False: undesirable}
+    assert dataset["line"][:] == list(range(1, len(dataset) + 1))
+    assert isinstance(json.loads(dataset[0]["record"])["prompt"], list) is chat
+
+
+def test_raw_and_prepared_conversations_are_the_same_records(shared_data: Path) -> None:
+    raw, prepared = (
+        [record for record in read_records(str(shared_data / name)) if isinstance(record, Record)]
+        for name in ("kto_en_demo_300_raw.json", "kto_en_demo_300.jsonl")
+    )
+    assert len(raw) == 300
+    for ours, expected in zip(raw, prepared, strict=True):
+        assert (ours.prompt, ours.completion) == (expected.prompt, expected.completion)
+        assert ours.desirable == expected.desirable
+
+
+def test_texts_are_those_that_datasets_reads(tmp_path: Path, shared_data: Path) -> None:
+    """TRL's users load the same file so; whatever a chat template sees must be the same."""
+    source = str(shared_data / "toolcalls_2386.jsonl")
+    cache = str(tmp_path / "cache")
+    rows = datasets.load_dataset("json", data_files=source, split="train", cache_dir=cache)
+    assert isinstance(rows, datasets.Dataset)
+    for record, row in zip(read_records(source), rows, strict=True):
+        assert isinstance(record, Record)
+        expected = {key: dict(row)[key] for key in ("prompt", "completion")}
+        ours = {"prompt": record.prompt, "completion": record.completion}
+        assert json.dumps(ours) == json.dumps(expected)  # the order of keys too
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), inner)
+        | st.dictionaries(st.text(), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+ROWS = st.dictionaries(st.sampled_from(sources.COLUMNS), JSON_VALUES) | JSON_VALUES
+QUICK = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def check_yields(path: Path) -> None:
+    """Reading gives records, bad records or a DataError, and nothing else."""
+    with contextlib.suppress(DataError):
+        for record in read_records(str(path)):
+            assert isinstance(record, Record | BadRecord)
+            if isinstance(record, BadRecord):
+                assert str(record).startswith(f"{path}:{record.line}: ")
+                str(record).encode()
+
+
+@QUICK
+@given(st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.parquet"]), st.binary(max_size=300))
+@example("a.csv", b'prompt,completion,label\n"\n\0,"a"b\r,\xff')
+@example("a.json", b"\xef\xbb\xbf{}\n{}")
+def test_any_bytes(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    check_yields(tmp_path / name)
+
+
+@QUICK
+@given(st.lists(ROWS, max_size=4))
+def test_any_json(tmp_path: Path, rows: list[object]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    check_yields(path)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    check_yields(tmp_path / "a.json")
+
+
+@QUICK
+@given(st.integers(1, 20_000), st.sampled_from(["[", '{"a":', '{"prompt":[']))
+def test_any_nesting(tmp_path: Path, depth: int, opener: str) -> None:
+    path = tmp_path / "a.jsonl"
+    closer = "".join({"[": "]", "{": "}"}.get(char, "") for char in reversed(opener))
+    inner = opener * depth + "1" + closer * depth
+    path.write_text(inner + "\n" + DEEP % inner + "\n")
+    check_yields(path)
