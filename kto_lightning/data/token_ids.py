@@ -22,6 +22,7 @@ _TOKENIZATION_KWARGS = frozenset(
 )
 """Arguments of `apply_chat_template` that take effect after rendering."""
 
+RecordJson = dict[str, Any]  # Any: values of the JSON in the column `record`
 _Result = TypeVar("_Result")
 
 
@@ -71,7 +72,7 @@ class _RenderedRecord:
     """Whether the tokenizer adds special tokens; a chat template writes its own."""
 
 
-def _render(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> _RenderedRecord | None:
+def _render(record: RecordJson, tokenizer: PreTrainedTokenizerBase) -> _RenderedRecord | None:
     """The two texts whose ids are those of `token_ids`; None where only `token_ids` is correct.
 
     Raises:
@@ -103,7 +104,7 @@ def _tokenize_texts(
 
 
 def token_ids(
-    record: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+    record: RecordJson, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
     """Ids of the prompt alone and of prompt + completion, by TRL's own calls.
 
@@ -117,8 +118,8 @@ def token_ids(
     return _ids(prompt), _ids(whole)
 
 
-def _plain_texts(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    eos_token: Any = tokenizer.eos_token  # Any: transformers gives it no type
+def _plain_texts(record: RecordJson, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    eos_token: Any = tokenizer.eos_token  # Any: typed as any special token, ids and lists included
     if eos_token is None:
         raise ModelError(NO_EOS)
     whole = record["prompt"] + record["completion"]
@@ -127,8 +128,10 @@ def _plain_texts(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _apply_template(
-    record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any
-) -> tuple[Any, Any]:
+    record: RecordJson,
+    tokenizer: PreTrainedTokenizerBase,
+    **options: Any,  # Any: its own keywords, and the record's
+) -> tuple[Any, Any]:  # Any: texts, or what `_ids` takes
     if not tokenizer.chat_template:
         raise ModelError(NO_TEMPLATE)
     prompt, whole = record["prompt"], record["prompt"] + record["completion"]

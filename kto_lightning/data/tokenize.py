@@ -98,7 +98,7 @@ def tokenize_json_records(
     records: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[Any]]:
     """The columns of the cache for records as JSON; `fault` says why one cannot be tokenized."""
-    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}  # Any: one type a column
     for prompt_ids, text_ids, fault in token_ids_of_records(records, tokenizer):
         start = _common_prefix_length(prompt_ids, text_ids)
         kept = np.asarray(prompt_ids[:start], dtype=np.int32)
@@ -123,7 +123,7 @@ def _fingerprint(records: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
     """The cache key of the token ids: a hash of what determines them, and of nothing else."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        vocabulary: Any = [tokenizer.get_vocab(), repr(tokenizer.init_kwargs)]
+        vocabulary: Any = [tokenizer.get_vocab(), repr(tokenizer.init_kwargs)]  # Any: JSON
     else:
         vocabulary = json.loads(backend.to_str())
         # State of the last call with padding or truncation; tokenization here uses neither.
