@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kto_lightning.data.dataset import load_records
 from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.errors import DataError
-from tests.data.test_records import QUICK, ROWS, check_yields
+from tests.data.rows import QUICK, ROWS, check_yields
 from tests.support.cli import fit, rows, run_cli
 from tests.support.factories import (
     chat_records,

@@ -1,11 +1,16 @@
-"""Rows of the tests of this folder, and readers of one row."""
+"""Rows of the tests of this folder, random ones too, and readers of them."""
 
+import contextlib
 import json
 from pathlib import Path
 
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
 from kto_lightning.data.dataset import read_records
 from kto_lightning.data.records import Record
-from kto_lightning.data.sources import BadRecord
+from kto_lightning.data.sources import COLUMNS, BadRecord
+from kto_lightning.errors import DataError
 
 USER = {"role": "user", "content": "Is it raining?"}
 GOOD = {"role": "assistant", "content": "Yes."}
@@ -35,3 +40,30 @@ def message_of(tmp_path: Path, row: object) -> str:
     assert isinstance(bad, BadRecord)
     assert (bad.file, bad.line) == (str(tmp_path / "one.jsonl"), 1)
     return bad.message
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), inner)
+        | st.dictionaries(st.text(), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+ROWS = st.dictionaries(st.sampled_from(COLUMNS), JSON_VALUES) | JSON_VALUES
+QUICK = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def check_yields(path: Path) -> None:
+    """Reading gives records, bad records or a DataError, and nothing else."""
+    with contextlib.suppress(DataError):
+        for record in read_records(str(path)):
+            assert isinstance(record, Record | BadRecord)
+            if isinstance(record, BadRecord):
+                assert str(record).startswith(f"{path}:{record.line}: ")
+                str(record).encode()

@@ -1,6 +1,5 @@
 """The cached data set: columns, fingerprint, errors, real data and random input."""
 
-import contextlib
 import json
 import os
 import subprocess
@@ -10,15 +9,13 @@ from pathlib import Path
 
 import datasets
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kto_lightning.data import sources
 from kto_lightning.data.dataset import load_records, read_records
 from kto_lightning.data.records import Record
-from kto_lightning.data.sources import BadRecord
 from kto_lightning.errors import DataError
-from tests.data.rows import CALL, DEEP, PLAIN, USER, jsonl
+from tests.data.rows import CALL, DEEP, PLAIN, QUICK, ROWS, USER, check_yields, jsonl
 
 
 def cached(tmp_path: Path, source: str | list[str]) -> datasets.Dataset:
@@ -154,33 +151,6 @@ def test_texts_are_those_that_datasets_reads(tmp_path: Path, shared_data: Path) 
         expected = {key: dict(row)[key] for key in ("prompt", "completion")}
         ours = {"prompt": record.prompt, "completion": record.completion}
         assert json.dumps(ours) == json.dumps(expected)  # the order of keys too
-
-
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), inner)
-        | st.dictionaries(st.text(), inner, max_size=4)
-    ),
-    max_leaves=12,
-)
-ROWS = st.dictionaries(st.sampled_from(sources.COLUMNS), JSON_VALUES) | JSON_VALUES
-QUICK = settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
-
-def check_yields(path: Path) -> None:
-    """Reading gives records, bad records or a DataError, and nothing else."""
-    with contextlib.suppress(DataError):
-        for record in read_records(str(path)):
-            assert isinstance(record, Record | BadRecord)
-            if isinstance(record, BadRecord):
-                assert str(record).startswith(f"{path}:{record.line}: ")
-                str(record).encode()
 
 
 @QUICK
