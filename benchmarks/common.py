@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -94,10 +93,10 @@ def describe(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def print_header(description: dict[str, Any], stream=sys.stdout) -> None:
+def print_header(description: dict[str, Any]) -> None:
     """One comment line per entry."""
     for name, value in description.items():
-        print(f"# {name}: {value}", file=stream)
+        print(f"# {name}: {value}")
 
 
 def time_paired(
