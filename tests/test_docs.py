@@ -100,6 +100,10 @@ def test_every_file_and_test_that_a_page_names_exists(page: str):
         assert (ROOT / path).is_file(), path
         if function:
             assert f"def {function}(" in (ROOT / path).read_text(encoding="utf-8"), function
+    package = ROOT / "kto_lightning"
+    rooms = "|".join(path.parent.name for path in package.glob("*/__init__.py"))
+    for path in re.findall(rf"`((?:{rooms})/[\w/]+\.py)`", TEXTS[page]):
+        assert (package / path).is_file(), path
 
 
 def test_the_readme_has_a_tree_of_every_folder():
