@@ -1,7 +1,22 @@
-"""`python -m kto_lightning`: help and version before the heavy imports, then the command line."""
+"""`python -m kto_lightning`: help and version before the heavy imports, then a command."""
 
 import sys
+from importlib import import_module
 from importlib.metadata import version
+
+TRAINER = "kto_lightning.cli.trainer"
+COMMANDS = {
+    "fit": TRAINER,
+    "validate": TRAINER,
+    "predict": TRAINER,
+    "inspect": "kto_lightning.cli.inspect",
+    "report": "kto_lightning.cli.report",
+    "export": "kto_lightning.cli.export",
+    "parity": "kto_lightning.parity.command",
+    "demo": "kto_lightning.demo.__main__",
+}
+"""Modules of the commands: `main(argv)` returns the exit status. It gets the arguments after the
+command's name, but for `TRAINER`, whose parser reads the name too."""
 
 USAGE = """\
 usage: python -m kto_lightning COMMAND [options]
@@ -16,6 +31,7 @@ commands:
   report    report on a run, finished or not, as an HTML page:  OUTPUT [--html FILE]
   export    a checkpoint to a Hugging Face directory:  CHECKPOINT DIR [--merge]
   parity    TRL's KTOTrainer and `fit` side by side:  --model DIR --data FILE
+  demo      pretrain a tiny model, align it with `fit`:  [--output_dir DIR]
 
 options:
   COMMAND --help      all options of a command
@@ -27,7 +43,7 @@ A record is a line of JSON: {"prompt": "…", "completion": "…", "label": true
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Answer what needs no imports, and hand the rest to the command line.
+    """Answer what needs no imports, and pass the rest to the command's module.
 
     Returns:
         The exit status: 0; 1 for data or run; 2 for usage.
@@ -36,37 +52,21 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments:
         sys.stderr.write(USAGE)
         return 2
-    if arguments[0] in ("-h", "--help", "help"):
+    command = arguments[0]
+    if command in ("-h", "--help", "help"):
         sys.stdout.write(USAGE)
         return 0
-    if arguments[0] == "--version":
+    if command == "--version":
         sys.stdout.write(f"kto_lightning {version('kto-lightning')}\n")
         return 0
-    if arguments[0] == "inspect":
-        from kto_lightning.cli.inspect import inspect_main
-
-        return inspect_main(arguments[1:])
-    if arguments[0] == "report":
-        from kto_lightning.cli.report import report_main
-
-        return report_main(arguments[1:])
-    if arguments[0] == "export":
-        from kto_lightning.cli.export import export_main
-
-        return export_main(arguments[1:])
-    if arguments[0] == "parity":
-        from kto_lightning.parity.command import parity_main
-
-        return parity_main(arguments[1:])
-    if not arguments[0].startswith("-") and arguments[0] not in ("fit", "validate", "predict"):
+    if command not in COMMANDS and not command.startswith("-"):
         sys.stderr.write(
-            f"error: there is no command '{arguments[0]}'. There are: fit, validate, predict, "
-            "inspect, report, export, parity.\nhelp: python -m kto_lightning --help\n"
+            f"error: there is no command '{command}'. There are: {', '.join(COMMANDS)}.\n"
+            "help: python -m kto_lightning --help\n"
         )
         return 2
-    from kto_lightning.cli.trainer import main as run
-
-    return run(arguments)
+    name = COMMANDS.get(command, TRAINER)
+    return import_module(name).main(arguments if name == TRAINER else arguments[1:])
 
 
 if __name__ == "__main__":

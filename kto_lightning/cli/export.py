@@ -1,6 +1,6 @@
 """`python -m kto_lightning export CHECKPOINT DIR`: a checkpoint to a Hugging Face directory.
 
-What is heavy is imported inside functions, so that help and usage errors are answered at once.
+Heavy modules are imported inside functions, so that help and usage errors appear at once.
 """
 
 import argparse
@@ -12,12 +12,12 @@ from typing import Any
 from kto_lightning.errors import ConfigError, KTOError
 
 
-def export_main(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Run `export` with the arguments after its name.
 
     Returns:
-        The exit status: 0; 1 if the checkpoint or its model cannot be read or DIR not be written;
-        2 for wrong usage.
+        The exit status: 0; 1 if the checkpoint or its model cannot be read, or DIR cannot be
+        written; 2 for wrong usage.
     """
     try:
         arguments = _parse(argv)
@@ -28,7 +28,7 @@ def export_main(argv: list[str]) -> int:
     except KTOError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    except OSError as error:  # a directory that cannot be made, a file closed to us
+    except OSError as error:  # a directory that cannot be created, a file without permission
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}. Check path and disk.", file=sys.stderr)
         return 1
@@ -45,7 +45,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", type=Path, help="such as OUTPUT/checkpoints/step=N.ckpt"
     )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="where to write; a new one")
+    parser.add_argument(
+        "directory", metavar="DIR", type=Path, help="where to write; must be new or empty"
+    )
     parser.add_argument(
         "--merge", action="store_true", help="write the whole model with its adapter merged"
     )
@@ -70,7 +72,7 @@ def _export(checkpoint_path: Path, directory: Path, *, merge: bool) -> None:
     if merge:
         if not has_adapter(policy):
             raise ConfigError(
-                f"--merge: {checkpoint_path} holds a whole model, without an adapter. Leave it out."
+                f"--merge: {checkpoint_path} holds a full model without an adapter. Omit --merge."
             )
         merge_adapter(policy)
     save_weights(policy, _load_tokenizer(origin), directory, origin=origin)
@@ -84,15 +86,16 @@ def _load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise KTOError(f"there is no checkpoint {path}. Check the path.")
     if path.is_dir():
-        raise KTOError(f"{path} is a directory. Give a checkpoint file, as `fit` writes.")
-    if not is_whole(path):  # else unpickling any other file may raise anything
+        raise KTOError(f"{path} is a directory. Give a checkpoint file that `fit` wrote.")
+    if not is_whole(path):  # unpickling an arbitrary file may raise any exception
         raise KTOError(
-            f"{path} is no checkpoint that can be read, or it is damaged. Give another that `fit` "
-            "wrote."
+            f"{path} is not a readable checkpoint, or it is damaged. Give another that `fit` wrote."
         )
     checkpoint = AtomicCheckpointIO().load_checkpoint(path, map_location=_to_cpu)
     if "kto" not in checkpoint:
-        raise KTOError(f"{path} was not written by kto_lightning. Give a checkpoint of `fit`.")
+        raise KTOError(
+            f"{path} was not written by kto_lightning. Give a checkpoint that `fit` wrote."
+        )
     return checkpoint
 
 

@@ -1,6 +1,6 @@
-"""`python -m kto_lightning inspect FILE…`: the data report, to read or as JSON.
+"""`python -m kto_lightning inspect FILE…`: the data report as text, JSON or an HTML page.
 
-What is heavy is imported inside functions, so that help and usage errors are answered at once.
+Heavy modules are imported inside functions, so that help and usage errors appear at once.
 """
 
 import argparse
@@ -14,10 +14,10 @@ from kto_lightning.errors import KTOError
 
 DEFAULT_MAX_LENGTH = 1024
 FIT_KEYS = re.compile(r"--data\.(tokenizer|chat_template|max_length)\b")
-"""What messages shared with `fit` call options that `inspect` has without their group."""
+"""Options as messages shared with `fit` name them; `inspect` has them without the group."""
 
 
-def inspect_main(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Run `inspect` with the arguments after its name.
 
     Returns:
@@ -28,7 +28,7 @@ def inspect_main(argv: list[str]) -> int:
     except SystemExit as end:  # argparse has printed its help or its usage error
         return int(end.code or 0)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII only
+        sys.stdout.reconfigure(errors="replace")  # for a terminal limited to ASCII
     try:
         _inspect(arguments)
         sys.stdout.flush()
@@ -36,7 +36,7 @@ def inspect_main(argv: list[str]) -> int:
         message = FIT_KEYS.sub(r"--\1", str(error))
         print(f"error: {message}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # whoever read the report has seen enough, `head` for one
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -45,7 +45,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m kto_lightning inspect",
         description="Report on feedback data: labels and their order, class weights, lengths, "
-        "duplicates, and what to do about them. Several files are shown side by side.",
+        "duplicates, and advice. Several files are shown side by side.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -55,7 +55,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="a file (jsonl, json, csv, parquet), a glob in quotes, or a hub data set",
     )
     parser.add_argument(
-        "--tokenizer", metavar="DIR", help="count lengths in tokens; without: in characters"
+        "--tokenizer", metavar="DIR", help="measure lengths in tokens instead of characters"
     )
     parser.add_argument(
         "--chat_template", metavar="FILE", help="a Jinja chat template instead of the tokenizer's"
@@ -67,13 +67,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--max_length",
         type=int,
         metavar="N",
-        help=f"tokens after which a record is cut (default: {DEFAULT_MAX_LENGTH})",
+        help=f"tokens after which a record is truncated (default: {DEFAULT_MAX_LENGTH})",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print JSON: an object, of several files a list"
+        "--json", action="store_true", help="print JSON: an object, or a list for several files"
     )
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write the report with plots as an HTML page too"
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="also write the report, with plots, as an HTML page",
     )
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1:
@@ -82,7 +85,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--max_length must be at least 2, got {arguments.max_length}")
     for key in ("chat_template", "max_length"):
         if getattr(arguments, key) is not None and arguments.tokenizer is None:
-            parser.error(f"--{key} is about tokens and needs --tokenizer DIR")
+            parser.error(f"--{key} needs --tokenizer DIR: without one, lengths are in characters")
     return arguments
 
 
@@ -124,7 +127,7 @@ def _load_tokenizer(arguments: argparse.Namespace):
 
     from kto_lightning.models.tokenizer import load_tokenizer
 
-    logging.set_verbosity_error()  # it warns of every text longer than a model it does not know
+    logging.set_verbosity_error()  # else a warning for every text longer than the model's context
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     return load_tokenizer(arguments.tokenizer, chat_template=arguments.chat_template)

@@ -1,4 +1,4 @@
-"""LightningCLI with our keys, refusals and output layout."""
+"""`fit`, `validate` and `predict` as a LightningCLI: options, callbacks and output layout."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ from kto_lightning.callbacks.reporting import (
     MetricsStart,
     Summary,
 )
-from kto_lightning.cli.parser import PROG, Parser, reason_of
+from kto_lightning.cli.parser import PROG, Parser, first_cause
 from kto_lightning.cli.refusals import (
     ENVIRONMENT,
     check_callbacks,
@@ -54,7 +54,7 @@ from kto_lightning.training.metrics_csv import COLUMNS, MONITORABLE_METRICS, Met
 class KTOCLI(LightningCLI):
     """`fit`, `validate` and `predict` on top of Lightning's trainer."""
 
-    def __init__(self, arguments: list[str] | None = None) -> None:
+    def __init__(self, arguments: list[str]) -> None:
         super().__init__(
             model_class=KTOModule,
             datamodule_class=KTODataModule,
@@ -93,18 +93,18 @@ class KTOCLI(LightningCLI):
             "--output_dir",
             type=str,
             default="output",
-            help="Where the model, metrics, checkpoints and settings of this run go.",
+            help="Directory for the run's model, metrics, checkpoints and settings.",
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(Generations, "report")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Without Lightning's warning about `sys.argv`: `main` is called from Python too."""
-        assert args is None or isinstance(args, list)
+        """Parse without Lightning's warning about `sys.argv`: `main` is also called from Python."""
+        assert isinstance(args, list)
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning's own lets a checkpoint's settings override the command line's, silently."""
+        """Do nothing: Lightning would let a checkpoint's settings override the command line's."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
@@ -116,31 +116,36 @@ class KTOCLI(LightningCLI):
         if self.subcommand == "fit":
             check_not_read(config.output_dir, config.model)
         else:
-            self.save_config_callback = None  # OUTPUT's config.yaml is that of its training
+            self.save_config_callback = None  # config.yaml stays that of the training
         if trainer.precision is None:
             on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
             trainer.precision = "bf16-mixed" if on_gpu else "32-true"
         if trainer.max_epochs is None:
             trainer.max_epochs = 1 if trainer.max_steps == -1 else -1
-        self._settle_checkpoint(config)
+        self._resolve_checkpoint(config)
 
-    def _settle_checkpoint(self, config: Any) -> None:
-        """Put the file that is meant in the place of `--ckpt_path last`."""
-        asked = config.ckpt_path
+    def _resolve_checkpoint(self, config: Any) -> None:
+        """Replace `--ckpt_path last` by the path of the checkpoint."""
+        path = config.ckpt_path
         trains = self.subcommand == "fit"
-        checkpoint = None if asked is None else find_checkpoint(asked, config.output_dir)
-        if asked is not None and checkpoint is None and not trains:
-            raise KTOError(f"--ckpt_path last: there is no checkpoint in {config.output_dir} yet.")
+        checkpoint = None if path is None else find_checkpoint(path, config.output_dir)
+        if path is not None and checkpoint is None and not trains:
+            raise KTOError(
+                f"--ckpt_path last: there is no checkpoint in {config.output_dir} yet. Check "
+                "--output_dir, or give a checkpoint file."
+            )
         if trains:
-            check_unused(config.output_dir, checkpoint, goes_on=asked is not None)
+            check_unused(config.output_dir, checkpoint, goes_on=path is not None)
         config.ckpt_path = None if checkpoint is None else str(checkpoint)
 
     def instantiate_classes(self) -> None:
-        """Settings that Lightning or a class it makes refuses are a message too."""
+        """Turn errors of Lightning and of the classes that it creates into messages."""
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError) as error:
-            raise ConfigError(reason_of(error)) from error
+            cause = first_cause(error)
+            where = "--trainer.logger or --trainer.callbacks: " * isinstance(cause, ImportError)
+            raise ConfigError(f"{where}{' '.join(str(cause).split())}") from error
 
     def _set_seed(self) -> None:
         seed = self.config[str(self.subcommand)].seed_everything
@@ -153,13 +158,13 @@ class KTOCLI(LightningCLI):
         loggers = _as_list(trainer.logger)
         output_dir = self.config_init[str(self.subcommand)].output_dir
         kwargs["default_root_dir"] = output_dir
-        own = MetricsFile(output_dir)
-        kwargs["logger"] = [own, *(logger for logger in loggers if _is_logger(logger))]
+        metrics_file = MetricsFile(output_dir)
+        kwargs["logger"] = [metrics_file, *(logger for logger in loggers if _is_logger(logger))]
         progress = ProgressBar() if sys.stdout.isatty() else ProgressLines()
         callbacks = _as_list(trainer.callbacks)
         check_callbacks(callbacks)
         if self.subcommand == "fit":
-            validates = self._parts()[1].validation is not None
+            validates = self._module_and_data()[1].validation is not None
             check_monitors(callbacks, validates=validates, known=MONITORABLE_METRICS)
         kwargs["callbacks"] = [
             *callbacks,
@@ -167,7 +172,7 @@ class KTOCLI(LightningCLI):
             StepSeed(),
             DiagnosisWarnings(),
             Preemption(),
-            DataReportFile(),  # which may take a while, in which a signal is noted
+            DataReportFile(),  # after Preemption: a signal may come while it is computed
             Summary(),
         ]
         if trainer.enable_progress_bar is not False:
@@ -182,17 +187,17 @@ class KTOCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
-        module, data = self._parts()
+        module, data = self._module_and_data()
         held_out = data.prepared.validation_set is not None
         if held_out and module.validated_step != self.trainer.global_step:
             self.trainer.validate(module, datamodule=data, verbose=False)
         origin = module.origin()
-        sharded = training_strategy(self.trainer.strategy).whole_state()
+        gathered_state = training_strategy(self.trainer.strategy).whole_state()
         with wait_for_each_other():
             if self.trainer.is_global_zero:
                 policy = module.policy
-                if sharded is not None:
-                    checkpoint = {"state_dict": sharded, "kto": origin}
+                if gathered_state is not None:
+                    checkpoint = {"state_dict": gathered_state, "kto": origin}
                     policy = load_policy_from_checkpoint(checkpoint)
                 assert policy is not None
                 self._export(policy, data, origin)
@@ -203,7 +208,7 @@ class KTOCLI(LightningCLI):
         save_policy(policy, data.prepared.tokenizer, output, origin=origin)
         print(f"model     {output / 'model'}")
         print(f"metrics   {output / 'metrics.csv'}")
-        _report(output)
+        _write_report(output)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -213,7 +218,7 @@ class KTOCLI(LightningCLI):
 
     @rank_zero_only
     def after_validate(self) -> None:
-        module, data = self._parts()
+        module, data = self._module_and_data()
         for warning in data.prepared.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         metrics = module.published.latest
@@ -224,12 +229,12 @@ class KTOCLI(LightningCLI):
             print(f"{name:{width}}  {metrics[name]:.6g}")
 
     def after_predict(self) -> None:
-        module, data = self._parts()
+        module, data = self._module_and_data()
         assert data.prepared.predict_set is not None
         for warning in data.prepared.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        parts = self.trainer.predict_loop.predictions
-        predictions = gathered([prediction for part in parts for prediction in part])
+        batches = self.trainer.predict_loop.predictions
+        predictions = gathered([prediction for batch in batches for prediction in batch])
         if not self.trainer.is_global_zero:
             return
         if not any(prediction.reward for prediction in predictions):
@@ -238,14 +243,14 @@ class KTOCLI(LightningCLI):
         for path in write_rewards(data.prepared.predict_set, predictions, output_dir):
             print(f"rewards   {path}")
 
-    def _parts(self) -> tuple[KTOModule, KTODataModule]:
+    def _module_and_data(self) -> tuple[KTOModule, KTODataModule]:
         assert isinstance(self.model, KTOModule)
         assert isinstance(self.datamodule, KTODataModule)
         return self.model, self.datamodule
 
 
-def _report(output: Path) -> None:
-    """The run's page; what keeps it from being written takes nothing from the run."""
+def _write_report(output: Path) -> None:
+    """Write the run report; a failure is a warning, as the run itself has succeeded."""
     try:
         mark_finished(output)
         path, verdict = write_run_report(output)
@@ -259,14 +264,14 @@ def _report(output: Path) -> None:
 def _warn_of_identical_reference(module: KTOModule) -> None:
     print(
         f"warning: every reward is 0: the policy {module.model_settings.policy} and its reference "
-        "are the same model. Name the model that it was trained from with --model.reference, or "
-        "trained weights with --ckpt_path.",
+        "are the same model. Give the model that it was trained from as --model.reference, or "
+        "trained weights as --ckpt_path.",
         file=sys.stderr,
     )
 
 
 def _as_list(value: Any) -> list[Any]:
-    """What may be one or several."""
+    """An option that takes one value or several."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,139 +1,134 @@
-"""The command line's parser: errors about keys and values as one line each."""
+"""Parser of `fit`, `validate` and `predict`: wrong keys and values answered in one line each."""
 
 import difflib
-import re
 import sys
 from collections.abc import Iterable
-from typing import NoReturn
+from dataclasses import fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 PROG = "python -m kto_lightning"
-_UNKNOWN_OPTION = re.compile(
-    r"does not accept option '(?P<option>[^']+)'|Key '(?P<key>[^']+)' is not expected"
-    r"|[Uu]nrecognized arguments: --(?P<argument>[^\s=]+)|Option '(?P<part>[^']+)' is not accepted"
-)
-_BEFORE_COMMAND = re.compile(r"Option '[^']+' is not accepted before subcommand '(?P<command>\w+)'")
-_REQUIRED = re.compile(r"required: (fit|validate|predict)\.")
-_WRONG_VALUE = re.compile(r'Parser key "(?P<key>[^"]+)":(?P<reason>.*)', re.DOTALL)
-_EXPECTED = re.compile(
-    r"Expected an? (?:<class '(?P<type>\w+)'>|typing\.Literal\[(?P<words>.*?)\])"
-)
-_GOT = re.compile(r"(?:Got value|Given value): (?P<got>.*)")
-_MISSING_PACKAGE = re.compile(
-    r"class_path '(?:\w+\.)*(?P<name>\w+)'.*`pip install -U '(?P<package>[\w-]+)", re.DOTALL
-)
-_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-SHORT = {"--generate": "--report.generate"}
-"""Options that have a shorter name too."""
+SHORT_OPTIONS = {"--generate": "--report.generate"}
+_TYPES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    NoneType: "null",
+}
 
 
-def spelled_out(arguments: Iterable[str]) -> list[str]:
-    """The arguments, short names of options replaced by those that the parser knows."""
+def expand_short_options(arguments: Iterable[str]) -> list[str]:
+    """The arguments with short options replaced by those that the parser knows."""
     parts = (argument.partition("=") for argument in arguments)
-    return ["".join((SHORT.get(name, name), equals, value)) for name, equals, value in parts]
+    return ["".join((SHORT_OPTIONS.get(name, name), *value)) for name, *value in parts]
 
 
 class Parser(LightningArgumentParser):
-    """Answers a wrong key with the nearest right one, in a line instead of all options."""
+    """Prints an error and the command for help, a line each, and exits with status 2.
+
+    Keys, types and choices come from the parser's actions, values from the arguments; the rest is
+    what jsonargparse says.
+    """
+
+    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
+        """Answer unknown and missing keys before jsonargparse does, which names no nearest one."""
+        commands = next((a.choices for a in self._actions if a.dest == "subcommand"), None)
+        if isinstance(commands, dict):
+            known = {"config", "subcommand", *commands}
+            if any(key.partition(".")[0] not in known for key, _ in namespace.items()):
+                self._exit("options come after the command. Write `fit --config FILE`.")
+            for command in commands.keys() & namespace.keys(branches=True):
+                commands[command].check_keys(namespace[command])
+        super().validate(namespace, *args, **kwargs)
+
+    def check_keys(self, settings: Namespace) -> None:
+        """Exit with status 2 if a key is unknown, with the nearest right one, or one is missing."""
+        for key, _ in settings.items():
+            if not self._accepts(key):
+                self._exit(self._describe_unknown(key))
+        required = [action.dest for action in self._actions if action.required]
+        missing = [f"--{key}" for key in required if settings.get(key) is None]
+        if missing:
+            self._exit(f"the following arguments are required: {', '.join(missing)}")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = _REQUIRED.sub("required: --", message)
-        if message.endswith("required: save_dir"):
-            message = "this logger needs a directory. Add --trainer.logger.save_dir DIR."
-        prog = self.prog.replace(" [options]", "")
-        dashes = "--"
-        if not prog.startswith(PROG):  # a parser within a parser: of what `--model.lora` takes
-            prog, dashes = PROG, ""
-        message = (
-            _wrong_config(message)
-            or self._wrong_key(message)
-            or _wrong_value(message, dashes)
-            or message
-        )
-        print(f"error: {message}\nhelp: {prog} --help", file=sys.stderr)
+        unknown = [] if ex else [key for key, _ in self._options() if not self._accepts(key)]
+        if unknown:
+            message = self._describe_unknown(unknown[0])
+        elif isinstance(ex, TypeError):
+            message = self._describe_wrong_value(message)
+        if not self.exit_on_error:  # the parser of a class that an option names, such as a logger
+            keys = [a.dest for a in self._actions if not a.dest.endswith("help")]
+            message = f"{message}. Settings of this class, as --OPTION.NAME: {', '.join(keys)}."
+        self._exit(message, ex)
+
+    def _exit(self, message: str, ex: Exception | None = None) -> NoReturn:
+        prog = self.prog.replace(" [options]", "") if self.exit_on_error else PROG
+        print(f"error: {' '.join(message.split())}\nhelp: {prog} --help", file=sys.stderr)
         raise SystemExit(2) from ex
 
-    def _wrong_key(self, message: str) -> str | None:
-        match = _UNKNOWN_OPTION.search(message)
-        if match is None:
-            return None
-        wrong = next(group for group in match.groups() if group)
-        known = self._known_keys()
-        near = _nearest(wrong, known)
-        if near is not None and not match["part"]:
-            return f"there is no option '{wrong}'. Did you mean '--{near}'?"
-        if match["part"]:
-            return f"there is no option '{wrong}' here. There are: {', '.join(known)}."
-        return f"there is no option '{wrong}'."
+    def _options(self) -> list[tuple[str, str]]:
+        """Keys and values of the arguments, which jsonargparse keeps as `args`."""
+        arguments = getattr(self, "args", [])
+        parts = [argument.partition("=") for argument in arguments]
+        return [
+            (option[2:].removesuffix("+"), value if equals else following)
+            for (option, equals, value), following in zip(parts, [*arguments[1:], ""], strict=False)
+            if option.startswith("--")
+        ]
 
-    def _known_keys(self) -> list[str]:
-        parsers = [self]
-        for action in self._actions:
-            parsers.extend(getattr(action, "_name_parser_map", {}).values())
-        keys = [action.dest for parser in parsers for action in parser._actions]
-        return [key for key in dict.fromkeys(keys) if key not in ("help", "subcommand")]
-
-
-def _nearest(wrong: str, known: list[str]) -> str | None:
-    """The key without its group, such as `beta`; the beginning of a key; one spelt alike."""
-    for key in known:
-        if wrong == key.rpartition(".")[2] or key.startswith(f"{wrong}_"):
-            return key
-    return next(iter(difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)), None)
-
-
-def _wrong_config(message: str) -> str | None:
-    """A settings file that stands in the wrong place or holds no settings."""
-    match = _BEFORE_COMMAND.search(message)
-    if match is not None:
-        return f"options come after the command. Write `{match['command']} --config FILE`."
-    kind, _, rest = message.partition(": ")
-    if kind == "Problems parsing config":
-        return f"--config is no YAML that can be read: {_joined_lines(rest)}. Mend the file."
-    if kind == "Unexpected config":
-        got = _joined_lines(rest) or "nothing"
-        return f"--config must hold options, such as `model: {{beta: 0.2}}`, got {got}."
-    return None
-
-
-def _wrong_value(message: str, dashes: str) -> str | None:
-    """`--model.dtype must be float32, bfloat16 or null, got x.` for half a page of types."""
-    match = _WRONG_VALUE.search(message)
-    if match is None:
-        return None
-    key, reason = dashes + match["key"], match["reason"]
-    allowed: list[str] = []
-    for expected in _EXPECTED.finditer(reason):
-        if expected["type"] == "NoneType":
-            allowed.append("null")
-        elif expected["type"] in _TYPES:
-            allowed.append(_TYPES[expected["type"]])
-        elif expected["words"]:
-            allowed += [word.strip("'") for word in expected["words"].split(", ")]
-    got = _GOT.search(reason)
-    if got is None:
-        return f"{key}: {_joined_lines(reason)}"
-    if not allowed or allowed == ["null"]:
-        return f"{key} cannot be {got['got']}."
-    *first, last = dict.fromkeys(allowed)
-    choice = f"{', '.join(first)} or {last}" if first else last
-    return f"{key} must be {choice}, got {got['got']}."
-
-
-def reason_of(error: BaseException) -> str:
-    """The reason within jsonargparse's list of all types that a value did not fit, as one line."""
-    missing = _MISSING_PACKAGE.search(str(error))
-    if missing is not None:
-        name, package = missing["name"], missing["package"]
-        return (
-            f"{name} needs the package {package}, which is not installed. `pip install {package}`, "
-            f"or leave {name} out: OUTPUT/metrics.csv is always written."
+    def _accepts(self, key: str) -> bool:
+        """Whether it is an option, or a setting of the class that an option names."""
+        return any(
+            f"--{key}" in action.option_strings
+            or (hasattr(action, "_typehint") and key.startswith(f"{action.dest}."))
+            for action in self._actions
         )
-    reasons = [_joined_lines(part) for part in str(error).split("\n  - ")[1:]]
-    reasons = [reason for reason in reasons if not reason.startswith("Expected a")]
-    return reasons[0] if reasons else _joined_lines(str(error))
+
+    def _describe_unknown(self, key: str) -> str:
+        """The nearest key has another group, a longer name or a similar spelling."""
+        known = [action.dest for action in self._actions]
+        near = [k for k in known if key == k.rpartition(".")[2] or k.startswith(f"{key}_")]
+        near += difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        return f"there is no option '{key}'." + (f" Did you mean '--{near[0]}'?" if near else "")
+
+    def _describe_wrong_value(self, message: str) -> str:
+        """`--model.dtype must be float32, bfloat16 or null, got x.` for half a page of types."""
+        for action in self._actions:
+            hint = getattr(action, "_typehint", None)
+            if hint is not None and f'Parser key "{action.dest}"' in message:
+                *first, last = dict.fromkeys(_expected(hint))
+                expected = f"{', '.join(first)} or {last}" if first else last
+                name = f"--{action.dest}" if self.exit_on_error else action.dest
+                values = [value for key, value in self._options() if key == action.dest]
+                if len(values) == 1:
+                    return f"{name} must be {expected}, got {values[0]}."
+                # From a settings file or the environment: the last line has the value.
+                return f"{name} must be {expected}. {message.splitlines()[-1].strip()}"
+        config = dict(self._options()).get("config")
+        if config is None or self.prog == PROG:
+            return message
+        return f"--config {config} holds no options such as `model: {{beta: 0.2}}`: {message}"
 
 
-def _joined_lines(text: str) -> str:
-    return " ".join(line.strip().removeprefix("- ") for line in text.splitlines()).strip()
+def _expected(hint: Any) -> list[str]:
+    """The alternatives of a type, in words."""
+    if get_origin(hint) in (Union, UnionType):
+        return [word for part in get_args(hint) for word in _expected(part)]
+    if get_origin(hint) is Literal:
+        return [str(choice) for choice in get_args(hint)]
+    name = _TYPES.get(hint) or getattr(hint, "__name__", str(hint))
+    if is_dataclass(hint):
+        name += f" ({', '.join(field.name for field in fields(hint))})"
+    return [name]
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The error below jsonargparse's lists of types that a value does not fit."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -1,5 +1,5 @@
-"""What the command line refuses: wrong keys, wrong values, and trainer options that would do
-nothing or harm here. Each answer names the key, what it may be and what was got."""
+"""Checks of options that would have no effect or do harm here: Lightning's trainer options,
+callbacks and monitors, and misspelt environment variables."""
 
 import difflib
 import os
@@ -21,48 +21,45 @@ from kto_lightning.errors import ConfigError
 from kto_lightning.training.optimizers import check_precision
 
 ENVIRONMENT = "KTO"
-"""What names of environment variables begin with that set options: KTO_FIT__MODEL__BETA."""
+"""Prefix of the environment variables that set options: KTO_FIT__MODEL__BETA."""
 _BATCHES = (
     "Use --data.batch_size (examples per optimizer step over all devices) and --data.max_tokens "
     "(tokens per forward)."
 )
 REFUSED = {
-    # Trainer option: (values that change nothing, why another one is refused and what to do)
-    "gradient_clip_val": ((None,), "does nothing here. Use --model.gradient_clip_norm."),
-    "gradient_clip_algorithm": ((None,), "does nothing here. Use --model.gradient_clip_norm."),
-    "accumulate_grad_batches": (
-        (None, 1),
-        f"does nothing here. {_BATCHES}",
-    ),
+    # Trainer option: (allowed values, why others are refused and what to do)
+    "gradient_clip_val": ((None,), "has no effect here. Use --model.gradient_clip_norm."),
+    "gradient_clip_algorithm": ((None,), "has no effect here. Use --model.gradient_clip_norm."),
+    "accumulate_grad_batches": ((None, 1), f"has no effect here. {_BATCHES}"),
     "fast_dev_run": ((False, 0), "skips OUTPUT. Use --trainer.max_steps 1."),
-    "barebones": ((None, False), "writes no metrics. Leave it out."),
+    "barebones": ((None, False), "writes no metrics. Omit it."),
     "enable_checkpointing": (
         (None, True),
-        "contradicts what makes a run resumable. Leave it out: there is one checkpoint, at the "
-        "end, unless --checkpoint.every_n_steps asks for more.",
+        "would make a run impossible to resume. Omit it: one checkpoint is saved, at the end, "
+        "unless --checkpoint.every_n_steps is given.",
     ),
-    "default_root_dir": ((None,), "does nothing here. Use --output_dir."),
+    "default_root_dir": ((None,), "has no effect here. Use --output_dir."),
     "overfit_batches": (
         (0.0,),
-        "exchanges the order of the data. Use --trainer.limit_train_batches and --data.shuffle "
+        "replaces the order of the data. Use --trainer.limit_train_batches and --data.shuffle "
         "false.",
     ),
     "use_distributed_sampler": (
         (False,),
-        "would share batches out twice: that is done already. Leave it out.",
+        "would split batches over ranks a second time. Omit it.",
     ),
 }
 _REFUSED_CALLBACKS = {
-    BatchSizeFinder: f"cannot change the size of batches here. {_BATCHES}",
+    BatchSizeFinder: f"cannot change the batch size here. {_BATCHES}",
     GradientAccumulationScheduler: f"has nothing to accumulate here. {_BATCHES}",
     LearningRateFinder: "needs Lightning's own optimization. Use --model.learning_rate.",
-    ProgressBar: "would be a second one: progress is shown already. Leave it out.",
+    ProgressBar: "would be a second progress display. Omit it.",
     Timer: "cannot be written to config.yaml. Use --trainer.max_time.",
 }
 
 
 def check_trainer_options(trainer: Any, *, trains: bool) -> None:
-    """Refuse what would be ignored or harm, before any data or model is touched.
+    """Check for options that would be ignored or do harm, before data and model are read.
 
     Args:
         trainer: the settings under `trainer`.
@@ -71,16 +68,16 @@ def check_trainer_options(trainer: Any, *, trains: bool) -> None:
     Raises:
         ConfigError: with the key to use instead.
     """
-    for name, (harmless, reason) in REFUSED.items():
-        if trainer.get(name) not in harmless:
+    for name, (allowed, reason) in REFUSED.items():
+        if trainer.get(name) not in allowed:
             raise ConfigError(f"--trainer.{name} {reason}")
     check_precision(trainer.precision)
     if trains:
-        _check_length(trainer)
+        _check_limits(trainer)
 
 
 def check_environment(command: str, parser: LightningArgumentParser) -> None:
-    """Refuse variables that look like options and are none: jsonargparse passes over them.
+    """Check for variables with the prefix of options that set none; jsonargparse ignores them.
 
     Raises:
         ConfigError: with the nearest right name.
@@ -91,11 +88,11 @@ def check_environment(command: str, parser: LightningArgumentParser) -> None:
         if name.startswith(prefix) and name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"the environment's {name} is no option of {command}.{hint}")
+            raise ConfigError(f"the environment variable {name} sets no option of {command}.{hint}")
 
 
 def check_callbacks(callbacks: list[Any]) -> None:
-    """Refuse those of Lightning's callbacks that cannot work here, before the model is loaded.
+    """Check for Lightning's callbacks that cannot work here, before the model is loaded.
 
     Raises:
         ConfigError: with what to use instead.
@@ -107,29 +104,29 @@ def check_callbacks(callbacks: list[Any]) -> None:
 
 
 def check_monitors(callbacks: Iterable[Any], *, validates: bool, known: Collection[str]) -> None:
-    """Refuse callbacks that watch what is never there, before the model is loaded; Lightning finds
-    out when the first epoch ends.
+    """Check the metrics that callbacks monitor, before the model is loaded; Lightning would raise
+    at the end of the first epoch.
 
     Args:
         callbacks: those of the trainer.
-        validates: whether there are records to validate on.
-        known: the metrics of a validation.
+        validates: whether there are held-out records.
+        known: metrics of a validation.
 
     Raises:
-        ConfigError: with what to do.
+        ConfigError: if a metric is unknown or never computed, with what to do.
     """
     for callback in callbacks:
         if not isinstance(callback, (EarlyStopping, ModelCheckpoint)) or callback.monitor is None:
             continue
-        who = f"{type(callback).__name__} watches {callback.monitor}"
+        name = f"{type(callback).__name__} monitors {callback.monitor}"
         if callback.monitor not in known:
-            raise ConfigError(f"{who}, which is none of what it can: {', '.join(sorted(known))}.")
+            raise ConfigError(f"{name}, which is not one of {', '.join(sorted(known))}.")
         if not validates:
-            raise ConfigError(f"{who}, but nothing is validated. Add --data.validation.")
+            raise ConfigError(f"{name}, but there is no validation. Add --data.validation.")
 
 
-def _check_length(trainer: Any) -> None:
-    """Before Lightning, which takes a run of no steps for done."""
+def _check_limits(trainer: Any) -> None:
+    """Check the run's length; Lightning would end a run of no steps without an error."""
     for name in ("max_steps", "max_epochs"):
         value = trainer.get(name)
         if value is not None and value != -1 and value < 1:

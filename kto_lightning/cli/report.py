@@ -1,6 +1,6 @@
-"""`python -m kto_lightning report OUTPUT`: the run report as a page. No model is loaded.
+"""`python -m kto_lightning report OUTPUT`: the run report as an HTML page. No model is loaded.
 
-What is heavy is imported inside functions, so that help and usage errors are answered at once.
+Heavy modules are imported inside functions, so that help and usage errors appear at once.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 from kto_lightning.errors import KTOError
 
 
-def report_main(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Run `report` with the arguments after its name.
 
     Returns:

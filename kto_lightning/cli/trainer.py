@@ -1,4 +1,4 @@
-"""`python -m kto_lightning fit`, `validate` and `predict`: what they print, and how they end."""
+"""`python -m kto_lightning fit`, `validate` and `predict`: errors as messages, exit statuses."""
 
 import logging
 import os
@@ -14,22 +14,24 @@ from transformers.utils import logging as transformers_logging
 
 from kto_lightning.callbacks.preemption import Preempted
 from kto_lightning.cli.lightning_cli import KTOCLI
-from kto_lightning.cli.parser import spelled_out
+from kto_lightning.cli.parser import expand_short_options
 from kto_lightning.errors import ConfigError, KTOError, StoppedRun
 
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
 
 
-def _quieten() -> None:
-    """Leave the screen to the summary and the bar: tips and device banners say nothing of a run."""
+def _silence_libraries() -> None:
+    """Turn off tips, device banners and warnings of libraries that do not concern the run."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # a report asked for
+    logging.getLogger("lightning.pytorch.profilers").setLevel(
+        logging.INFO
+    )  # the report of --trainer.profiler
     warnings.filterwarnings("ignore", module="lightning")
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft mends it itself
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft corrects it itself
     transformers_logging.disable_progress_bar()
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -37,32 +39,35 @@ def _quieten() -> None:
 
 
 def _print_error(message: str) -> None:
-    """On several ranks every one says what it met, and which it is, but for the first."""
+    """Print an error; ranks other than 0 prefix it with their number."""
     rank = getattr(rank_zero_only, "rank", 0)
     print(f"[rank {rank}] error: {message}" if rank else f"error: {message}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command. Errors that a person can mend are one message on stderr, not a traceback.
+    """Run a command. Errors that a user can fix are a message on stderr, not a traceback.
+
+    Args:
+        argv: the command's name and its options; None: those of the process.
 
     Returns:
         The exit status: 0; 1 for data or run; 2 for usage; 128 + a signal that ended the run.
     """
-    _quieten()
+    _silence_libraries()
     try:
-        KTOCLI(spelled_out(sys.argv[1:] if argv is None else argv))
+        KTOCLI(expand_short_options(sys.argv[1:] if argv is None else argv))
     except (ConfigError, MisconfigurationException) as error:
         _print_error(str(error))
         return 2
     except StoppedRun as stopped:
-        if getattr(rank_zero_only, "rank", 0) == 0:  # all ranks say the same
-            asked = isinstance(stopped, Preempted)  # which is no error
-            print(stopped if asked else f"error: {stopped}", file=sys.stderr)
+        if getattr(rank_zero_only, "rank", 0) == 0:  # the message is the same on all ranks
+            is_error = not isinstance(stopped, Preempted)
+            print(f"error: {stopped}" if is_error else stopped, file=sys.stderr)
         return stopped.status
     except KTOError as error:
         _print_error(str(error))
         return 1
-    except OSError as error:  # a full disk, a directory closed to us
+    except OSError as error:  # a full disk, a directory without permission
         where = f"{error.filename}: " if error.filename else ""
         _print_error(f"{where}{error.strerror or error}. Check path and disk.")
         return 1
@@ -71,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     except SIGTERMException:  # Lightning's, outside training
         return _TERMINATED
     except SystemExit as leave:
-        if isinstance(leave.__context__, KeyboardInterrupt):  # which Lightning makes an exit of 1
+        if isinstance(leave.__context__, KeyboardInterrupt):  # Lightning exits with 1 instead
             return _INTERRUPTED
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     return 0

@@ -16,7 +16,7 @@ from kto_lightning.errors import ConfigError, KTOError
 _WEIGHTS = ("desirable_weight", "undesirable_weight")
 
 
-def parity_main(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Run `parity` with the arguments after its name.
 
     Returns:

@@ -60,7 +60,7 @@ def test_what_cannot_be_exported_is_said(inputs, tmp_path, capsys):
     assert "Traceback" not in error
     (tmp_path / "other.bin").write_bytes(b"a.")  # which unpickling takes from an empty stack
     assert run_cli("export", tmp_path / "other.bin", tmp_path / "exported") == 1
-    assert "other.bin is no checkpoint" in capsys.readouterr().err
+    assert "other.bin is not a readable checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "exported").exists()
     assert run_cli("export") == 2
 

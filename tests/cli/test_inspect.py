@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kto_lightning.cli.inspect import inspect_main
+from kto_lightning.cli.inspect import main
 from kto_lightning.reports.data import DataReport, report_of_source
 from kto_lightning.reports.data.view import show_reports
 from tests.support.factories import (
@@ -81,7 +81,7 @@ def test_the_comparison_of_two_files(
     files = [
         str(shared_data / f"{name}.jsonl") for name in ("claudesidian_1000", "kto_en_demo_300")
     ]
-    assert inspect_main(files) == 0
+    assert main(files) == 0
     rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     for row in (
         "claudesidian_1000 kto_en_demo_300",
@@ -103,10 +103,10 @@ def test_json_of_one_file_and_of_several(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = str(write_jsonl(tmp_path / "data.jsonl", plain_records(20)))
-    assert inspect_main([file, "--json", "--batch_size", "4"]) == 0
+    assert main([file, "--json", "--batch_size", "4"]) == 0
     one = json.loads(capsys.readouterr().out)
     assert one == report_of_source(file, batch_size=4).to_dict()
-    assert inspect_main([file, file, "--json", "--batch_size", "4"]) == 0
+    assert main([file, file, "--json", "--batch_size", "4"]) == 0
     assert json.loads(capsys.readouterr().out) == [one, one]
 
 
@@ -117,13 +117,13 @@ def test_a_tokenizer_and_a_template_from_files(
     directory = str(tmp_path / "tokenizer")
     make_tokenizer().save_pretrained(directory)
     arguments = [file, "--tokenizer", directory, "--max_length", "30", "--json"]
-    assert inspect_main(arguments) == 1
+    assert main(arguments) == 1
     assert "has no chat template" in (error := capsys.readouterr().err)
     assert "--chat_template" in error
     assert "--data." not in error
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}", encoding="utf-8")
-    assert inspect_main([*arguments, "--chat_template", str(template)]) == 0
+    assert main([*arguments, "--chat_template", str(template)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["tokenizer"], found["lengths"]["unit"]) == (directory, "tokens")
     assert found["lengths"]["truncation"]["max_length"] == 30
@@ -137,14 +137,14 @@ def test_a_tokenizer_and_a_template_from_files(
         (["x.jsonl", "--batch_size", "0"], "--batch_size must be at least 1, got 0"),
         (["x.jsonl", "--batch_size", "four"], "invalid int value: 'four'"),
         (["x.jsonl", "--max_length", "1"], "--max_length must be at least 2, got 1"),
-        (["x.jsonl", "--max_length", "9"], "--max_length is about tokens and needs --tokenizer"),
-        (["x.jsonl", "--chat_template", "t"], "--chat_template is about tokens and needs"),
+        (["x.jsonl", "--max_length", "9"], "--max_length needs --tokenizer DIR"),
+        (["x.jsonl", "--chat_template", "t"], "--chat_template needs --tokenizer DIR"),
     ],
 )
 def test_wrong_usage_exits_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert inspect_main(arguments) == 2
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "usage: python -m kto_lightning inspect" in error
@@ -156,7 +156,7 @@ def test_what_cannot_be_read_exits_1(tmp_path: Path, capsys: pytest.CaptureFixtu
         ([str(tmp_path / "missing.jsonl")], "error: there is no file"),
         ([file, "--tokenizer", str(tmp_path)], "has no tokenizer that loads"),
     ):
-        assert inspect_main(arguments) == 1
+        assert main(arguments) == 1
         captured = capsys.readouterr()
         assert message in captured.err
         assert "Traceback" not in captured.err
@@ -165,8 +165,8 @@ def test_what_cannot_be_read_exits_1(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_help_and_usage_errors_load_nothing_heavy() -> None:
     program = (
-        "import sys; from kto_lightning.cli.inspect import inspect_main\n"
-        "status = inspect_main(['--help']), inspect_main([])\n"
+        "import sys; from kto_lightning.cli.inspect import main\n"
+        "status = main(['--help']), main([])\n"
         "heavy = {'torch', 'datasets', 'transformers', 'numpy', 'rich'} & set(sys.modules)\n"
         "sys.exit(0 if status == (0, 2) and not heavy else 1)"
     )
@@ -181,7 +181,7 @@ def test_a_reader_that_leaves_early(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     os.close(reading)
     with os.fdopen(writing, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        assert inspect_main([file, "--json"]) == 0
+        assert main([file, "--json"]) == 0
 
 
 def test_a_terminal_of_ascii(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,5 +193,5 @@ def test_a_terminal_of_ascii(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     out = tmp_path / "out.txt"
     with open(out, "w", encoding="ascii") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        assert inspect_main([file]) == 0
+        assert main([file]) == 0
     assert "24 : 24 ? 1 : 1" in out.read_text(encoding="ascii")

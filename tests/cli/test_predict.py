@@ -191,11 +191,11 @@ def test_export_refuses_what_it_cannot_do(
     capsys.readouterr()
     for arguments, status, part in (
         ((checkpoint, output), 2, "exists already"),
-        ((checkpoint, tmp_path / "new", "--merge"), 2, "without an adapter"),
+        ((checkpoint, tmp_path / "new", "--merge"), 2, "without an adapter. Omit --merge"),
         ((checkpoint, tmp_path / "new", "--merg"), 2, "--merg"),
         ((checkpoint,), 2, "DIR"),
         ((policy, tmp_path / "new"), 1, "is a directory"),
-        ((train, tmp_path / "new"), 1, "no checkpoint that can be read"),
+        ((train, tmp_path / "new"), 1, "is not a readable checkpoint"),
     ):
         assert run_cli("export", *arguments) == status
         error = capsys.readouterr().err

@@ -171,6 +171,9 @@ def refused(*options: Any, command: str = "fit") -> None:
     assert run_cli(command, *nowhere, *data, *options) == 2
 
 
+LORA_SETTINGS = "Settings of this class, as --OPTION.NAME: r, alpha, target_modules, dropout."
+
+
 @pytest.mark.parametrize("command", ["fit", "validate", "predict"])
 @pytest.mark.parametrize(
     ("wrong", "nearest"),
@@ -201,10 +204,10 @@ def test_a_wrong_key_is_answered_with_the_nearest(
     [
         ("model:\n  betta: 1\n", "'model.betta'. Did you mean '--model.beta'?"),
         ("modle:\n  beta: 1\n", "'modle.beta'. Did you mean '--model.beta'?"),
-        ("model:\n  lora:\n    rank: 8\n", "'rank' here. There are: r, alpha, target_modules"),
-        ("model: [\n", "--config is no YAML that can be read: while parsing a flow"),
-        ("just text\n", "--config must hold options, such as `model: {beta: 0.2}`, got just text."),
-        ("", "--config must hold options, such as `model: {beta: 0.2}`, got nothing."),
+        ("model:\n  lora:\n    rank: 8\n", "Option 'rank' is not accepted. " + LORA_SETTINGS),
+        ("model: [\n", "parsing config: while parsing a flow"),
+        ("just text\n", "Unexpected config: just text\n"),
+        ("", "Unexpected config:\n"),
     ],
 )
 def test_a_wrong_key_in_a_file_is_answered_too(
@@ -213,13 +216,16 @@ def test_a_wrong_key_in_a_file_is_answered_too(
     config = tmp_path / "settings.yaml"
     config.write_text(text, encoding="utf-8")
     refused("--config", config)
-    assert part in message(capsys)
+    error = message(capsys)
+    assert part in error
+    if "config:" in part:
+        assert f"--config {config} holds no options such as `model: {{beta: 0.2}}`: " in error
 
 
 def test_a_settings_file_before_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = tmp_path / "settings.yaml"
     config.write_text("model:\n  beta: 1\n", encoding="utf-8")
-    assert run_cli("--config", config, "fit") == 2
+    assert run_cli("--config", config, "fit", "--model.policy", "no/such") == 2
     assert "Write `fit --config FILE`." in message(capsys)
 
 
@@ -245,9 +251,12 @@ WRONG_VALUES = {
     ("model.dtype", "float16"): "--model.dtype must be float32, bfloat16 or null, got float16",
     ("model.dtype", "bfloat16"): "Add --model.lora",
     ("model.lora.r", "0"): "--model.lora.r must be at least 1, got 0",
-    ("model.lora.r", "x"): "r must be a whole number, got x",
-    ("model.lora.rank", "8"): "no option 'rank' here. There are: r, alpha, target_modules",
-    ("model.lora", "5"): "--model.lora cannot be 5",
+    ("model.lora.r", "x"): "r must be a whole number. Expected a <class 'int'>. Got value: x",
+    ("model.lora.rank", "8"): "Option 'rank' is not accepted. " + LORA_SETTINGS,
+    (
+        "model.lora",
+        "5",
+    ): "--model.lora must be LoRA (r, alpha, target_modules, dropout) or null, got 5",
     ("data.batch_size", "0"): "--data.batch_size must be at least 1, got 0",
     ("data.batch_size", "2.5"): "--data.batch_size must be a whole number, got 2.5",
     ("data.max_length", "1"): "--data.max_length must be at least 2, got 1",
@@ -273,7 +282,10 @@ WRONG_VALUES = {
     ("trainer.enable_checkpointing", "false"): "--checkpoint.every_n_steps",
     ("trainer.default_root_dir", "elsewhere"): "Use --output_dir",
     ("trainer.overfit_batches", "1"): "Use --trainer.limit_train_batches",
-    ("trainer.use_distributed_sampler", "true"): "Leave it out",
+    (
+        "trainer.use_distributed_sampler",
+        "true",
+    ): "would split batches over ranks a second time. Omit it",
     ("trainer.strategy", "nothing"): "invalid strategy name",
     ("trainer.accelerator", "nothing"): "invalid accelerator name",
     ("trainer.devices", "0"): "devices",
@@ -285,7 +297,10 @@ WRONG_VALUES = {
     ("trainer.precision", "16"): "Use bf16-mixed or 32-true",
     ("trainer.precision", "64-true"): "Use bf16-mixed or 32-true",
     ("trainer.precision", "transformer-engine"): "Use bf16-mixed or 32-true",
-    ("trainer.logger", "CSVLogger"): "save_dir",
+    (
+        "trainer.logger",
+        "CSVLogger",
+    ): "required: save_dir. Settings of this class, as --OPTION.NAME: save_dir, name",
 }
 
 
@@ -306,7 +321,7 @@ def test_wrong_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]
 def test_a_wrong_command_is_answered_with_all(capsys: pytest.CaptureFixture[str]):
     assert run_cli("exprt") == 2
     error = message(capsys)
-    for command in ("fit", "validate", "predict", "inspect", "report", "export", "parity"):
+    for command in ("fit", "validate", "predict", "inspect", "report", "export", "parity", "demo"):
         assert command in error
 
 
@@ -432,9 +447,13 @@ def test_a_checkpoint_behind_the_end(
 @pytest.mark.parametrize(
     ("monitor", "data", "part"),
     [
-        ("val/loss", (), "EarlyStopping watches val/loss, but nothing is validated. Add --data."),
-        ("val/los", ("--data.validation", 0.2), "watches val/los, which is none of what it can"),
-        ("train/loss", ("--data.validation", 0.2), "watches train/loss, which is none of what"),
+        (
+            "val/loss",
+            (),
+            "EarlyStopping monitors val/loss, but there is no validation. Add --data.",
+        ),
+        ("val/los", ("--data.validation", 0.2), "monitors val/los, which is not one of "),
+        ("train/loss", ("--data.validation", 0.2), "monitors train/loss, which is not one of "),
     ],
 )
 def test_a_callback_that_watches_what_is_never_there(
@@ -450,14 +469,14 @@ def test_a_callback_that_watches_what_is_never_there(
 @pytest.mark.parametrize(
     ("name", "settings", "part"),
     [
-        ("BatchSizeFinder", (), "cannot change the size of batches here. Use --data.batch_size"),
+        ("BatchSizeFinder", (), "cannot change the batch size here. Use --data.batch_size"),
         (
             "GradientAccumulationScheduler",
             ("--trainer.callbacks.scheduling", "{0: 2}"),
             "has nothing to accumulate here. Use --data.batch_size",
         ),
         ("LearningRateFinder", (), "Use --model.learning_rate."),
-        ("RichProgressBar", (), "would be a second one: progress is shown already."),
+        ("RichProgressBar", (), "would be a second progress display."),
         ("Timer", (), "cannot be written to config.yaml. Use --trainer.max_time."),
     ],
 )
@@ -479,7 +498,9 @@ def test_a_wrong_variable_is_answered_with_the_nearest(
     monkeypatch.setenv("KTO_FIT__MODEL__BETTA", "0.2")
     fit(tmp_path / "absent", tmp_path / "absent", tmp_path / "run", status=2)
     error = message(capsys)
-    assert "KTO_FIT__MODEL__BETTA is no option of fit. Did you mean KTO_FIT__MODEL__BETA?" in error
+    assert (
+        "KTO_FIT__MODEL__BETTA sets no option of fit. Did you mean KTO_FIT__MODEL__BETA?" in error
+    )
     monkeypatch.delenv("KTO_FIT__MODEL__BETTA")
     monkeypatch.setenv("KTO_FIT__MODEL__BETA", "0.2")
     output = fit(policy, train, tmp_path / "run", "--trainer.max_steps", 1)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kto_lightning.cli.inspect import inspect_main
+from kto_lightning.cli.inspect import main as inspect_main
 from kto_lightning.reports.data import DataReport, report_of_source
 from kto_lightning.reports.data.findings import findings_of
 from kto_lightning.reports.data.page import data_charts, data_page

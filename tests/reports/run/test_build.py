@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kto_lightning.cli.report import report_main
+from kto_lightning.cli.report import main as report_main
 from kto_lightning.errors import KTOError
 from kto_lightning.reports.run import read_run, write_run_report
 from kto_lightning.reports.run.run_file import RunFile, read_run_file, write_run_file
