@@ -144,8 +144,10 @@ class KTOCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError) as error:
             cause = first_cause(error)
-            where = "--trainer.logger or --trainer.callbacks: " * isinstance(cause, ImportError)
-            raise ConfigError(f"{where}{' '.join(str(cause).split())}") from error
+            message = " ".join(str(cause).split())
+            if isinstance(cause, ImportError):  # a package of the class that an option names
+                message = f"--trainer.logger or --trainer.callbacks: {message}"
+            raise ConfigError(message) from error
 
     def _set_seed(self) -> None:
         seed = self.config[str(self.subcommand)].seed_everything

@@ -1,4 +1,4 @@
-"""Input made to break things, or to run code: files, records, model directories, checkpoints."""
+"""Adversarial input: files, records, chat templates, model directories and checkpoints."""
 
 import contextlib
 import gzip
@@ -26,7 +26,7 @@ from tests.support.factories import (
     write_jsonl,
 )
 
-GOOD_LINES = "".join(json.dumps(record) + "\n" for record in plain_records(3))
+VALID_LINES = "".join(json.dumps(record) + "\n" for record in plain_records(3))
 
 
 def message(capsys: pytest.CaptureFixture[str]) -> str:
@@ -37,28 +37,34 @@ def message(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 FILES: dict[str, tuple[bytes, str]] = {
-    "compressed": (gzip.compress(GOOD_LINES.encode(), mtime=0), "train.jsonl:1: not valid UTF-8"),
-    "UTF-16": (GOOD_LINES.encode("utf-16"), "train.jsonl:1: not valid UTF-8"),
-    "NUL": (GOOD_LINES.encode() + b"\0\n", "train.jsonl:4: invalid JSON"),
+    "compressed": (gzip.compress(VALID_LINES.encode(), mtime=0), "train.jsonl:1: not valid UTF-8"),
+    "UTF-16": (VALID_LINES.encode("utf-16"), "train.jsonl:1: not valid UTF-8"),
+    "NUL": (VALID_LINES.encode() + b"\0\n", "train.jsonl:4: invalid JSON"),
     "half a character": (
-        GOOD_LINES.encode() + rb'{"prompt": "\ud800", "completion": "b", "label": true}',
+        VALID_LINES.encode() + rb'{"prompt": "\ud800", "completion": "b", "label": true}',
         r"train.jsonl:4: the text holds half a character (\ud800)",
     ),
-    "deep": (GOOD_LINES.encode() + b'{"a":' * 50_000, "train.jsonl:4: the JSON is nested too deep"),
+    "deep": (
+        VALID_LINES.encode() + b'{"a":' * 50_000,
+        "train.jsonl:4: the JSON is nested too deep",
+    ),
     "NaN": (
-        GOOD_LINES.encode() + b'{"prompt": "a", "completion": "b", "label": true, "weight": NaN}',
+        VALID_LINES.encode() + b'{"prompt": "a", "completion": "b", "label": true, "weight": NaN}',
         "train.jsonl:4: NaN is not JSON",
     ),
     "huge number": (
-        GOOD_LINES.encode() + b'{"prompt": "a", "completion": "b", "label": 1' + b"0" * 5000 + b"}",
+        VALID_LINES.encode()
+        + b'{"prompt": "a", "completion": "b", "label": 1'
+        + b"0" * 5000
+        + b"}",
         "train.jsonl:4: a number has too many digits",
     ),
-    "cut off": (GOOD_LINES.encode()[:-20], "train.jsonl:3: invalid JSON"),
+    "cut off": (VALID_LINES.encode()[:-20], "train.jsonl:3: invalid JSON"),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_that_are_not_what_they_are_called(
+def test_files_that_are_not_valid_jsonl(
     name: str, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     content, part = FILES[name]
@@ -120,7 +126,7 @@ CHAT_TOKENIZER = make_tokenizer(chat_template="qwen3")
         }
     ]
 )
-def test_what_is_accepted_is_tokenized_or_named(tmp_path: Path, rows: list[Any]):
+def test_records_are_tokenized_or_refused(tmp_path: Path, rows: list[Any]):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with contextlib.suppress(DataError):
@@ -138,7 +144,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_templates_that_fail_name_the_record(name: str, tmp_path: Path):
+def test_failing_templates_name_the_record(name: str, tmp_path: Path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATES[name]
     path = write_jsonl(tmp_path / "chat.jsonl", chat_records(4))
@@ -146,7 +152,7 @@ def test_templates_that_fail_name_the_record(name: str, tmp_path: Path):
         tokenize_records(load_records(str(path)), tokenizer, max_length=64)
 
 
-def test_without_padding_token_a_model_is_trained(train: Path, tmp_path: Path):
+def test_a_tokenizer_without_a_padding_token_trains(train: Path, tmp_path: Path):
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None
     policy = save_model(tmp_path / "policy", "qwen2", tokenizer)
@@ -154,7 +160,7 @@ def test_without_padding_token_a_model_is_trained(train: Path, tmp_path: Path):
     assert rows(output)[0]["train/loss"]
 
 
-def test_without_end_of_text_plain_text_is_refused(
+def test_plain_text_needs_an_end_of_text_token(
     train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     tokenizer = make_tokenizer()
@@ -175,7 +181,7 @@ class Model(PreTrainedModel):
 
 
 def _with_code(policy: Path, directory: Path, marker: Path, model_type: str) -> Path:
-    """A copy of the model whose classes come with it, in a module that leaves a mark when run."""
+    """A copy of the model with classes of its own, in a module that creates a file when run."""
     shutil.copytree(policy, directory)
     (directory / "custom.py").write_text(CODE.format(marker=str(marker)) + CUSTOM_MODEL)
     classes = {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"}
@@ -191,7 +197,7 @@ def _with_code(policy: Path, directory: Path, marker: Path, model_type: str) -> 
 
 
 @pytest.mark.parametrize(("model_type", "status"), [("made_up", 1), ("qwen2", 0)])
-def test_code_that_comes_with_a_model_is_not_run(
+def test_code_in_a_model_directory_is_not_run(
     model_type: str,
     status: int,
     policy: Path,
@@ -199,7 +205,7 @@ def test_code_that_comes_with_a_model_is_not_run(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ):
-    """Refused where nothing else can load the model; else transformers' own classes do."""
+    """Refused if no class of transformers can load the model; else that class is used."""
     marker = tmp_path / "was_run"
     directory = _with_code(policy, tmp_path / "policy", marker, model_type)
     fit(directory, train, tmp_path / "run", "--trainer.max_steps", 1, status=status)
@@ -211,7 +217,7 @@ def test_code_that_comes_with_a_model_is_not_run(
 
 
 class Payload:
-    """Runs a command wherever it is unpickled without care."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -252,7 +258,7 @@ def test_a_pickled_adapter_is_refused(
     assert not marker.exists()
 
 
-def test_predict_leaves_out_what_it_wrote_before(
+def test_predict_skips_its_own_output_files(
     policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     for name in ("a.jsonl", "b.jsonl"):
@@ -260,13 +266,13 @@ def test_predict_leaves_out_what_it_wrote_before(
     command = ("predict", "--model.policy", policy, "--output_dir", tmp_path / "run")
     for _ in range(2):
         assert run_cli(*command, "--data.predict", tmp_path / "*.jsonl") == 0
-    said = capsys.readouterr()
-    assert f"left out {tmp_path / 'a.jsonl'}.rewards.jsonl" in said.err
+    warning = capsys.readouterr().err
+    assert f"left out {tmp_path / 'a.jsonl'}.rewards.jsonl" in warning
     written = sorted(path.name for path in tmp_path.glob("*.rewards.jsonl"))
     assert written == ["a.jsonl.rewards.jsonl", "b.jsonl.rewards.jsonl"]
-    named = tmp_path / "a.jsonl.rewards.jsonl"
-    assert run_cli(*command, "--data.predict", named) == 1
-    assert f"{named}:1: " in capsys.readouterr().err
+    rewards = tmp_path / "a.jsonl.rewards.jsonl"
+    assert run_cli(*command, "--data.predict", rewards) == 1
+    assert f"{rewards}:1: " in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`export` makes of a checkpoint what `fit` made at the same step."""
+"""`export` writes the weights that `fit` wrote at the same step."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_a_lora_checkpoint_is_the_adapter_or_the_merged_model(inputs, tmp_path):
     assert same_weights(tmp_path / "merged" / model, output / "model" / model)
 
 
-def test_what_cannot_be_exported_is_said(inputs, tmp_path, capsys):
+def test_an_unreadable_checkpoint_is_refused(inputs, tmp_path, capsys):
     assert run_cli("export", tmp_path / "none.ckpt", tmp_path / "exported") == 1
     assert "none.ckpt" in capsys.readouterr().err
     (tmp_path / "damaged.ckpt").write_bytes(b"PK not a checkpoint")
@@ -58,14 +58,14 @@ def test_what_cannot_be_exported_is_said(inputs, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "damaged.ckpt" in error
     assert "Traceback" not in error
-    (tmp_path / "other.bin").write_bytes(b"a.")  # which unpickling takes from an empty stack
+    (tmp_path / "other.bin").write_bytes(b"a.")  # a pickle that pops from an empty stack
     assert run_cli("export", tmp_path / "other.bin", tmp_path / "exported") == 1
     assert "other.bin is not a readable checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "exported").exists()
     assert run_cli("export") == 2
 
 
-def test_a_place_that_cannot_be_written_is_said(inputs, tmp_path, capsys):
+def test_an_unwritable_directory_is_refused(inputs, tmp_path, capsys):
     output = fit(inputs / "model", inputs / "train.jsonl", tmp_path / "output")
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     capsys.readouterr()

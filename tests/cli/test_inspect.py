@@ -1,4 +1,4 @@
-"""`inspect`: how the report reads at 80 columns and in a pipe, its JSON and its exit statuses."""
+"""`inspect`: its report at 80 columns and in a pipe, its JSON and its exit statuses."""
 
 import io
 import json
@@ -41,11 +41,11 @@ def test_three_files_at_80_columns(tmp_path: Path) -> None:
     reports = [report_of_source(str(tmp_path / name)) for name in names]
     text = shown(reports)
     lines = text.splitlines()
-    # Whole paths stand on lines of their own, to be copied.
+    # Full paths are on lines of their own and are not wrapped.
     assert all(len(line) <= 80 for line in lines if str(tmp_path) not in line)
     assert all(line == line.rstrip() for line in lines)
     assert "\x1b" not in text
-    # Two fit beside each other, the third goes below.
+    # Two fit side by side, the third follows below.
     assert [line.split() for line in lines if "examples" in line] == [
         ["examples", "50", "50"],
         ["examples", "50"],
@@ -63,7 +63,7 @@ def test_a_file_without_a_usable_record(tmp_path: Path) -> None:
     assert any(line.startswith(f"    {source}:1: 'completion' is missing") for line in lines)
 
 
-def test_both_files_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+def test_files_of_the_same_name_are_distinguished(tmp_path: Path) -> None:
     reports = []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -150,7 +150,7 @@ def test_wrong_usage_exits_2(
     assert "usage: python -m kto_lightning inspect" in error
 
 
-def test_what_cannot_be_read_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_input_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(write_jsonl(tmp_path / "data.jsonl", plain_records(2)))
     for arguments, message in (
         ([str(tmp_path / "missing.jsonl")], "error: there is no file"),
@@ -163,7 +163,7 @@ def test_what_cannot_be_read_exits_1(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert captured.out == ""
 
 
-def test_help_and_usage_errors_load_nothing_heavy() -> None:
+def test_help_and_usage_errors_need_no_heavy_imports() -> None:
     program = (
         "import sys; from kto_lightning.cli.inspect import main\n"
         "status = main(['--help']), main([])\n"
@@ -175,7 +175,7 @@ def test_help_and_usage_errors_load_nothing_heavy() -> None:
     assert "usage: python -m kto_lightning inspect" in done.stdout
 
 
-def test_a_reader_that_leaves_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_pipe_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = str(write_jsonl(tmp_path / "data.jsonl", plain_records(4)))
     reading, writing = os.pipe()
     os.close(reading)
@@ -184,7 +184,9 @@ def test_a_reader_that_leaves_early(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert main([file, "--json"]) == 0
 
 
-def test_a_terminal_of_ascii(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ascii_terminal_gets_replacement_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     labels = [i % 4 != 3 for i in range(32)]
     rows = [
         {"prompt": f"{i}?", "completion": "a", "label": label} for i, label in enumerate(labels)

@@ -1,4 +1,4 @@
-"""Rewards from adapters and merged models, references that are remembered, and model cards."""
+"""Rewards of adapters, merged models and checkpoints; recorded references; model cards."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def test_a_bfloat16_base_is_merged_without_rounding_the_update(
     torch.testing.assert_close(logits(merged), logits(adapter), rtol=1e-5, atol=1e-5)
 
 
-def test_training_on_an_adapter_is_measured_against_it_as_it_was(
+def test_training_on_an_adapter_takes_its_initial_state_as_the_reference(
     lora_run: Path, policy: Path, train: Path, tmp_path: Path
 ):
     start = lora_run / "adapter"
@@ -135,7 +135,7 @@ def test_rewards_do_not_depend_on_how_records_are_batched(lora_run: Path, train:
     assert [line["line"] for line in whole] == list(range(1, 25))
 
 
-def test_several_files_are_rewarded_beside_each(lora_run: Path, tmp_path: Path):
+def test_rewards_are_written_beside_each_file(lora_run: Path, tmp_path: Path):
     small_data(tmp_path / "a.jsonl", 3)
     small_data(tmp_path / "b.jsonl", 5, seed=1)
     command = ("predict", "--model.policy", lora_run / "model", "--trainer.accelerator", "cpu")
@@ -154,7 +154,7 @@ def test_a_single_prompt_is_rewarded_too(lora_run: Path, tmp_path: Path):
     assert len(rewards(predict(lora_run / "model", data))) == 3
 
 
-def test_a_card_says_what_the_model_was_made_from(lora_run: Path, policy: Path, train: Path):
+def test_model_cards_state_policy_data_and_settings(lora_run: Path, policy: Path, train: Path):
     for name in ("model", "adapter"):
         card = (lora_run / name / "README.md").read_text()
         for part in (
@@ -183,7 +183,7 @@ def test_export_keeps_the_chat_template_that_fit_was_given(tmp_path: Path):
     assert exported.chat_template == template.read_text()
 
 
-def test_export_refuses_what_it_cannot_do(
+def test_export_refuses_wrong_arguments(
     policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     output = fit(policy, train, tmp_path / "run", "--trainer.max_steps", 1)

@@ -1,4 +1,4 @@
-"""Bad input of every kind through the command line: a message and an exit status, no traceback."""
+"""Bad options, data and models through the command line: a message and an exit status each."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ def copy_of(policy: Path, target: Path) -> Path:
 
 
 def message(capsys: pytest.CaptureFixture[str]) -> str:
-    """What stands on stderr: one error, never a traceback."""
+    """The error on stderr, without a traceback."""
     err = capsys.readouterr().err
     assert err.startswith("error: "), err
     assert "Traceback" not in err
@@ -25,8 +25,8 @@ def message(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def records_with(*lines: str) -> str:
-    good = [json.dumps(record) for record in plain_records(3)]
-    return "\n".join([*good, *lines]) + "\n"
+    valid = [json.dumps(record) for record in plain_records(3)]
+    return "\n".join([*valid, *lines]) + "\n"
 
 
 BAD_DATA = {
@@ -81,7 +81,7 @@ def test_held_out_records_that_cannot_be_paired_are_refused_before_the_model_is_
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "missing*.jsonl", "missing"])
-def test_data_that_is_not_there(
+def test_missing_data_files(
     name: str, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     fit(policy, tmp_path / name, tmp_path / "run", status=1)
@@ -147,9 +147,7 @@ def test_bad_model_directories(
 
 
 @pytest.mark.parametrize("name", ["missing", "owner/missing", "no/such/place", "train.jsonl"])
-def test_models_that_are_not_there(
-    name: str, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_missing_models(name: str, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     fit(train if name == train.name else Path(name), train, tmp_path, status=1)
     assert name in message(capsys)
 
@@ -165,7 +163,7 @@ def test_conversations_without_a_chat_template(
 
 
 def refused(*options: Any, command: str = "fit") -> None:
-    """Refused as wrong usage, though neither data nor model could be read."""
+    """Expect exit status 2, before the data and the model, which do not exist, are read."""
     nowhere = ("--model.policy", "no/such/model", "--output_dir", "/no/such/output")
     data = () if command == "predict" else ("--data.train", "no/such/data.jsonl")
     assert run_cli(command, *nowhere, *data, *options) == 2
@@ -190,7 +188,7 @@ LORA_SETTINGS = "Settings of this class, as --OPTION.NAME: r, alpha, target_modu
         ("max_steps", "trainer.max_steps"),
     ],
 )
-def test_a_wrong_key_is_answered_with_the_nearest(
+def test_an_unknown_key_is_answered_with_the_nearest(
     command: str, wrong: str, nearest: str, capsys: pytest.CaptureFixture[str]
 ):
     refused(f"--{wrong}", "1", command=command)
@@ -205,12 +203,17 @@ def test_a_wrong_key_is_answered_with_the_nearest(
         ("model:\n  betta: 1\n", "'model.betta'. Did you mean '--model.beta'?"),
         ("modle:\n  beta: 1\n", "'modle.beta'. Did you mean '--model.beta'?"),
         ("model:\n  lora:\n    rank: 8\n", "Option 'rank' is not accepted. " + LORA_SETTINGS),
+        (
+            "model:\n  beta: x\n",
+            "--model.beta must be a number. Expected a <class 'float'>. Got value: x",
+        ),
+        ("model:\n  dtype: x\n", "--model.dtype must be float32, bfloat16 or null. Given value: x"),
         ("model: [\n", "parsing config: while parsing a flow"),
         ("just text\n", "Unexpected config: just text\n"),
         ("", "Unexpected config:\n"),
     ],
 )
-def test_a_wrong_key_in_a_file_is_answered_too(
+def test_wrong_settings_files(
     text: str, part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     config = tmp_path / "settings.yaml"
@@ -229,7 +232,7 @@ def test_a_settings_file_before_the_command(tmp_path: Path, capsys: pytest.Captu
     assert "Write `fit --config FILE`." in message(capsys)
 
 
-def test_a_settings_file_that_is_not_there(capsys: pytest.CaptureFixture[str]):
+def test_a_missing_settings_file(capsys: pytest.CaptureFixture[str]):
     refused("--config", "no/such.yaml")
     assert "no/such.yaml" in message(capsys)
 
@@ -305,7 +308,7 @@ WRONG_VALUES = {
 
 
 @pytest.mark.parametrize(("key", "value"), WRONG_VALUES)
-def test_a_wrong_value_is_answered_by_its_key(
+def test_a_wrong_value_is_answered_with_its_key(
     key: str, value: str, capsys: pytest.CaptureFixture[str]
 ):
     refused(f"--{key}", value)
@@ -318,7 +321,7 @@ def test_wrong_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]
     assert "help: python -m kto_lightning" in message(capsys)
 
 
-def test_a_wrong_command_is_answered_with_all(capsys: pytest.CaptureFixture[str]):
+def test_an_unknown_command_is_answered_with_all(capsys: pytest.CaptureFixture[str]):
     assert run_cli("exprt") == 2
     error = message(capsys)
     for command in ("fit", "validate", "predict", "inspect", "report", "export", "parity", "demo"):
@@ -354,7 +357,7 @@ def test_a_command_without_its_data(
         ),
     ],
 )
-def test_settings_that_do_not_fit_the_data(
+def test_options_that_do_not_fit_the_data(
     options: list[str],
     part: str,
     policy: Path,
@@ -366,7 +369,7 @@ def test_settings_that_do_not_fit_the_data(
     assert part in message(capsys)
 
 
-def test_a_length_that_leaves_no_example(
+def test_a_max_length_that_leaves_no_example(
     policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     fit(policy, train, tmp_path, "--data.max_length", 3, status=1)
@@ -378,7 +381,7 @@ def test_an_output_that_is_a_file(policy: Path, train: Path, capsys: pytest.Capt
     assert f"--output_dir {train} is a file" in message(capsys)
 
 
-def test_an_output_that_cannot_be_made(
+def test_an_output_that_cannot_be_created(
     policy: Path, train: Path, capsys: pytest.CaptureFixture[str]
 ):
     fit(policy, train, train / "below", status=1)
@@ -386,7 +389,7 @@ def test_an_output_that_cannot_be_made(
 
 
 @pytest.mark.parametrize("key", ["policy", "reference"])
-def test_a_run_does_not_overwrite_what_it_began_with(
+def test_a_run_does_not_overwrite_its_policy_or_reference(
     key: str, policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     copy_of(policy, tmp_path / "model")
@@ -421,7 +424,7 @@ def test_a_module_by_its_name(policy: Path, train: Path, tmp_path: Path):
     assert config["target_modules"] == ["q_proj"]
 
 
-def test_an_output_taken_for_a_model(
+def test_an_output_directory_given_as_a_model(
     policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     output = fit(policy, train, tmp_path / "run", "--trainer.max_steps", 1)
@@ -435,7 +438,7 @@ def test_a_model_without_a_name(train: Path, tmp_path: Path, capsys: pytest.Capt
     assert "the name of a model is empty" in message(capsys)
 
 
-def test_a_checkpoint_behind_the_end(
+def test_a_checkpoint_past_max_epochs(
     policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     output = fit(policy, train, tmp_path / "run", "--trainer.max_epochs", 2)
@@ -456,10 +459,10 @@ def test_a_checkpoint_behind_the_end(
         ("train/loss", ("--data.validation", 0.2), "monitors train/loss, which is not one of "),
     ],
 )
-def test_a_callback_that_watches_what_is_never_there(
+def test_a_callback_that_monitors_an_unavailable_metric(
     monitor: str, data: tuple[Any, ...], part: str, tmp_path: Path, capsys
 ):
-    """Before any record is read or model loaded."""
+    """Refused before records are read and the model is loaded."""
     absent = tmp_path / "absent"
     stopping = ("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", monitor)
     fit(absent, absent, tmp_path / "run", *stopping, *data, status=2)
@@ -483,7 +486,7 @@ def test_a_callback_that_watches_what_is_never_there(
 def test_a_callback_that_cannot_work_here(
     name: str, settings: tuple[str, ...], part: str, tmp_path: Path, capsys
 ):
-    """Before any record is read or model loaded."""
+    """Refused before records are read and the model is loaded."""
     absent = tmp_path / "absent"
     callback = ("--trainer.callbacks", name, *settings)
     fit(absent, absent, tmp_path / "run", *callback, status=2)
@@ -492,7 +495,7 @@ def test_a_callback_that_cannot_work_here(
     assert part in error
 
 
-def test_a_wrong_variable_is_answered_with_the_nearest(
+def test_an_unknown_environment_variable_is_answered_with_the_nearest(
     policy: Path, train: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("KTO_FIT__MODEL__BETTA", "0.2")

@@ -1,4 +1,4 @@
-"""`fit` through the command line: what it writes, and what its options change."""
+"""`fit` through the command line: its output, its metrics and the effects of its options."""
 
 import csv
 import json
@@ -26,9 +26,9 @@ from tests.support.factories import (
 )
 from tests.support.tolerances import EPS, RELATIVE
 
-# AdamW would make whole steps of what rounding leaves of a gradient of 0, such as a key bias's.
+# A gradient that is 0 but for rounding, such as a key bias's, would be a full step of AdamW.
 SGD = ("--model.optimizer", "sgd")
-DESIGNED = [
+FIRST_COLUMNS = [
     "step",
     *(f"train/{name}" for name in ("loss", "z0", "z0_raw")),
     *(f"train/reward/{name}" for name in ("desirable", "undesirable", "margin")),
@@ -45,28 +45,29 @@ def reference_run(policy: Path, train: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def sgd_run(policy: Path, train: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same for runs that differ from it in rounding."""
+    """The same with SGD, for comparison with runs that differ from it in rounding."""
     return fit(policy, train, tmp_path_factory.mktemp("sgd_run"), *SGD)
 
 
-def test_records_are_read_where_one_process_of_a_machine_does_it(
+def test_records_are_read_before_setup(
     policy: Path, train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """In `prepare_data`, which runs once per machine."""
     setup, found = KTODataModule.setup, []
 
-    def look(data: KTODataModule, stage: str) -> None:
+    def note_and_set_up(data: KTODataModule, stage: str) -> None:
         found.append((str(stage.value), data.prepared.train_set is not None))
         setup(data, stage)
 
-    monkeypatch.setattr(KTODataModule, "setup", look)
+    monkeypatch.setattr(KTODataModule, "setup", note_and_set_up)
     fit(policy, train, tmp_path / "run", "--trainer.max_steps", 1)
     assert found == [("fit", True)]
 
 
-def test_output_holds_all_that_design_names_and_nothing_else(reference_run: Path):
+def test_output_holds_the_documented_files_only(reference_run: Path):
     names = {path.name for path in reference_run.iterdir()}
-    wanted = {"config.yaml", "metrics.csv", "checkpoints", "model", "data_report.json"}
-    assert names == wanted | {"run.json", "report.html"}  # the two for whoever looks at the run
+    files = {"config.yaml", "metrics.csv", "data_report.json", "run.json", "report.html"}
+    assert names == files | {"checkpoints", "model"}
     assert json.loads((reference_run / "data_report.json").read_text())
     assert [path.name for path in (reference_run / "checkpoints").iterdir()] == ["step=6.ckpt"]
 
@@ -77,7 +78,7 @@ def test_the_last_two_checkpoints_are_kept(policy: Path, train: Path, tmp_path: 
     assert found == ["step=5.ckpt", "step=6.ckpt"]
 
 
-def test_checkpoints_come_at_their_interval_and_at_the_end(
+def test_checkpoints_are_saved_at_the_interval_and_at_the_end(
     policy: Path, train: Path, tmp_path: Path
 ):
     output = fit(policy, train, tmp_path, "--checkpoint.every_n_steps", 4)
@@ -102,16 +103,16 @@ def test_the_exported_config_is_the_policys(reference_run: Path, policy: Path):
     assert "packed" not in json.dumps(exported)
 
 
-def test_metrics_have_the_designed_columns_and_a_row_per_step(reference_run: Path):
+def test_metrics_have_the_documented_columns_and_a_row_per_step(reference_run: Path):
     with (reference_run / "metrics.csv").open(newline="") as file:
         header = next(csv.reader(file))
-    assert header[: len(DESIGNED)] == DESIGNED
+    assert header[: len(FIRST_COLUMNS)] == FIRST_COLUMNS
     assert header == list(COLUMNS)
     assert "val/reward/auc" in header
     assert [row["step"] for row in rows(reference_run)] == [str(step) for step in range(1, 7)]
 
 
-def test_metrics_are_written_in_full(reference_run: Path):
+def test_metrics_are_written_at_full_precision(reference_run: Path):
     cells = [cell for row in rows(reference_run) for cell in row.values() if cell]
     floats = [cell for cell in cells if "." in cell or "e" in cell]
     assert all(repr(float(cell)) == cell for cell in floats)
@@ -119,13 +120,13 @@ def test_metrics_are_written_in_full(reference_run: Path):
     assert all(row["train/tokens"].isdigit() for row in rows(reference_run))
 
 
-def test_the_first_step_is_what_the_formulas_give(reference_run: Path, policy: Path):
+def test_the_first_step_matches_the_formulas(reference_run: Path, policy: Path):
     first = numbers(reference_run)[0]
     labels = [record["label"] for record in plain_records(24)]
-    num_good = sum(labels)
-    raised = round(num_good / (len(labels) - num_good), 2)
+    num_desirable = sum(labels)
+    undesirable_weight = round(num_desirable / (len(labels) - num_desirable), 2)
     assert first["train/z0"] == first["train/z0_raw"] == first["train/reward/margin"] == 0.0
-    possible = {(good + raised * (4 - good)) / 8 for good in range(5)}
+    possible = {(n + undesirable_weight * (4 - n)) / 8 for n in range(5)}
     assert any(first["train/loss"] == pytest.approx(value, rel=1e-6) for value in possible)
     assert first["train/lr"] == 1e-3
     total = sum(row["train/tokens"] for row in numbers(reference_run))
@@ -170,7 +171,7 @@ def test_another_seed_gives_another_order_of_the_same_examples(
     assert sum(tokens) == sum(expected)
 
 
-def test_epochs_follow_each_other_in_orders_of_their_own(
+def test_every_epoch_has_its_own_order(
     policy: Path, train: Path, reference_run: Path, tmp_path: Path
 ):
     output = fit(policy, train, tmp_path, "--trainer.max_epochs", 3)
@@ -190,7 +191,7 @@ def test_without_shuffling_every_epoch_has_the_same_order(
     assert tokens[:6] == tokens[6:]
 
 
-def test_steps_alone_run_beyond_an_epoch_and_both_limits_hold(
+def test_max_steps_alone_exceeds_an_epoch_and_the_smaller_limit_holds(
     policy: Path, train: Path, tmp_path: Path
 ):
     beyond = fit(policy, train, tmp_path / "steps", "--trainer.max_steps", 8)
@@ -339,10 +340,10 @@ def test_a_records_weight_multiplies_its_loss(policy: Path, tmp_path: Path):
     assert two["train/grad_norm"] == pytest.approx(2 * one["train/grad_norm"], rel=1e-5)
 
 
-def test_class_weights_given_are_those_of_the_loss(policy: Path, train: Path, tmp_path: Path):
+def test_given_class_weights_enter_the_loss(policy: Path, train: Path, tmp_path: Path):
     given = ("--model.desirable_weight", 2.0, "--model.undesirable_weight", 0.5)
     first = numbers(fit(policy, train, tmp_path, *given, "--trainer.max_steps", 1))[0]
-    possible = {(2.0 * good + 0.5 * (4 - good)) / 8 for good in range(5)}
+    possible = {(2.0 * n + 0.5 * (4 - n)) / 8 for n in range(5)}
     assert any(first["train/loss"] == pytest.approx(value, rel=1e-6) for value in possible)
 
 
@@ -373,7 +374,7 @@ def test_schedules_end_at_the_runs_end(policy: Path, train: Path, tmp_path: Path
     assert rates[3] > rates[4] > rates[5] > 0.0
 
 
-def test_clipping_bounds_the_step_and_the_norm_is_from_before(
+def test_clipping_bounds_the_step_and_the_norm_is_from_before_clipping(
     policy: Path, train: Path, tmp_path: Path
 ):
     options = ("--model.optimizer", "sgd", "--trainer.max_steps", 1)
@@ -405,7 +406,7 @@ def test_options_of_a_file_are_overridden_by_those_after_it(
     assert "loss: apo_zero_unpaired" in written
 
 
-def test_the_written_config_repeats_its_run_elsewhere(reference_run: Path, tmp_path: Path):
+def test_the_written_config_reproduces_its_run(reference_run: Path, tmp_path: Path):
     config = reference_run / "config.yaml"
     assert run_cli("fit", "--config", config, "--output_dir", tmp_path) == 0
     assert rows(tmp_path) == rows(reference_run)
@@ -428,7 +429,7 @@ def test_print_config_shows_the_defaults(capsys: pytest.CaptureFixture[str]):
         assert line in shown
 
 
-def test_steps_are_lines_where_there_is_no_terminal(
+def test_steps_are_printed_as_lines_without_a_terminal(
     policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     fit(policy, train, tmp_path)
@@ -460,11 +461,11 @@ def test_a_lightning_logger_gets_the_same_numbers(
     assert [row["train/loss"] for row in logged] == [row["train/loss"] for row in rows(output)]
 
 
-def test_help_and_version_import_nothing_heavy():
+def test_help_and_version_need_no_heavy_imports():
     code = (
         "import sys; from kto_lightning.__main__ import main; "
         "assert main(['--help']) == main(['--version']) == main(['export', '--help']) == 0; "
-        "assert main([]) == 2; "
+        "assert main([]) == main(['unknown']) == 2; "
         "assert not {'torch', 'lightning', 'transformers', 'datasets'} & set(sys.modules)"
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -472,7 +473,7 @@ def test_help_and_version_import_nothing_heavy():
     assert "predict" in ended.stdout
 
 
-def test_the_summary_says_how_many_examples_a_step_has(
+def test_the_summary_shows_the_examples_of_a_step(
     policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fit(policy, train, tmp_path / "run", "--data.batch_size", 100)

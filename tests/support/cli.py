@@ -1,4 +1,4 @@
-"""Runs of the command line in this process, and what they leave in OUTPUT."""
+"""Runs of the command line, in this process or another, and readers of their output."""
 
 import csv
 import math
@@ -24,20 +24,20 @@ def run_cli(*arguments: Any) -> int:
 
 
 def fit(policy: Path, train: Any, output: Path, *options: Any, status: int = 0) -> Path:
-    """Train with batches of four and a learning rate that shows; returns OUTPUT."""
+    """Train with batches of four and a large learning rate; returns the output directory."""
     assert run_cli("fit", *fit_arguments(policy, train, output, *options)) == status
     return output
 
 
 def fit_arguments(policy: Path, train: Any, output: Path, *options: Any) -> list[Any]:
-    """What `fit` gives to the command line after its name."""
+    """Arguments of the command `fit`."""
     settings = ["--model.policy", policy, "--data.train", train, "--output_dir", output]
     settings += ["--data.batch_size", 4, "--model.learning_rate", 1e-3]
     return [*settings, "--trainer.accelerator", "cpu", *options]
 
 
 def run_process(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The same as a process of its own, where that matters."""
+    """`python -m kto_lightning` with these arguments in a process of its own."""
     command = [sys.executable, "-m", "kto_lightning", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -56,14 +56,14 @@ def small_data(path: Path, num_records: int = 24, seed: int = 0) -> Path:
 
 
 def rows(output: Path) -> list[dict[str, str]]:
-    """The cells of `metrics.csv` as they stand, but for what no batch decides."""
+    """Rows of `metrics.csv` as text, without the measured columns, which differ from run to run."""
     measured = {f"train/{name}" for name in MEASURED}
     with (output / "metrics.csv").open(newline="", encoding="utf-8") as file:
         return [{k: v for k, v in row.items() if k not in measured} for row in csv.DictReader(file)]
 
 
 def numbers(output: Path, stage: str = "train") -> list[dict[str, float]]:
-    """Those of a stage, row by row; an empty cell is NaN."""
+    """Metrics of a stage, row by row; an empty cell is NaN."""
     return [
         {k: float(v) if v else math.nan for k, v in row.items() if k.startswith(f"{stage}/")}
         for row in rows(output)
@@ -71,5 +71,5 @@ def numbers(output: Path, stage: str = "train") -> list[dict[str, float]]:
 
 
 def weights(output: Path) -> dict[str, Tensor]:
-    """The exported model's."""
+    """Weights of the exported model."""
     return load_file(output / "model" / "model.safetensors")
