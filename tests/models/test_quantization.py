@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.support.cli import fit, numbers, run_cli, small_data, small_model
+from tests.support.tolerances import EPS
 
 FOUR_BITS = ["--model.quantization", "4bit"]
 ADAPTER = ["--model.lora.r", 4]
@@ -99,7 +100,8 @@ def test_the_update_is_merged_into_the_base_as_it_was_before(run):
     merged = load_file(run / "out/model/model.safetensors")
     assert merged.keys() == expected.keys()
     for name, weight in merged.items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-7)
+        atol = EPS * float(weight.abs().max())  # one rounding of a sum on either side
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=atol)
     moved = [name for name in merged if not torch.equal(merged[name], before[name])]
     assert "lm_head.weight" in moved
     assert all("q_proj" in name or "lm_head" in name for name in moved)
@@ -110,7 +112,8 @@ def test_export_writes_what_fit_does(run, tmp_path):
     assert run_cli("export", run / "out/checkpoints/step=3.ckpt", tmp_path / "m", "--merge") == 0
     exported = load_file(tmp_path / "m/model.safetensors")
     for name, weight in load_file(run / "out/model/model.safetensors").items():
-        torch.testing.assert_close(weight, exported[name], rtol=0, atol=1e-7)
+        atol = EPS * float(weight.abs().max())
+        torch.testing.assert_close(weight, exported[name], rtol=0, atol=atol)
 
 
 def test_an_interrupted_run_goes_on(run, tmp_path):

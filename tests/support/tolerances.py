@@ -12,7 +12,8 @@ are differences of log-probs, which nearly cancel, so that a few eps of the log-
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,17 @@ def logp_rounding(numbers: Iterable[tuple[str, float]]) -> float:
     logps = [abs(value) for name, value in numbers if "logps" in name and not math.isnan(value)]
     # Means of a class hide its longer sequences: twice the mean bounds those of these tests' data.
     return LOGP_ULPS * EPS * 2 * max(logps)
+
+
+def assert_same_rewards(
+    found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]], *, beta: float = 0.1
+) -> None:
+    """Lines of two `.rewards.jsonl`, to the rounding of their log-probs."""
+    logps = [abs(line[f"{side}_logps"]) for line in expected for side in ("policy", "reference")]
+    rewards = ([line["reward"] for line in lines] for lines in (found, expected))
+    rounding = beta * LOGP_ULPS * EPS * max(logps)
+    for number, (mine, other) in enumerate(zip(*rewards, strict=True), start=1):
+        assert abs(mine - other) <= rounding, f"line {number}: {mine} for {other} ± {rounding:.2g}"
 
 
 def assert_same_numbers(

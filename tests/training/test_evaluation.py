@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kto_lightning.__main__ import main
 from kto_lightning.training.evaluation import RewardAUC
 from tests.support.factories import make_tokenizer, plain_records, save_model, write_jsonl
+from tests.support.tolerances import RELATIVE, SIX_DIGITS, assert_same_numbers, assert_same_rewards
 
 BETA = 0.1
 
@@ -61,17 +62,19 @@ def sequence_logp(model, tokenizer, record: dict) -> float:
     return float(scored.sum())
 
 
-def expected_rewards(inputs: Path) -> list[float]:
+def expected_lines(inputs: Path) -> list[dict[str, float]]:
+    """What `predict` writes of each record."""
     records = read_jsonl(inputs / "held_out.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(path)
         for path in (inputs / "output" / "model", inputs / "model")
     )
-    return [
-        BETA * (sequence_logp(policy, tokenizer, r) - sequence_logp(reference, tokenizer, r))
-        for r in records
-    ]
+    lines = []
+    for record in records:
+        new, old = (sequence_logp(model, tokenizer, record) for model in (policy, reference))
+        lines.append({"policy_logps": new, "reference_logps": old, "reward": BETA * (new - old)})
+    return lines
 
 
 def test_predict_rewards_every_record_against_the_remembered_reference(inputs):
@@ -81,9 +84,9 @@ def test_predict_rewards_every_record_against_the_remembered_reference(inputs):
     assert main([*command, "--output_dir", str(inputs / "predicted")]) == 0
     lines = read_jsonl(f"{held_out}.rewards.jsonl")
     assert [line["line"] for line in lines] == list(range(1, 11))
-    rewards = expected_rewards(inputs)
-    assert max(map(abs, rewards)) > 0.01
-    np.testing.assert_allclose([line["reward"] for line in lines], rewards, atol=1e-4)
+    expected = expected_lines(inputs)
+    assert max(abs(line["reward"]) for line in expected) > 0.01
+    assert_same_rewards(lines, expected, beta=BETA)
 
 
 def test_a_record_that_is_too_long_has_no_reward(inputs, tmp_path):
@@ -111,12 +114,16 @@ def test_fit_validates_at_its_interval_and_at_the_end(inputs):
 def test_the_last_validation_is_of_the_exported_model(inputs):
     row = metrics(inputs)[-1]
     records = read_jsonl(inputs / "held_out.jsonl")
-    rewards = expected_rewards(inputs)
+    lines = expected_lines(inputs)
+    found, expected = {}, {}
     for label, name in ((True, "desirable"), (False, "undesirable")):
         of_class = [
-            r for r, record in zip(rewards, records, strict=True) if record["label"] is label
+            line for line, record in zip(lines, records, strict=True) if record["label"] is label
         ]
-        assert float(row[f"val/reward/{name}"]) == pytest.approx(np.mean(of_class), abs=1e-4)
+        for column, part in (("reward", "reward"), ("logps", "policy_logps")):
+            expected[f"{column}/{name}"] = float(np.mean([line[part] for line in of_class]))
+            found[f"{column}/{name}"] = float(row[f"val/{column}/{name}"])
+    assert_same_numbers(found, expected, beta=BETA)
 
 
 def test_validate_says_what_fit_said(inputs, capsys):
@@ -129,10 +136,10 @@ def test_validate_says_what_fit_said(inputs, capsys):
         if line.startswith("val/") and len(line.split()) == 2
     )
     row = metrics(inputs)[-1]
-    for name in ("reward/desirable", "reward/undesirable", "reward/margin", "reward/auc"):
-        # `validate` prints six digits
-        expected = float(row[f"val/{name}"])
-        assert float(printed[f"val/{name}"]) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    names = [f"val/reward/{name}" for name in ("desirable", "undesirable", "margin", "auc")]
+    names += ["val/logps/desirable", "val/logps/undesirable"]
+    sides = ({name: float(side[name]) for name in names} for side in (printed, row))
+    assert_same_numbers(*sides, beta=BETA, relative=RELATIVE + SIX_DIGITS)
 
 
 def test_auc_counts_pairs_and_half_of_ties():
