@@ -14,6 +14,7 @@ from tests.support.agreement import assert_numbers_agree, assert_weights_agree
 from tests.support.cli import fit, rows, run_process, small_model, weights
 from tests.support.factories import plain_records, write_jsonl
 from tests.support.ranks import fit_on_ranks, run_ranks
+from tests.support.tolerances import RELATIVE, SIX_DIGITS, assert_same_numbers, assert_same_rewards
 
 # What AdamW makes of a gradient that is nothing but rounding is a step of any size.
 SGD = ("--model.optimizer", "sgd", "--model.learning_rate", 0.1)
@@ -93,15 +94,15 @@ def test_predict_and_validate_count_every_record_once(policy: Path, tmp_path: Pa
         assert [rank.status for rank in ended] == [0] * ranks, ended[0].err
         printed[ranks] = [rank.out for rank in ended]
     assert len(rewards[2]) == 9
-    for mine, theirs in zip(rewards[2], rewards[1], strict=True):
-        assert mine["line"] == theirs["line"]
-        assert mine["reward"] == pytest.approx(theirs["reward"], rel=1e-5)
+    assert [line["line"] for line in rewards[2]] == [line["line"] for line in rewards[1]]
+    assert_same_rewards(rewards[2], rewards[1])
     assert printed[2][1] == ""
-    two, one = (dict(line.split() for line in printed[n][0].splitlines()) for n in (2, 1))
-    assert "val/reward/auc" in two
-    assert {k: float(v) for k, v in two.items()} == pytest.approx(
-        {k: float(v) for k, v in one.items()}, rel=1e-5, abs=1e-5
+    two, one = (
+        {name: float(value) for name, value in map(str.split, printed[n][0].splitlines())}
+        for n in (2, 1)
     )
+    assert "val/reward/auc" in two
+    assert_same_numbers(two, one, relative=RELATIVE + SIX_DIGITS)
 
 
 def hold_memory() -> None:
