@@ -30,6 +30,7 @@ from kto_lightning.models.policy import Policy
 from kto_lightning.models.reference import AdapterReference, FrozenReference
 from kto_lightning.module import KTOModule
 from kto_lightning.parity.agreement import LATER
+from kto_lightning.training.metrics import MEASURED
 from tests.models.test_policy import lora
 from tests.parity.cases import save_adapter
 from tests.support.factories import (
