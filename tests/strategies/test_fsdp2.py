@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from kto_lightning.training.output import list_checkpoints
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from kto_lightning.module import KTOModule
+from kto_lightning.training.checkpoints import list_checkpoints
 from tests.support.agreement import assert_numbers_agree, assert_runs_agree, assert_weights_agree
 from tests.support.cli import fit, numbers, rows, run_cli, small_model, weights
 from tests.support.factories import plain_records, write_jsonl

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from kto_lightning.cli.trainer import main
+from kto_lightning.distributed import gradient_norm
 from kto_lightning.errors import ConfigError, check_number
 from kto_lightning.training.optimizers import (
     SCHEDULES,
     Optimization,
-    gradient_norm,
     make_optimizer,
     make_scheduler,
 )
