@@ -1,4 +1,4 @@
-"""Fused log-probabilities of tokens from hidden states, without the logits."""
+"""Log-probs of tokens from hidden states, without the full matrix of logits in memory."""
 
 from kto_kernels.linear_logps import (
     TokenStatistics,

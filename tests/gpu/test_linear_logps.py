@@ -1,4 +1,4 @@
-"""The log-prob kernels on a real GPU: numbers, memory, offsets beyond 2³¹, no waiting."""
+"""The log-prob kernels on a GPU: numbers, memory, offsets beyond 2³¹, no synchronisation."""
 
 import importlib.util
 from dataclasses import replace
@@ -41,7 +41,7 @@ def run(case, plan):
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.name.lower())
-def test_errs_at_most_twice_what_eager_errs(mode, dtype, head) -> None:
+def test_error_is_at_most_twice_that_of_eager(mode, dtype, head) -> None:
     case = make_gpu_case(507, 252, 10_007, dtype=dtype, head=head)
     plan = small_plan(case, mode, rows=200, columns=3000, fused=False)
     assert_as_good_as_eager(case, run(case, plan), mode=mode)
@@ -49,7 +49,7 @@ def test_errs_at_most_twice_what_eager_errs(mode, dtype, head) -> None:
 
 @pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.name.lower())
 @pytest.mark.parametrize("width", [256, 252, 72])
-def test_as_the_plan_has_it(mode, width) -> None:
+def test_error_with_the_planned_tiles(mode, width) -> None:
     case = make_gpu_case(507, width, 32_003, dtype=torch.bfloat16)
     everything = Needs(hidden=True, weight=True, bias=True)
     plan = replace(make_plan(case.hidden, case.weight, everything), mode=mode)
@@ -68,14 +68,14 @@ def test_fused_kernel(shape, dtype, head, num_splits) -> None:
     tensors = case.hidden, case.weight, case.targets, bias
     logps = fused.fused_logps(*tensors, head, num_splits=num_splits)
     truth = eagerly(case.to(torch.float64))
-    # Float32 accumulators and no rounding of logits: better than eager in half precision.
+    # With float32 accumulators and unrounded logits it is better than eager in half precision.
     allowed = 2 * relative_error(eagerly(case), truth) if dtype == torch.float32 else 1e-4
     assert relative_error(logps, truth) <= allowed
     assert torch.equal(logps, fused.fused_logps(*tensors, head, num_splits=num_splits))
 
 
 def test_fused_and_tiled_log_probs_agree() -> None:
-    # What makes a reference (gradient-free) and a policy (with gradient) start at a log-ratio of 0.
+    # So that policy (with gradient) and reference (without) start at log-ratios of 0.
     case = make_gpu_case(507, 512, 32_003, dtype=torch.bfloat16)
     plan = small_plan(case, Mode.GRADIENT_FREE, rows=507, columns=8192)
     tiled, fused = (ours(case, replace(plan, fused=fused)) for fused in (False, True))
@@ -94,7 +94,7 @@ def test_the_same_inputs_give_the_same_bits(mode) -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_the_host_never_waits(trained, monkeypatch) -> None:
+def test_no_device_synchronisation(trained, monkeypatch) -> None:
     case = make_gpu_case(300, 256, 32_003, dtype=torch.bfloat16)
     tensors = (case.hidden, case.weight, case.bias) if trained else (case.hidden,)
     for tensor in tensors:
@@ -107,7 +107,7 @@ def test_the_host_never_waits(trained, monkeypatch) -> None:
 
     for budget in ("0", "1000"):
         monkeypatch.setenv("KTO_KERNELS_LOGITS_MIB", budget)
-        step()  # compiles, which does wait
+        step()  # compiles, which synchronises
         torch.cuda.set_sync_debug_mode("error")
         try:
             step()
@@ -134,7 +134,7 @@ def test_autocast() -> None:
 
 
 @pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.name.lower())
-def test_memory(mode, monkeypatch) -> None:
+def test_peak_memory(mode, monkeypatch) -> None:
     tokens, width, vocabulary = 4096, 512, 151_936
     hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(vocabulary, width, device="cuda", dtype=torch.bfloat16)
@@ -181,7 +181,7 @@ def test_offsets_beyond_31_bits() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_targets_outside_the_vocabulary_are_nan() -> None:
+def test_targets_outside_the_vocabulary_give_nan() -> None:
     case = make_gpu_case(4, 64, 1000, dtype=torch.bfloat16)
     case.targets = torch.tensor([-100, 0, 999, 1000], device="cuda")
     expected = [True, False, False, True]

@@ -1,4 +1,4 @@
-"""Problems for the log-prob kernels, the float64 truth about them, and how far one may be off."""
+"""Test cases for the log-prob kernels, their float64 results, and the tolerance."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ HEADS = {
 
 @dataclass(kw_only=True)
 class Case:
-    """Inputs of one call, and the gradient that comes back to its log-probs."""
+    """Inputs of one call, and the gradient of the loss with respect to its log-probs."""
 
     hidden: Tensor
     weight: Tensor
@@ -57,7 +57,7 @@ def make_case(
     bias: bool = True,
     head: Head | None = None,
 ) -> Case:
-    """Ragged by default; a quarter of the rows are near certain of their target, as in training."""
+    """Ragged shapes by default; a quarter of the rows have p(target) close to 1, as in training."""
     weight = torch.randn(vocabulary, width) * 2 / width**0.5
     targets = torch.randint(0, vocabulary, (tokens,))
     hidden = torch.randn(tokens, width)
@@ -94,7 +94,7 @@ def eagerly(case: Case) -> Tensor:
 def results(
     function: Callable[[Case], Tensor], case: Case, *, trained: bool, frozen: bool = False
 ) -> dict[str, Tensor]:
-    """The log-probs, and the gradients: of all inputs, of the hidden states alone, or none."""
+    """The log-probs, and the gradients of all inputs, of the hidden states alone, or none."""
     leaves = replace(case)
     if trained or frozen:
         leaves.hidden = case.hidden.detach().clone().requires_grad_()
@@ -113,7 +113,7 @@ def results(
 
 
 def assert_as_good_as_eager(case: Case, found: dict[str, Tensor], *, mode: Mode) -> None:
-    """Truth is float64; a kernel errs at most twice what eager errs in the kernel's type."""
+    """Against float64, the error is at most twice that of eager in the kernel's type."""
     trained, frozen = mode in TRAINED, mode is Mode.FROZEN_HEAD
     truth = results(eagerly, case.to(torch.float64), trained=trained, frozen=frozen)
     reference = results(eagerly, case, trained=trained, frozen=frozen)

@@ -1,4 +1,4 @@
-"""Compile a Triton kernel for a GPU that is not there, and read what it takes of one."""
+"""Ahead-of-time compilation of Triton kernels, without a GPU, and the resources they need."""
 
 import re
 import subprocess
@@ -10,19 +10,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
-"""Bytes that one program may have, by compute capability (CUDA programming guide, table 30)."""
+"""Most bytes of a program, by compute capability (CUDA programming guide, table 30)."""
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 @dataclass(kw_only=True)
 class Compiled:
-    """What the assembler reports of one kernel."""
+    """Resources of a kernel, as the assembler reports them."""
 
     ptx: str
     registers: int
     stack: int
-    """Bytes of local memory a thread: spilled registers are in there."""
+    """Bytes of local memory per thread, which include spilled registers."""
     local: int
     shared: int
 
@@ -39,9 +39,9 @@ def compile_ahead(
     """Compile with 16-byte aligned pointers; integers are int32, `scale` and `softcap` float32.
 
     Args:
-        pointers: element type of each pointer argument; one that is absent is None.
+        pointers: element type of each pointer argument; those not given are None.
         constants: every `constexpr` argument.
-        options: what a launch is told beside its arguments.
+        options: launch options besides the arguments.
     """
     signature, fixed, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):

@@ -1,8 +1,8 @@
-"""The Triton kernels on a CPU, under Triton's interpreter: run by `test_triton.py`.
+"""Tests of the Triton kernels on a CPU, under Triton's interpreter; `test_triton.py` runs them.
 
-The interpreter is chosen by an environment variable at import, so these run in a process of their
-own. Its `tl.dot` is wrong on bfloat16, hence float32 and float16 only; tiles are tiny because an
-iteration of a kernel's loop takes milliseconds.
+An environment variable selects the interpreter at import, so these tests need their own process.
+The interpreter's `tl.dot` is wrong for bfloat16, hence float32 and float16 only; tiles are tiny
+because one iteration of a kernel's loop takes milliseconds.
 """
 
 import os
@@ -37,7 +37,7 @@ BLOCKS = fused.Blocks(
 )
 
 
-def test_the_kernels_are_what_runs_here() -> None:
+def test_the_triton_kernels_are_used() -> None:
     assert tile_operations(CPU) is triton_tiles
 
 
@@ -56,7 +56,7 @@ def test_row_kernels_in_every_mode(mode, dtype, head, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("dtype", "with_bias"), [(torch.float32, False), (torch.bfloat16, True)], ids=str
 )
-def test_row_kernels_do_what_torch_tiles_does(dtype, with_bias, head) -> None:
+def test_row_kernels_equal_torch_tiles(dtype, with_bias, head) -> None:
     rows, width, start = 5, 70, 30
     targets = torch.tensor([0, 30, 65, 99, 100])  # before, first, inside, last, after
     bias = torch.randn(width) if with_bias else None
@@ -84,7 +84,7 @@ def test_row_kernels_do_what_torch_tiles_does(dtype, with_bias, head) -> None:
         shrunk = operations.shrink_rows_(torch.randn(rows, 9), shrink)
         found.append((shrink, weights, gradient, shrunk, *_tensors(running)))
     for torch_s, triton_s in zip(*found, strict=True):
-        # The interpreter cuts float32 to bfloat16 where PyTorch rounds.
+        # The interpreter truncates float32 to bfloat16; PyTorch rounds.
         tolerance = 2**-7 if triton_s.dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(triton_s, torch_s, rtol=tolerance, atol=1e-5 * 8, equal_nan=True)
 
@@ -106,7 +106,7 @@ def test_fused_kernel(head, num_splits, descriptors) -> None:
     assert relative_error(logps, truth) <= 2 * relative_error(reference, truth)
 
 
-def test_fused_kernel_through_the_front_door() -> None:
+def test_fused_kernel_in_the_public_function() -> None:
     case = make_case(20, 32, 150)
     plan = small_plan(case, Mode.GRADIENT_FREE, fused=True)
     assert_as_good_as_eager(case, {"logps": ours(case, plan)}, mode=Mode.GRADIENT_FREE)
@@ -118,7 +118,7 @@ def test_fused_kernel_in_half_precision() -> None:
     assert relative_error(fused_logps(case, 2), truth) < 1e-5  # logits are never rounded
 
 
-def test_fused_kernel_with_nothing_but_minus_infinity_in_a_split() -> None:
+def test_fused_kernel_with_a_split_of_minus_infinity() -> None:
     case = make_case(5, 16, 96)
     case.bias[32:] = -torch.inf
     case.bias[:32] -= 1e4
@@ -127,7 +127,7 @@ def test_fused_kernel_with_nothing_but_minus_infinity_in_a_split() -> None:
     assert_close_to_truth(case, {"logps": fused_logps(case, 3)}, truth)
 
 
-def test_targets_outside_the_vocabulary_are_nan_where_a_check_would_wait() -> None:
+def test_targets_outside_the_vocabulary_give_nan() -> None:
     case = make_case(3, 16, 96)
     case.targets = torch.tensor([-100, 5, 96])
     assert fused_logps(case, 2).isnan().tolist() == [True, False, True]

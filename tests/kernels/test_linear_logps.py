@@ -1,4 +1,4 @@
-"""The log-probs and their gradients, in every mode, against the float64 truth."""
+"""Log-probs and gradients of every mode, against float64."""
 
 import math
 from dataclasses import replace
@@ -47,14 +47,14 @@ def run(case, mode, **tiling):
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.name.lower())
-def test_errs_at_most_twice_what_eager_errs(mode, dtype, head) -> None:
+def test_error_is_at_most_twice_that_of_eager(mode, dtype, head) -> None:
     case = make_case(dtype=dtype, head=head)
     assert_as_good_as_eager(case, run(case, mode), mode=mode)
 
 
 @pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.name.lower())
 @pytest.mark.parametrize("bias", [True, False])
-def test_reads_no_memory_it_has_not_written(mode, bias) -> None:
+def test_reads_no_uninitialised_memory(mode, bias) -> None:
     case = make_case(bias=bias, head=HEADS["capped"])
     expected = run(case, mode)
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
@@ -84,7 +84,7 @@ def test_any_shape_in_any_tiles(tokens, width, vocabulary, rows, columns, mode, 
     assert_close_to_truth(case, run(case, mode, rows=rows, columns=columns), truth)
 
 
-def test_by_hand() -> None:
+def test_matches_values_computed_by_hand() -> None:
     # Two tokens of the vocabulary with logits (ln 3, 0): p = (3/4, 1/4).
     hidden = torch.tensor([[math.log(3.0), 0.0]], requires_grad=True)
     weight = torch.tensor([[1.0, 5.0], [0.0, 2.0]], requires_grad=True)
@@ -100,8 +100,8 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.parametrize("mode", WITH_GRADIENT, ids=lambda mode: mode.name.lower())
-def test_a_near_certain_token_still_has_its_gradient(mode) -> None:
-    # 1 − p(target) = e⁻²⁰, of which a float32 p(target) of 1 says nothing.
+def test_a_near_certain_token_has_a_gradient(mode) -> None:
+    # 1 − p(target) = e⁻²⁰, which is 0 if computed from p(target) in float32.
     case = make_case(1, 2, 2, bias=False)
     case.hidden = torch.tensor([[20.0, 0.0]])
     case.weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -125,7 +125,7 @@ def test_every_mode_and_run_gives_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("mode", WITH_GRADIENT, ids=lambda mode: mode.name.lower())
-def test_backward_twice_adds_the_same_twice(mode) -> None:
+def test_a_second_backward_adds_the_same_gradient(mode) -> None:
     case = make_case()
     case.hidden.requires_grad_()
     logps = ours(case, small_plan(case, mode))
@@ -173,7 +173,7 @@ def test_an_adapter_on_the_head() -> None:
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_autocast_computes_in_its_type_and_returns_the_parameters(trained) -> None:
+def test_autocast_multiplies_in_its_type_and_returns_float32(trained) -> None:
     case = make_case(bias=False)
 
     def under_autocast(function):
@@ -189,7 +189,7 @@ def test_autocast_computes_in_its_type_and_returns_the_parameters(trained) -> No
     assert mine["logps"].dtype == mine["hidden"].dtype == torch.float32
     for name, value in mine.items():
         error, eager_error = (relative_error(x, truth[name]) for x in (value, theirs[name]))
-        assert 1e-5 < error <= 2 * eager_error, name  # bfloat16, not float32, did the work
+        assert 1e-5 < error <= 2 * eager_error, name  # products were in bfloat16
 
 
 @pytest.mark.parametrize("mode", TRAINED, ids=lambda mode: mode.name.lower())
@@ -203,8 +203,8 @@ def test_a_loss_scale_does_not_overflow_half_precision(mode) -> None:
 
 
 @pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.name.lower())
-def test_half_precision_multiplied_in_float32(mode) -> None:
-    # What a CPU without bfloat16 units does: parameters cast a slice at a time.
+def test_half_precision_parameters_with_float32_products(mode) -> None:
+    # As on a CPU without bfloat16 instructions: parameters are cast one slice at a time.
     case = make_case(dtype=torch.bfloat16)
     found = run(case, mode, compute_dtype=torch.float32)
     for name in found.keys() - {"logps"}:
@@ -224,7 +224,7 @@ def test_tensors_that_are_not_contiguous() -> None:
     hidden = case.hidden.t().contiguous().t().requires_grad_()
     weight = case.weight.t().contiguous().t().requires_grad_()
     logps = linear_logps(hidden, weight, case.targets)
-    logps.sum().backward()  # the gradient that comes back is an expanded 1
+    logps.sum().backward()  # its gradient is an expanded 1
     found = {"logps": logps.detach(), "hidden": hidden.grad, "weight": weight.grad}
     whole = replace(case, gradient=torch.ones(123))
     assert_as_good_as_eager(whole, found, mode=Mode.KEPT)
@@ -242,7 +242,7 @@ def test_masked_vocabulary_and_huge_logits() -> None:
             assert_close_to_truth(shifted, run(shifted, mode, columns=100), truth)
 
 
-def test_a_target_that_cannot_be() -> None:
+def test_a_target_of_probability_zero() -> None:
     case = make_case(4, 16, 60)
     case.bias[int(case.targets[0])] = -torch.inf
     case.targets[1:] = (case.targets[0] + 1) % 60
@@ -280,7 +280,7 @@ def test_statistics(mode, head) -> None:
     assert logps.requires_grad == (mode is not Mode.GRADIENT_FREE)
 
 
-def test_statistics_through_the_front_door() -> None:
+def test_statistics_of_the_public_function() -> None:
     hidden = torch.zeros(3, 8, requires_grad=True)
     weight = torch.randn(7, 8)
     statistics = linear_logps_with_statistics(hidden, weight, torch.tensor([0, 3, 6]))

@@ -1,4 +1,4 @@
-"""Which mode a call takes, what it costs, and what it keeps."""
+"""The mode of a call, its cost in matrix products, and the tensors that it keeps."""
 
 from dataclasses import replace
 from unittest import mock
@@ -32,7 +32,7 @@ def test_mode_follows_from_needs_and_budget(needs, budget, mode) -> None:
     assert choose_mode(needs, budget=budget, **SHAPE) is mode
 
 
-def test_nothing_is_needed_where_gradients_are_off() -> None:
+def test_no_gradient_is_needed_under_no_grad() -> None:
     parameter = torch.zeros(2, 2, requires_grad=True)
     with torch.no_grad():
         assert Needs.of(parameter, parameter, None) == NOTHING
@@ -52,7 +52,7 @@ def test_budget_from_the_environment(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("tokens", "vocabulary"), [(0, 1), (1, 1), (1, 151_936), (257, 128_256), (100_000, 50_257)]
 )
-def test_tiles_cover_everything_and_are_even(tokens, vocabulary) -> None:
+def test_tiles_cover_all_logits_evenly(tokens, vocabulary) -> None:
     plan = make_plan(torch.empty(tokens, 1), torch.empty(vocabulary, 1), NOTHING)
     for total, parts in (
         (tokens, plan.row_slices(tokens)),
@@ -85,7 +85,7 @@ def test_tiles_of_a_gpu(tokens, vocabulary, memory_gib, tile_mib) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_cpu_without_units_for_a_type_multiplies_in_float32(dtype) -> None:
+def test_cpus_without_instructions_for_a_type_multiply_in_float32(dtype) -> None:
     tensor = torch.zeros(2, 2, dtype=dtype)
     for supported, expected in ((True, dtype), (False, torch.float32)):
         with mock.patch.object(planning, "_cpu_multiplies", return_value=supported):
@@ -93,7 +93,7 @@ def test_a_cpu_without_units_for_a_type_multiplies_in_float32(dtype) -> None:
 
 
 def score(case: Case, mode: Mode) -> None:
-    """Forward and, where there is one, backward."""
+    """Run forward, and backward if the mode has one."""
     case.hidden.requires_grad_(mode is not Mode.GRADIENT_FREE)
     case.weight.requires_grad_(mode in (Mode.KEPT, Mode.RECOMPUTED))
     logps = ours(case, small_plan(case, mode))
@@ -114,7 +114,7 @@ def test_cost_in_matrix_products(mode, products) -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the largest storage that any operation returned, in bytes."""
+    """Records the largest storage that an operation returns, in bytes."""
 
     bytes = 0
 
@@ -127,7 +127,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mode", [Mode.GRADIENT_FREE, Mode.FROZEN_HEAD, Mode.RECOMPUTED])
-def test_nothing_is_larger_than_a_tile(mode) -> None:
+def test_no_tensor_is_larger_than_a_tile(mode) -> None:
     case = make_case(200, 8, 1000, bias=False)
     with LargestTensor() as largest:
         score(case, mode)
@@ -138,12 +138,12 @@ def test_nothing_is_larger_than_a_tile(mode) -> None:
 @pytest.mark.parametrize(
     ("mode", "elements"),
     [
-        (Mode.FROZEN_HEAD, 200 * 8),  # ∂ log p / ∂h and nothing else
-        (Mode.RECOMPUTED, 200 * 8 + 1000 * 8 + 3 * 200),  # inputs, three numbers a row
+        (Mode.FROZEN_HEAD, 200 * 8),  # ∂ log p / ∂h alone
+        (Mode.RECOMPUTED, 200 * 8 + 1000 * 8 + 3 * 200),  # inputs, three numbers per row
         (Mode.KEPT, 200 * 8 + 1000 * 8 + 3 * 200 + 200 * 1000),
     ],
 )
-def test_what_is_kept_for_the_backward(mode, elements) -> None:
+def test_tensors_kept_for_backward(mode, elements) -> None:
     case = make_case(200, 8, 1000, bias=False)
     case.hidden.requires_grad_()
     kept = []
@@ -152,7 +152,7 @@ def test_what_is_kept_for_the_backward(mode, elements) -> None:
     assert sum(tensor.numel() for tensor in kept if tensor is not None) == elements
 
 
-def test_budget_decides_in_the_public_function(monkeypatch) -> None:
+def test_the_public_function_respects_the_budget(monkeypatch) -> None:
     case = make_case(200, 8, 10_000, bias=False)
     case.weight.requires_grad_()
     flops = {}

@@ -1,7 +1,6 @@
 """The Triton kernels without a GPU: interpreted on the CPU, and compiled ahead of time.
 
-The interpreter tells whether the numbers are right, the compiler whether the kernels are kernels:
-types, spills, shared memory. Neither says anything about speed.
+The interpreter checks numbers, the compiler types, spills and shared memory. Neither checks speed.
 """
 
 import importlib.util
@@ -47,7 +46,7 @@ def test_interpreted_kernels() -> None:
 
 
 def pointers(kernel, **types: str) -> dict[str, str]:
-    """Every pointer of a kernel float32, targets int64, and what is given otherwise."""
+    """Types of a kernel's pointers: float32, int64 for targets, and as given for others."""
     names = [name for name in kernel.arg_names if name.endswith("_ptr")]
     return dict.fromkeys(names, FLOATS) | {"targets_ptr": "i64"} | types
 
@@ -79,7 +78,7 @@ def test_row_kernels_compile_without_spills(capability, tmp_path) -> None:
         found = compile_rows(kernel, capability, tmp_path, constants=constants, **types)
         assert found.stack == found.local == 0, kernel.__name__
         assert found.shared <= 1024
-        assert found.registers <= 128  # two programs of 8 warps on a processor
+        assert found.registers <= 128  # two programs of 8 warps per processor
         assert "atom" not in found.ptx
 
 
@@ -146,7 +145,7 @@ def test_merge_kernel_compiles_without_spills(tmp_path) -> None:
         assert found.stack == found.local == 0
 
 
-def test_splits_depend_on_shapes_alone_and_fill_the_device() -> None:
+def test_splits_fill_the_device() -> None:
     splits = [
         fused.choose_splits(tokens, 151_936, fused.HOPPER, num_processors=132)
         for tokens in (1, 128, 129, 8192, 100_000)
@@ -155,7 +154,7 @@ def test_splits_depend_on_shapes_alone_and_fill_the_device() -> None:
     assert fused.choose_splits(1, 100, fused.HOPPER, num_processors=132) == 1
 
 
-def test_every_choice_of_the_table_says_what_it_was_measured_by() -> None:
+def test_result_files_of_the_dispatch_table_exist() -> None:
     assert DISPATCH[-1].max_width is None
     for choice in DISPATCH:
         assert choice.measured is None or (ROOT / choice.measured).is_file()

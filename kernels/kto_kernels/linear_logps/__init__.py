@@ -1,17 +1,17 @@
-"""`linear_logps`: hidden states and a head's weight to the log-probabilities of given tokens.
+"""`linear_logps`: from hidden states and a head's weight to the log-probs of given tokens.
 
-| file | what it holds |
+| file | content |
 |---|---|
-| `eager` | the twin in plain PyTorch that states the definition; slow, large, right |
-| `head` | what lies between the product W h and a logit: bias, scale, soft-capping |
-| `plan` | which of the four modes a call takes, and how its work is cut into tiles |
+| `eager` | the definition in plain PyTorch: slow, with all logits in memory |
+| `head` | from the product W h to a logit: bias, scale, soft-capping |
+| `plan` | the choice among the four modes, and of the tiles' size |
 | `products` | matrix products with float32 results |
-| `torch_tiles`, `triton_tiles` | row-wise work on one tile of logits, twice |
-| `fused` | one Triton kernel from hidden states to log-sum-exp, no tile in memory |
-| `running` | what is known of each row while the vocabulary goes by |
+| `torch_tiles`, `triton_tiles` | row-wise operations on a tile of logits, in PyTorch and Triton |
+| `fused` | one Triton kernel from hidden states to log-sum-exp, without a tile in memory |
+| `running` | each row's online log-sum-exp over the slices of the vocabulary |
 | `tiles` | the loop over tiles |
-| `modes` | what each mode computes in its forward, keeps, and does in its backward |
-| `function` | autograd and the public functions |
+| `modes` | forward and backward of each mode |
+| `function` | the autograd function and the public functions |
 """
 
 from kto_kernels.linear_logps.function import (

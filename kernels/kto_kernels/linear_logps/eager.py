@@ -4,8 +4,8 @@ With $a = W h + b$ and logits $z = s a$, or $z = c \tanh(s a / c)$ where the mod
 
 $$\log p(y_t) = z_{y_t} - \log \sum_v e^{z_v}.$$
 
-Called with float64 tensors this is the truth that tests hold everything else against; called in
-the working precision it sets how far the truth may be missed.
+With float64 tensors it is the ground truth of the tests; with tensors in the working precision its
+error sets the tolerance for the kernels.
 """
 
 import torch
@@ -25,7 +25,7 @@ def linear_logps(
 ) -> Float[Tensor, " tokens"]:
     """log p(target) of every row, in nats: float64 for float64 arguments, else float32.
 
-    Arguments as those of `kto_kernels.linear_logps`.
+    Arguments as for `kto_kernels.linear_logps`.
     """
     logits = eager_logits(hidden, weight, bias=bias, logit_scale=logit_scale, softcap=softcap)
     return logits.log_softmax(dim=1).gather(1, targets[:, None]).squeeze(1)

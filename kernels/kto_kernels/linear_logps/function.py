@@ -1,4 +1,4 @@
-"""Autograd around the four modes, and the public functions."""
+"""The autograd function around the four modes, and the public functions."""
 
 from dataclasses import dataclass
 
@@ -21,14 +21,14 @@ from kto_kernels.linear_logps.tiles import Inputs
 
 @dataclass(kw_only=True, slots=True)
 class TokenStatistics:
-    """What the head says of each row, float32."""
+    """Log-prob, entropy and mean logit of each row, float32."""
 
     logps: Float32[Tensor, " tokens"]
-    """log p(target), nats; differentiable."""
+    """log p(target), in nats; differentiable."""
     entropy: Float32[Tensor, " tokens"]
-    """Of the distribution over the vocabulary, nats; a number to log, no gradient flows back."""
+    """Of the distribution over the vocabulary, in nats; not differentiable."""
     mean_logit: Float32[Tensor, " tokens"]
-    """Over the vocabulary; no gradient flows back."""
+    """Over the vocabulary; not differentiable."""
 
 
 def linear_logps(
@@ -42,22 +42,24 @@ def linear_logps(
 ) -> Float32[Tensor, " tokens"]:
     """log p(target) of every row, in nats, float32, differentiable once.
 
-    Gradients flow to whichever of `hidden`, `weight` and `bias` ask for one; what is computed and
-    kept follows from that (`plan.Mode`). Under autocast the products take autocast's type.
+    Gradients flow to those of `hidden`, `weight` and `bias` that require one, and decide what is
+    computed and kept (`plan.Mode`). Under autocast the products are in autocast's type.
 
     Args:
         hidden: the decoder's last hidden states, one row per predicted token.
-        weight: the language model head: a parameter, frozen or not, or any tensor made of some.
-        targets: the token each row must predict, in `[0, V)`.
+        weight: the language model head: a parameter, frozen or not, or a tensor computed from some.
+        targets: the token that each row is to predict, in `[0, V)`.
         bias: the head's bias.
         logit_scale: factor on the logits (Cohere's `logit_scale`, Granite's 1 / `logits_scaling`).
-        softcap: final soft-capping (Gemma-2's `final_logit_softcapping`), after the scale.
+        softcap: final soft-capping (Gemma-2's `final_logit_softcapping`), after the scale; None: no
+            capping.
 
     Raises:
-        ValueError: if shapes do not fit, or `softcap` is not positive.
+        ValueError: if shapes do not fit, `logit_scale` is not finite or `softcap` is not positive
+            and finite.
         TypeError: if `hidden` and `weight` differ in type outside autocast.
-        IndexError: on a CPU, if a target is outside the vocabulary. On a GPU its log-prob is NaN:
-            a check would wait for the device.
+        IndexError: on a CPU, if a target is outside the vocabulary. On a GPU its log-prob is NaN,
+            because a check would need device synchronisation.
     """
     return _score(hidden, weight, targets, bias, Head(logit_scale=logit_scale, softcap=softcap))[0]
 
@@ -71,7 +73,10 @@ def linear_logps_with_statistics(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> TokenStatistics:
-    """`linear_logps` with the entropy and the mean logit of every row, from the same pass."""
+    """`linear_logps` with the entropy and the mean logit of every row, from the same pass.
+
+    Arguments and errors as for `linear_logps`.
+    """
     head = Head(logit_scale=logit_scale, softcap=softcap)
     logps, entropy, mean_logit = _score(hidden, weight, targets, bias, head, statistics=True)
     assert entropy is not None
@@ -89,7 +94,7 @@ def _score(
     statistics: bool = False,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """logps, entropy, mean logit; `plan` overrules the choice, for tests and benchmarks."""
+    """logps, entropy, mean logit; tests and benchmarks give a `plan` instead of the chosen one."""
     _check(hidden, weight, targets, bias)
     targets = targets.long().contiguous()
     needs = Needs.of(hidden, weight, bias)
@@ -108,7 +113,7 @@ def _score(
 
 
 class _LinearLogps(torch.autograd.Function):
-    """The three modes with a gradient."""
+    """The three modes that have a gradient."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, head, plan, needs, statistics):
@@ -132,14 +137,14 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient, *_of_statistics):
-        for_the_rest = (None,) * 5
+        no_gradients = (None,) * 5
         if gradient is None:
-            return None, None, None, *for_the_rest
+            return None, None, None, *no_gradients
         if ctx.plan.mode is Mode.FROZEN_HEAD:
             (unit,) = ctx.saved_tensors
             hidden_gradient = torch.empty_like(unit, dtype=ctx.dtype)
             torch.mul(unit, gradient[:, None], out=hidden_gradient)
-            return hidden_gradient, None, None, *for_the_rest
+            return hidden_gradient, None, None, *no_gradients
         hidden, weight, bias, targets, log_total, complement, *tiles = ctx.saved_tensors
         inputs = Inputs(
             hidden=hidden,
@@ -158,7 +163,7 @@ class _LinearLogps(torch.autograd.Function):
                 complement=complement,
                 tiles=tiles,
             )
-        return *gradients, *for_the_rest
+        return *gradients, *no_gradients
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
@@ -182,5 +187,5 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None)
         if low < 0 or high >= weight.shape[0]:
             raise IndexError(
                 f"targets must lie in [0, {weight.shape[0]}), got {low} to {high}; "
-                "leave out rows that predict nothing"
+                "remove rows that predict nothing"
             )

@@ -1,4 +1,4 @@
-r"""Hidden states to log-sum-exp in one Triton kernel: no logit ever reaches memory.
+r"""Log-probs from hidden states in one Triton kernel that writes no logit to memory.
 
 $$\log p(y_t) = z_{y_t} - \log \sum_v e^{z_v}, \quad z = f(W h_t + b)$$
 
@@ -7,8 +7,8 @@ the split's blocks, multiplies, and folds each `[tokens, vocabulary]` block of f
 into a running maximum, sum and target logit. A second kernel merges the splits in their order. No
 locks, no atomics: the same inputs give the same bits.
 
-For gradient-free passes. A pass whose backward computes its logits again must take its
-log-sum-exp from those same logits, so those go through tiles.
+For gradient-free passes only. A pass whose backward recomputes logits has to take its log-sum-exp
+from the same logits, to the bit, so it uses tiles.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from kto_kernels.linear_logps.triton_tiles import COMPILE, tanh
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blocks:
-    """What a launch is compiled for."""
+    """Block sizes and launch options of a compiled kernel."""
 
     tokens: int
     vocabulary: int
@@ -33,14 +33,14 @@ class Blocks:
     num_warps: int
     num_stages: int
     descriptors: bool
-    """Operands through the tensor memory accelerator (compute capability 9 and up)."""
+    """Load operands with the tensor memory accelerator (compute capability 9.0 and higher)."""
 
     def options(self) -> dict[str, Any]:
-        """What a launch is told beside its arguments."""
+        """Launch options besides the kernel's arguments."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **COMPILE}
 
 
-# Unmeasured: compiled ahead of time for sm_80, sm_90 and sm_100 without spills, timed nowhere.
+# Not tuned: compiled for sm_80, sm_90 and sm_100 without spills, but not timed on any of them.
 HOPPER = Blocks(tokens=128, vocabulary=128, width=64, num_warps=8, num_stages=4, descriptors=True)
 AMPERE = Blocks(tokens=128, vocabulary=128, width=32, num_warps=8, num_stages=3, descriptors=False)
 FLOAT32 = Blocks(tokens=64, vocabulary=64, width=32, num_warps=4, num_stages=2, descriptors=False)
@@ -166,12 +166,12 @@ def choose_blocks(hidden: Tensor) -> Blocks:
     if hidden.dtype == torch.float32:
         return FLOAT32
     hopper = hidden.is_cuda and torch.cuda.get_device_capability(hidden.device) >= (9, 0)
-    aligned = (hidden.stride(0) * hidden.element_size()) % 16 == 0  # the accelerator's unit
+    aligned = (hidden.stride(0) * hidden.element_size()) % 16 == 0  # what the accelerator requires
     return HOPPER if hopper and aligned else AMPERE
 
 
 def choose_splits(tokens: int, vocabulary: int, blocks: Blocks, num_processors: int) -> int:
-    """How many splits fill the device with programs once, as a function of shapes alone."""
+    """The number of splits with about one program per processor, from shapes alone."""
     token_blocks = triton.cdiv(tokens, blocks.tokens)
     return max(
         1, min(num_processors // token_blocks, triton.cdiv(vocabulary, blocks.vocabulary), 32)
@@ -230,7 +230,7 @@ def _launch_partial(
     """Fill `partial`: maximum, sum and target logit, `[3, N, splits]` float32."""
     (tokens, width), vocabulary = hidden.shape, weight.shape[0]
     num_splits = partial.shape[2]
-    # Whole blocks per split: a block never straddles two.
+    # Splits are whole blocks.
     split_blocks = triton.cdiv(triton.cdiv(vocabulary, num_splits), blocks.vocabulary)
     if blocks.descriptors:
         triton.set_allocator(_workspace)
@@ -260,10 +260,10 @@ def _launch_partial(
 
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 4  # the interpreter
+        return 4  # any number: the interpreter runs one program after another
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Where Triton writes the tensor descriptors that a kernel makes."""
+    """Memory for the tensor descriptors that a kernel makes, in the form of Triton's allocators."""
     return torch.empty(size, device="cuda", dtype=torch.int8)

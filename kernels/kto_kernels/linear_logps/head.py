@@ -1,4 +1,4 @@
-r"""What lies between the product W h and a logit: bias, scale, final soft-capping.
+r"""The steps from the product W h to a logit: bias, scale, final soft-capping.
 
 With $a = W h + b$: $z = s a$, or $z = c \tanh(s a / c)$ where the model caps its logits, so that
 $\partial z / \partial a = s$ or $s (1 - (z / c)^2)$: a function of the logit alone.
@@ -35,7 +35,8 @@ class Head:
         """Turn float32 products W h into logits, in place.
 
         Returns:
-            the logits, and ∂z/∂a over the scale: None where it is 1 everywhere, or not wanted.
+            the logits, and their slope: ∂z/∂a divided by the scale; None where it is 1 everywhere
+            or not wanted.
         """
         if bias is not None:
             products.add_(bias)
@@ -46,7 +47,7 @@ class Head:
         return capped.mul_(self.softcap), slope
 
     def slope(self, logits: Tensor) -> Tensor:
-        """∂z/∂a over the scale, from the logits."""
+        """∂z/∂a divided by the scale, from the logits."""
         if self.softcap is None:
             return torch.ones_like(logits)
         return torch.square(logits / self.softcap).neg_().add_(1.0)

@@ -1,4 +1,4 @@
-r"""The four modes: what each computes in the forward, what it keeps, what its backward does.
+r"""Forward and backward of the four modes (`plan.Mode`).
 
 With m the largest logit of a row, $k_v = e^{z_v - m} c_v$ but 0 at the target y,
 $c_v = \partial z_v / \partial a_v / s$, $T = \sum_v e^{z_v - m}$ and $R = T - e^{z_y - m}$:
@@ -9,7 +9,7 @@ $$\frac{\partial \log p(y)}{\partial a_v} = \frac{s}{T}
 E = \frac{\partial \log p(y)}{\partial h}
   = \frac{s}{T} \Bigl( c_y R \, W_y - \sum_v k_v W_v \Bigr).$$
 
-Neither depends on the loss: ∂loss/∂log p is a factor per row that comes later.
+Neither depends on the loss: ∂loss/∂log p is one factor per row, known only in the backward.
 """
 
 import importlib
@@ -27,7 +27,7 @@ from kto_kernels.linear_logps.tiles import Buffers, Inputs, Weights, fold_tiles,
 
 @dataclass(kw_only=True, slots=True)
 class Forward:
-    """What a forward pass leaves, per row, float32 unless said otherwise."""
+    """Results of a forward pass, per row; float32 unless stated otherwise."""
 
     logps: Tensor
     log_total: Tensor
@@ -41,7 +41,7 @@ class Forward:
 
 
 def plain_forward(inputs: Inputs, *, statistics: bool) -> Forward:
-    """Log-probabilities alone: a gradient-free pass, or one whose backward recomputes. 1 G."""
+    """Log-probs alone: for a gradient-free pass, or one whose backward recomputes logits. 1 G."""
     running = Running.start(inputs.tokens, inputs.hidden.device, statistics=statistics)
     for _ in fold_tiles(inputs, running, weights=Weights.NONE):
         pass
@@ -49,15 +49,15 @@ def plain_forward(inputs: Inputs, *, statistics: bool) -> Forward:
 
 
 def fused_logps(inputs: Inputs) -> Tensor:
-    """Log-probabilities alone, without tiles. 1 G."""
-    fused = importlib.import_module("kto_kernels.linear_logps.fused")  # needs Triton
+    """Log-probs alone, from the fused kernel. 1 G."""
+    fused = importlib.import_module("kto_kernels.linear_logps.fused")  # imports Triton
     bias = None if inputs.bias is None else inputs.bias.float().contiguous()
     hidden = inputs.operand().contiguous()
     return fused.fused_logps(hidden, inputs.weight, inputs.targets, bias, inputs.head)
 
 
 def frozen_head_forward(inputs: Inputs, *, statistics: bool) -> Forward:
-    """Log-probabilities and E. 2 G, and nothing left to multiply in the backward."""
+    """Log-probs and E. 2 G; no matrix product is left for the backward."""
     running = Running.start(inputs.tokens, inputs.hidden.device, statistics=statistics)
     shape, device = inputs.hidden.shape, inputs.hidden.device
     total = torch.zeros(shape, dtype=torch.float32, device=device)  # Σ k_v W_v, then E
@@ -69,7 +69,7 @@ def frozen_head_forward(inputs: Inputs, *, statistics: bool) -> Forward:
     factor = inputs.head.logit_scale / finished.total
     at_target = factor * finished.target_slope * running.others
     total.mul_(-factor[:, None])
-    # A target outside the vocabulary has made `at_target` NaN; its row must still exist.
+    # For a target outside the vocabulary `at_target` is NaN; the clamp is for the index alone.
     target_rows = inputs.weight[inputs.targets.clamp(0, inputs.vocabulary - 1)]
     total.addcmul_(target_rows.float(), at_target[:, None])
     forward = _forward(inputs, running, finished)
@@ -79,7 +79,7 @@ def frozen_head_forward(inputs: Inputs, *, statistics: bool) -> Forward:
 
 
 def kept_forward(inputs: Inputs, *, statistics: bool) -> Forward:
-    """Log-probabilities and the unit gradients of all logits. 1 G, and 2 G in the backward."""
+    """Log-probs and the unit gradients of all logits. 1 G, and 2 G in the backward."""
     running = Running.start(inputs.tokens, inputs.hidden.device, statistics=statistics)
     tiles, maxima = [], []
     for tile in fold_tiles(inputs, running, weights=Weights.KEPT):
@@ -90,10 +90,11 @@ def kept_forward(inputs: Inputs, *, statistics: bool) -> Forward:
     factor = inputs.head.logit_scale / finished.total
     at_target = inputs.head.logit_scale * finished.target_slope * finished.complement
     for tile, maximum in zip(tiles, maxima, strict=True):
-        older = torch.exp(maximum - finished.base[tile.rows])
+        # Each tile holds e^(z − maximum so far): correct it to the final maximum.
+        correction = torch.exp(maximum - finished.base[tile.rows])
         operations.finish_weights_(
             tile.weights,
-            -factor[tile.rows] * older,
+            -factor[tile.rows] * correction,
             at_target[tile.rows],
             inputs.targets[tile.rows],
             tile.columns.start,
@@ -114,7 +115,7 @@ def trained_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     r"""∂loss/∂h, ∂loss/∂W, ∂loss/∂b of a trained head, from ∂loss/∂log p, `[N]` float32.
 
-    With $U = \partial \log p / \partial a$, from the kept tiles or computed again:
+    With $U = \partial \log p / \partial a$, kept or recomputed:
     $\partial h = g \odot (U W)$ and $\partial W = U^\top (g \odot h)$.
     """
     gradients = _TrainedGradients(inputs, gradient, needs)
@@ -132,7 +133,7 @@ def trained_backward(
 
 
 class _Recomputed:
-    """Unit gradients of a tile, from its logits computed again."""
+    """Unit gradients of a tile, from recomputed logits."""
 
     def __init__(self, inputs: Inputs, log_total: Tensor, complement: Tensor) -> None:
         self._inputs = inputs
@@ -157,13 +158,14 @@ class _Recomputed:
 
 
 class _TrainedGradients:
-    """The three gradients while tiles arrive, all rows of a vocabulary slice before the next."""
+    """Sums of the three gradients over tiles, which arrive slice by slice of the vocabulary."""
 
     def __init__(self, inputs: Inputs, gradient: Tensor, needs: Needs) -> None:
         hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
         self._inputs = inputs
         self._gradient = gradient
-        # float16 ends at 65504, and a loss scaler multiplies the gradient by as much.
+        # float16 overflows at 65504, and a loss scaler makes gradients that large. So products take
+        # the gradient divided by its largest value, and ∂W is multiplied by it at the end.
         half = inputs.plan.compute_dtype == torch.float16 and inputs.tokens > 0
         self._unit = gradient.abs().amax().clamp(min=1e-30) if half else None
         factors = gradient if self._unit is None else gradient / self._unit
@@ -177,7 +179,7 @@ class _TrainedGradients:
             self._bias = torch.zeros_like(bias, dtype=torch.float32)
 
     def add(self, unit: Tensor, rows: slice, columns: slice, weight: Tensor) -> None:
-        """Take in one tile of unit gradients, `[n, s]`."""
+        """Add the share of one tile of unit gradients, `[n, s]`."""
         if self._hidden is not None:
             add_product(self._hidden[rows], unit, weight)
         if self._weight is not None:
@@ -200,7 +202,7 @@ class _TrainedGradients:
             out.mul_(self._unit)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """∂h, ∂W and ∂b, each in its input's type, or None where not needed."""
+        """∂h, ∂W and ∂b, each in its input's type; None where not needed."""
         hidden, bias = self._hidden, self._bias
         if hidden is not None:
             hidden = hidden.mul_(self._gradient[:, None]).to(self._inputs.hidden.dtype)

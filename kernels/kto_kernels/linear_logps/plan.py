@@ -1,7 +1,7 @@
-"""Which of the four modes a call takes, and how its work is cut into tiles.
+"""The choice of a call's mode and of the size of its tiles.
 
-Nothing here looks at values or at the memory that happens to be free: the same shapes on the same
-device take the same way, so the same inputs give the same bits.
+It depends on shapes and the device alone, neither on values nor on the memory that is free: the
+same inputs give the same bits.
 """
 
 import importlib.util
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 BUDGET_VARIABLE = "KTO_KERNELS_LOGITS_MIB"
-"""Environment variable: MiB that a trained head may spend on keeping its logits' gradient."""
+"""Environment variable: MiB in which a trained head may keep the gradients of its logits."""
 
 MIB = 2**20
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton's interpreter: its kernels run on a CPU, to be tested there."""
+"""Whether Triton's interpreter runs the kernels, on a CPU, for tests."""
 
 
 class Mode(Enum):
-    """What is computed when; G is one matrix product of 2 N D V operations."""
+    """The four ways to compute a call; G is one matrix product of 2 N D V operations."""
 
     GRADIENT_FREE = "gradient-free"
     """1 G."""
@@ -32,12 +32,12 @@ class Mode(Enum):
     KEPT = "trained head, kept"
     """3 G: `[N, V]` unit gradients are kept for the backward."""
     RECOMPUTED = "trained head, recomputed"
-    """4 G: the backward computes the logits again, a vocabulary slice at a time."""
+    """4 G: the backward recomputes the logits, one vocabulary slice at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
-    """Which inputs ask for a gradient."""
+    """The inputs that require a gradient."""
 
     hidden: bool
     weight: bool
@@ -55,15 +55,15 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """How one call is done."""
+    """Mode, type and tiles of one call."""
 
     mode: Mode
     compute_dtype: torch.dtype
-    """What both operands of every matrix product are cast to, a slice at a time."""
+    """The type that both operands of every matrix product are cast to, one slice at a time."""
     rows: int
-    """Tokens of one tile at most."""
+    """Most tokens of a tile."""
     columns: int
-    """Vocabulary of one tile at most."""
+    """Most vocabulary entries of a tile."""
     fused: bool = False
     """Gradient-free only: one Triton kernel instead of tiles."""
 
@@ -76,37 +76,37 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dispatch:
-    """One row of the table: what a CUDA device does up to a hidden width."""
+    """One row of the dispatch table: the choices for CUDA devices up to a hidden width."""
 
     max_width: int | None
-    """Largest D this row speaks for; None for all."""
+    """Largest D that the row applies to; None: no limit."""
     fused: bool
     """Gradient-free passes through the fused kernel, instead of cuBLAS tiles and row kernels."""
     tile_mib: int
     """Size of the float32 tile."""
     measured: str | None
-    """The result file this choice comes from; None while it is argued, not measured."""
+    """The result file that the choice is based on; None: an estimate."""
 
 
 DISPATCH = (
-    # Argued in kernels/README.md and waiting for `benchmarks/linear_logps.py` on a GPU: at small D
-    # the tile's traffic costs more than what cuBLAS gains over the fused kernel.
+    # Estimates (kernels/README.md) until `benchmarks/linear_logps.py` has run on a GPU: at small D
+    # a tile's memory traffic should cost more time than cuBLAS saves over the fused kernel.
     Dispatch(max_width=1024, fused=True, tile_mib=512, measured=None),
     Dispatch(max_width=None, fused=False, tile_mib=512, measured=None),
 )
 
 CUDA_TILE_ROWS = 4096
 CUDA_TILE_SHARE = 64
-"""A float32 tile takes at most this part of the device's memory: 128 MiB of 8 GiB."""
+"""A float32 tile takes at most 1/64 of the device's memory: 128 MiB of 8 GiB."""
 CPU_TILE_ROWS = 512
 CPU_TILE_ELEMENTS = 2**21
-"""8 MiB in float32: measured best or within 5% of it at N = 256, D = 896, on one core."""
+"""8 MiB in float32: within 5% of the fastest size at N = 256, D = 896, on one core."""
 CPU_TILE_COLUMNS = (1024, 8192)
 CPU_BUDGET_MIB = 256
 
 
 def uses_triton(device: torch.device) -> bool:
-    """Whether this device's work goes through Triton kernels."""
+    """Whether this device runs the Triton kernels."""
     return HAS_TRITON and (device.type == "cuda" or INTERPRETED)
 
 
@@ -116,7 +116,11 @@ def dispatch_for(width: int) -> Dispatch:
 
 
 def budget_bytes(device: torch.device) -> int:
-    """Bytes a trained head may keep between forward and backward: a fixed share of the device."""
+    """Bytes that a trained head may keep until backward: a fixed share of the device's memory.
+
+    Raises:
+        ValueError: if the environment variable is no whole number.
+    """
     if (given := os.environ.get(BUDGET_VARIABLE)) is not None:
         if not given.isdecimal():
             raise ValueError(f"{BUDGET_VARIABLE} must be a whole number of MiB, got {given!r}")
@@ -127,7 +131,7 @@ def budget_bytes(device: torch.device) -> int:
 
 
 def choose_mode(needs: Needs, *, tokens: int, vocabulary: int, itemsize: int, budget: int) -> Mode:
-    """The cheapest mode that gives what is needed within the budget."""
+    """The mode with the fewest products that computes the needed gradients within the budget."""
     if not (needs.hidden or needs.weight or needs.bias):
         return Mode.GRADIENT_FREE
     if not (needs.weight or needs.bias):
@@ -173,19 +177,23 @@ def cuda_tile(chosen: Dispatch, *, tokens: int, vocabulary: int, memory: int) ->
 
 
 def _suits_fused(weight: Tensor, dtype: torch.dtype) -> bool:
-    """A weight that would first be cast or copied whole is better cut into tiles, and float32
-    products have no tensor cores to gain from.
+    """Whether the fused kernel can read this weight, in half precision.
+
+    A weight that has to be cast or copied first would be cast whole, which tiles avoid; and float32
+    products do not use the tensor cores that make the kernel fast.
     """
     return weight.dtype == dtype != torch.float32 and weight.is_contiguous()
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The type of the matrix products: autocast's, or the operands', or float32 on a CPU without
-    units for the operands' (bfloat16 products take seven times as long there).
+    """The type of the matrix products: autocast's, else the operands'.
+
+    float32 instead on a CPU without instructions for that type, where bfloat16 products take seven
+    times as long.
 
     Raises:
-        TypeError: if the operands differ in type and no autocast settles it, or are no floats of
-            at most 32 bits.
+        TypeError: if the operands differ in type outside autocast, or are neither float32,
+            bfloat16 nor float16.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -205,14 +213,14 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
-    # PyTorch has no public name for these two before 2.13; without them the slow way is right too.
+    # Private before PyTorch 2.13. If they are missing, float32 products are slower but correct.
     if dtype == torch.bfloat16:
         return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return getattr(torch.cpu, "_is_amx_fp16_supported", lambda: False)()
 
 
 def _even(total: int, most: int) -> int:
-    """Size of equal parts of `total`, each at most about `most`, in steps of 64."""
+    """Size of the parts of `total` cut evenly: multiples of 64, of about `most` at most."""
     parts = -(-total // max(most, 64))
     if parts <= 1:
         return max(total, 1)

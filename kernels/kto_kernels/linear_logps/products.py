@@ -1,8 +1,8 @@
-"""Matrix products that end in float32, whatever their operands are.
+"""Matrix products with float32 results for operands of any type.
 
 Rounding a vocabulary slice's product to bfloat16 before it is added to the others would bias the
-sum, and a log-probability taken from bfloat16 logits is off by about 0.02 nats a token. cuBLAS
-hands out its float32 accumulators; on a CPU the product comes in the operands' type and is widened.
+sum, and a log-prob from bfloat16 logits is off by about 0.02 nats per token. cuBLAS can return its
+float32 accumulators; a CPU returns the operands' type, which is converted.
 """
 
 import torch
@@ -14,7 +14,7 @@ def _has_float32_results(operand: Tensor) -> bool:
 
 
 def product(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
-    """out = left @ right, rounded once, to `out`'s type, where the device can."""
+    """out = left @ right; rounded once, to `out`'s type, if the device supports that."""
     if out.dtype == left.dtype:
         return torch.mm(left, right, out=out)
     if out.dtype == torch.float32 and _has_float32_results(left):
@@ -25,7 +25,7 @@ def product(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total += left @ right, for a float32 total."""
     if left.dtype == total.dtype:
-        # Not addmm_, which FlopCounterMode does not count.
+        # `addmm_` is not counted by FlopCounterMode, which tests use.
         return torch.addmm(total, left, right, out=total)
     if _has_float32_results(left):
         return torch.addmm(total, left, right, out_dtype=total.dtype, out=total)

@@ -1,4 +1,4 @@
-r"""What is known of each row's log-sum-exp while the vocabulary goes by, slice after slice."""
+r"""Online log-sum-exp: the state of each row, slice after slice of the vocabulary."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from kto_kernels.linear_logps.head import Head
 
 @dataclass(kw_only=True, slots=True)
 class Running:
-    r"""Per row, float32: with m the largest logit seen and y the target,
+    r"""The state per row, float32: with m the largest logit seen and y the target,
 
     $\text{others} = \sum_{v \ne y} e^{z_v - m}$, over the columns seen so far.
     """
@@ -18,15 +18,15 @@ class Running:
     max: Tensor
     others: Tensor
     target: Tensor
-    """z_y; NaN until its column has been seen, and for good if the target is no column at all."""
+    """z_y; NaN until its column is seen, so for a target outside the vocabulary to the end."""
     logit_sum: Tensor | None
-    """Σ z_v; None where no statistics were asked for."""
+    """Σ z_v; None without statistics."""
     weighted_sum: Tensor | None
-    r"""$\sum_{v \ne y} e^{z_v - m} z_v$; None where no statistics were asked for."""
+    r"""$\sum_{v \ne y} e^{z_v - m} z_v$; None without statistics."""
 
     @classmethod
     def start(cls, rows: int, device: torch.device, *, statistics: bool) -> "Running":
-        """Before any column has been seen."""
+        """The state before the first column."""
 
         def full(value: float) -> Tensor:
             return torch.full((rows,), value, device=device, dtype=torch.float32)
@@ -44,7 +44,7 @@ class Running:
         return self.logit_sum is not None
 
     def rows(self, rows: slice) -> "Running":
-        """A view of some rows: what is written to it is written here."""
+        """A view of some rows; changes to it change this object."""
         return Running(
             max=self.max[rows],
             others=self.others[rows],
@@ -62,7 +62,7 @@ class Running:
         self.weighted_sum.mul_(shrink).add_(products.sum(dim=1))
 
     def finish(self, head: Head) -> "Finished":
-        """Once every column has been seen."""
+        """The results after the last column."""
         base = torch.where(self.max == -torch.inf, 0.0, self.max)
         target_exp = torch.exp(self.target - base)
         total = self.others + target_exp
@@ -85,7 +85,7 @@ class Running:
 
 @dataclass(kw_only=True, slots=True)
 class Finished:
-    """Per row, float32."""
+    """Results per row, float32."""
 
     logps: Tensor
     """log p(target), nats."""
@@ -98,4 +98,4 @@ class Finished:
     complement: Tensor
     """1 − p(target)."""
     target_slope: Tensor
-    """∂z/∂a over the scale, at the target."""
+    """∂z/∂a divided by the scale, at the target."""

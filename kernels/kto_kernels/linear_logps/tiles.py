@@ -1,7 +1,7 @@
-"""The loop over tiles, whatever the mode: `[some tokens, a slice of the vocabulary]` at a time.
+"""The loop over tiles of logits, `[rows, columns]`: some tokens by a slice of the vocabulary.
 
-The vocabulary is the outer loop, so each slice of W is read (and, where the operands' type differs
-from the parameter's, cast) once a pass, and each slice of its gradient written once.
+The vocabulary is the outer loop: each slice of W is read (and cast, where the operands' type
+differs from the parameter's) once per pass, and each slice of its gradient is written once.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from kto_kernels.linear_logps.running import Running
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """One call's tensors and how it is done."""
+    """The tensors and the plan of one call."""
 
     hidden: Tensor
     weight: Tensor
@@ -40,21 +40,21 @@ class Inputs:
         return self.weight.shape[0]
 
     def operand(self) -> Tensor:
-        """The hidden states as the products take them."""
+        """The hidden states in the products' type."""
         return self.hidden.to(self.plan.compute_dtype)
 
     def weight_slices(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Columns of the vocabulary, their rows of W as the products take them, their bias."""
+        """Slices of the vocabulary: their columns, rows of W in the products' type, and bias."""
         for columns in self.plan.column_slices(self.vocabulary):
             bias = None if self.bias is None else self.bias[columns].float().contiguous()
             yield columns, self.weight[columns].to(self.plan.compute_dtype), bias
 
 
 class Weights(Enum):
-    """What becomes of a tile's exponentials."""
+    """The use of a tile's exponentials, which a gradient needs."""
 
     NONE = "not written"
-    TRANSIENT = "in memory that the next tile takes over"
+    TRANSIENT = "in memory that the next tile overwrites"
     KEPT = "in memory of their own"
 
 
@@ -67,13 +67,13 @@ class Tile:
     weight: Tensor
     """`[s, D]`: the slice of W in the products' type."""
     weights: Tensor
-    """`[n, s]`: see `torch_tiles.fold_`; with `Weights.NONE`, nothing to be read."""
+    """`[n, s]`: see `torch_tiles.fold_`; undefined with `Weights.NONE`."""
     shrink: Tensor
-    """`[n]`: what sums over earlier slices must be multiplied with."""
+    """`[n]`: the factor for sums over earlier slices, see `torch_tiles.fold_`."""
 
 
 class Buffers:
-    """A tile's memory, taken once a pass and shared by its tiles."""
+    """The memory of a tile, allocated once per pass and used by all its tiles."""
 
     def __init__(self, inputs: Inputs) -> None:
         plan = inputs.plan
@@ -85,8 +85,10 @@ class Buffers:
         self._weights: Tensor | None = None
 
     def products(self, rows: int, columns: int, *, fresh: bool = False) -> Tensor:
-        """A float32 `[rows, columns]`; the same memory at each call, unless the weights will lie
-        in it and `fresh` ones are wanted.
+        """A float32 buffer `[rows, columns]`.
+
+        The same memory at each call, unless it will hold the tile's weights too (float32) and
+        `fresh` memory is wanted for them.
         """
         if fresh and self._dtype == torch.float32:
             return self._empty(rows * columns, torch.float32).view(rows, columns)
@@ -95,7 +97,7 @@ class Buffers:
         return self._products[: rows * columns].view(rows, columns)
 
     def weights(self, products: Tensor, *, fresh: bool = False) -> Tensor:
-        """The same shape in the operands' type; `products` itself where that is float32."""
+        """A buffer for weights, `[rows, columns]` in the operands' type; `products` if float32."""
         if self._dtype == torch.float32:
             return products
         if fresh:
@@ -109,14 +111,14 @@ class Buffers:
 
 
 def tile_operations(device: torch.device) -> ModuleType:
-    """`triton_tiles` on CUDA, and on a CPU under Triton's interpreter; else `torch_tiles`."""
+    """`triton_tiles` on CUDA and under Triton's interpreter, else `torch_tiles`."""
     if not uses_triton(device):
         return torch_tiles
     return importlib.import_module("kto_kernels.linear_logps.triton_tiles")
 
 
 def fold_tiles(inputs: Inputs, running: Running, *, weights: Weights) -> Iterator[Tile]:
-    """Fold every tile into `running`, and hand each out once that is done."""
+    """Fold every tile into `running`, and yield each after that."""
     operations, buffers = tile_operations(inputs.hidden.device), Buffers(inputs)
     hidden, fresh = inputs.operand(), weights is Weights.KEPT
     for columns, weight, bias in inputs.weight_slices():

@@ -1,7 +1,7 @@
-r"""Row-wise work on one tile of logits, in PyTorch: the CPU's, and any device's without Triton.
+r"""Row-wise operations on one tile of logits, in PyTorch: for the CPU, and without Triton.
 
-A tile is `[rows, columns]`: some tokens by a slice of the vocabulary. `triton_tiles` does the same
-in kernels of its own; both change their tile in place and neither reads anything back to the host.
+A tile is `[rows, columns]`: some tokens by a slice of the vocabulary. `triton_tiles` has the same
+functions as Triton kernels. Both work in place, without device synchronisation.
 """
 
 import torch
@@ -21,21 +21,21 @@ def fold_(
     head: Head,
     weights: Tensor | None,
 ) -> Tensor:
-    r"""Fold a tile into the running log-sum-exp of its rows; returns what older sums shrink by.
+    r"""Fold a tile into the running log-sum-exp of its rows.
 
-    The target's own exponential is left out of the sum: 1 − p(target) is then a quotient of sums
-    instead of a difference, exact for confident tokens.
+    The sum omits the target's exponential: 1 − p(target) is then a quotient of sums and not a
+    difference, which would be 0 for tokens that the model is sure of.
 
     Args:
         products: `[n, s]` float32, W h without bias; overwritten.
         running: the rows' state; updated.
-        targets: `[n]`, columns of the whole vocabulary, of which `start` is the tile's first.
+        targets: `[n]`, indices into the whole vocabulary, of which `start` is the tile's first.
         bias: `[s]` or None.
         weights: where to write $e^{z_v - m} \, \partial z_v / \partial a_v / s$ with a 0 at the
-            target, `[n, s]`; may be `products` itself; None when no gradient will be asked for.
+            target, `[n, s]`; may be `products` itself; None if no gradient is needed.
 
     Returns:
-        `[n]` float32: e^(old maximum − new maximum).
+        `[n]` float32: e^(old maximum − new maximum), the factor for all older sums.
     """
     logits, slope = head.transform_(products, bias, want_slope=weights is not None)
     column, inside = _locate(targets, start, logits.shape[1])
@@ -73,7 +73,7 @@ def unit_gradient_(
         products: `[n, s]` float32, W h without bias; overwritten.
         log_total: `[n]`, the log-sum-exp over the whole vocabulary.
         complement: `[n]`, 1 − p(target).
-        out: `[n, s]`, where the result goes; may be `products` itself.
+        out: `[n, s]`, for the result; may be `products` itself.
     """
     logits, slope = head.transform_(products, bias, want_slope=True)
     column, inside = _locate(targets, start, logits.shape[1])
@@ -94,11 +94,11 @@ def shrink_rows_(rows: Tensor, factors: Tensor) -> Tensor:
 def finish_weights_(
     weights: Tensor, factors: Tensor, target_gradient: Tensor, targets: Tensor, start: int
 ) -> Tensor:
-    """Turn what `fold_` wrote into unit gradients, once the whole row's sum is known.
+    """Turn the weights that `fold_` wrote into unit gradients, given the whole row's sum.
 
     Args:
         weights: `[n, s]` of a tile; overwritten.
-        factors: `[n]` float32, minus the scale, over the row's sum, from the tile's own maximum.
+        factors: `[n]` float32: −scale / sum of the row, relative to the tile's maximum.
         target_gradient: `[n]` float32, the unit gradient at the target.
     """
     weights.mul_(factors[:, None])
@@ -119,9 +119,9 @@ def _set_column_(tile: Tensor, column: Tensor, inside: Tensor, values: Tensor) -
 
 
 def _raise_maximum_(running: Running, found: Tensor) -> tuple[Tensor, Tensor]:
-    """What to subtract from the logits from now on, and what older sums shrink by."""
+    """The new value to subtract from logits, and the factor for older sums."""
     highest = torch.maximum(running.max, found)
-    # A row of −inf so far has no largest logit to subtract; 0 keeps −inf − (−inf) away.
+    # A row of only −inf: subtract 0, because −inf − (−inf) is NaN.
     base = torch.where(highest == -torch.inf, 0.0, highest)
     shrink = torch.exp(running.max - base)
     running.max.copy_(highest)

@@ -1,9 +1,9 @@
-r"""Row-wise work on one tile of logits, in Triton: one program per row, no atomics, no locks.
+r"""Row-wise operations on one tile of logits, in Triton: one program per row, no atomics or locks.
 
-The same functions as `torch_tiles`, whose docstrings say what each does. A row of a tile is read
-from memory once: the second pass over it (exponentials, after the maximum) finds it in the cache.
+The functions of `torch_tiles`, and documented there. A row of a tile is read from memory once: the
+second pass over it (exponentials, after the maximum) reads it from the cache.
 
-`no_type_check` keeps the run-time checks of the tests' import hook out of device code.
+`no_type_check` excludes device code from the tests' import hook, which checks types at run time.
 """
 
 from typing import Any, no_type_check
@@ -20,16 +20,16 @@ from kto_kernels.linear_logps.torch_tiles import finish_weights_
 __all__ = ["finish_weights_", "fold_", "shrink_rows_", "unit_gradient_"]
 
 MAX_BLOCK = 4096
-"""Columns that one program holds at a time; unmeasured."""
+"""Columns that one program holds at a time; not tuned."""
 
 COMPILE = {"enable_fp_fusion": True}
-"""Said aloud: its default changes with Triton 3.10, and with it the last bits of a result."""
+"""Explicit, because its default changes in Triton 3.10 and with it the last bits of a result."""
 
 
 @triton.jit
 @no_type_check
 def tanh(x):
-    # Near 0 the quotient would cancel; the series is exact to float32 there.
+    # Near 0 the quotient suffers from cancellation; the series is exact to float32 there.
     square = x * x
     series = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0))))
     shrunk = tl.exp(-2.0 * tl.abs(x))
@@ -84,7 +84,7 @@ def _fold_kernel(
     target_column = tl.load(targets_ptr + row) - start
     inside = (target_column >= 0) & (target_column < width)
 
-    # The target's logit, before the weights take the products' place.
+    # The target's logit, before weights overwrite the products.
     own, _own_capped = load_logits(
         row_ptr, bias_ptr, target_column, inside, scale, softcap, HAS_BIAS, CAPPED
     )
@@ -98,7 +98,7 @@ def _fold_kernel(
         highest = tl.maximum(highest, tl.where(mask, z, float("-inf")))
     before = tl.load(max_ptr + row)
     top = tl.maximum(before, tl.max(highest, axis=0))
-    base = tl.where(top == float("-inf"), 0.0, top)  # keeps −inf − (−inf) away
+    base = tl.where(top == float("-inf"), 0.0, top)  # −inf − (−inf) would be NaN
     shrink = tl.exp(before - base)
 
     others = tl.zeros([BLOCK], tl.float32)
@@ -165,7 +165,7 @@ def _shrink_rows_kernel(rows_ptr, factors_ptr, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     factor = tl.load(factors_ptr + row)
-    # After a few slices the maximum rarely moves: most rows are left where they are, unread.
+    # After a few slices the maximum rarely changes, and most rows need not be read.
     if factor != 1.0:
         mask = columns < width
         values = tl.load(rows_ptr + row * width + columns, mask=mask, other=0.0)
