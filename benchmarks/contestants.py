@@ -122,8 +122,8 @@ def train_ours(task: Task, turns: Turns) -> None:
 
     class TakeTurns(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-            if pl_module.packing_obstacle is not None:
-                raise SystemExit(f"the model runs padded: {pl_module.packing_obstacle}")
+            if pl_module.padding_reason is not None:
+                raise SystemExit(f"the model runs padded: {pl_module.padding_reason}")
             self.unit = UnitCosts.of(pl_module.policy.causal_lm)
             turns.ready()
 

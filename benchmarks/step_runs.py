@@ -125,8 +125,8 @@ def run_ours(
         enable_model_summary=False,
         use_distributed_sampler=False,
     ).fit(module, datamodule=data)
-    if module.packing_obstacle is not None:
-        raise SystemExit(f"step_cost: the model runs padded: {module.packing_obstacle}")
+    if module.padding_reason is not None:
+        raise SystemExit(f"step_cost: the model runs padded: {module.padding_reason}")
     return module
 
 

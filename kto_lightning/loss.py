@@ -23,9 +23,9 @@ def kto_loss(
 
     Args:
         log_ratio: log π_θ(y|x) − log π_ref(y|x), in nats, summed over the completion.
-        desirable: whether each completion was marked good.
+        desirable: whether each completion was marked desirable.
         z0: the reference point in nats, one number for the whole batch, detached.
-        beta: how strongly the policy is held to the reference (per nat).
+        beta: how strongly the policy is kept close to the reference (per nat).
         weight: λ of each example.
     """
     sign = torch.where(desirable, 1.0, -1.0)
@@ -46,7 +46,7 @@ def gradient_left(
     Args:
         log_ratio: log π_θ(y|x) − log π_ref(y|x), in nats, summed over the completion.
         z0: the reference point in nats.
-        beta: how strongly the policy is held to the reference (per nat).
+        beta: how strongly the policy is kept close to the reference (per nat).
     """
     logits = beta * (log_ratio - z0)
     return 4 * torch.sigmoid(logits) * torch.sigmoid(-logits)

@@ -17,9 +17,10 @@ from kto_lightning.models.following import (
     FollowingReference,
     restore_reference,
 )
-from kto_lightning.models.loading import LoRA, whole_name
+from kto_lightning.models.loading import LoRA
+from kto_lightning.models.model_files import resolve_name
 from kto_lightning.models.policy import Policy
-from kto_lightning.models.reference import Reference, remembered_reference
+from kto_lightning.models.reference import Reference, recorded_reference
 from kto_lightning.models.reference_cache import CachedReference
 from kto_lightning.models.weights import check_weights_fit
 from kto_lightning.strategies.protocol import TrainingStrategy, training_strategy
@@ -119,7 +120,7 @@ class KTOModule(LightningModule):
         self.policy: Policy | None = None
         """Loaded by `configure_model`, after the records have been read."""
         self.reference: Reference | None = None
-        self.packing_obstacle: str | None = None
+        self.padding_reason: str | None = None
         """Why the model runs padded; None: it runs packed."""
         self.published = PublishedMetrics()
         self.validated_step = -1
@@ -145,14 +146,14 @@ class KTOModule(LightningModule):
         if self.trainer.state.fn == "fit":
             check_device(settings, self.trainer.strategy.root_device)
         elif settings.reference is None:
-            settings = replace(settings, reference=remembered_reference(settings.policy))
+            settings = replace(settings, reference=recorded_reference(settings.policy))
         models = build_models(
             settings,
             precision=str(self.trainer.precision),
             reference_keys=lambda: data.reference_keys(),
         )
         self.policy, self.reference = models.policy, models.reference
-        self.packing_obstacle = models.packing_obstacle
+        self.padding_reason = models.padding_reason
         longest = getattr(data, "longest_sequence", None)  # as `facts` below
         if longest is not None:
             check_positions(models.policy.causal_lm, settings.policy, longest())
@@ -335,8 +336,8 @@ class KTOModule(LightningModule):
             check_epochs_left(checkpoint, self.trainer.max_epochs)
             check_same_optimizer(checkpoint.get("kto", {}), self.origin())
         name = self.model_settings.reference
-        named = None if name is None else whole_name(name)
-        restore_reference(checkpoint, self.reference, named=named, trains=trains)
+        requested = None if name is None else resolve_name(name)
+        restore_reference(checkpoint, self.reference, requested=requested, resuming=trains)
 
     def origin(self) -> dict[str, Any]:
         """Where this policy came from, in plain values: what `export` needs to build it again."""

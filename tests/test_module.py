@@ -555,7 +555,7 @@ def fit_files(files: dict[str, Path], policy: str = "model", **settings: Any) ->
 
 def test_from_files(files: dict[str, Path]) -> None:
     module, rows = fit_files(files)
-    assert module.packing_obstacle is None
+    assert module.padding_reason is None
     assert isinstance(module.reference, FrozenReference)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     first = rows[0]
@@ -593,7 +593,7 @@ def test_a_reference_that_cannot_share_prompts_makes_the_policy_run_padded(
 ) -> None:
     module, rows = fit_files(files, reference=str(files["padded"]))
     assert not module.policy.packed
-    assert module.packing_obstacle == "its reference cannot be packed"
+    assert module.padding_reason == "its reference cannot be packed"
     assert all(math.isfinite(row["train/loss"]) for row in rows)
     assert abs(rows[0]["train/reward/desirable"]) > 0.01
 

@@ -149,7 +149,7 @@ def _answering(policy: Any) -> Iterator[Any]:
     """The policy's model with its own attention, in evaluation mode, and afterwards as it was."""
     modes = {module: module.training for module in policy.modules()}
     try:
-        with policy.own_attention_restored() as model, torch.no_grad():
+        with policy.use_original_attention() as model, torch.no_grad():
             yield model
     finally:
         for module, training in modes.items():

@@ -110,8 +110,8 @@ def _model_rows(module: Any, data: Any) -> list[tuple[str, str]]:
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     num_steps = module.num_training_steps() or "as many as the stream gives"
     attention = "packed, prompts shared by both completions"
-    if module.packing_obstacle is not None:
-        attention = f"padded, because {module.packing_obstacle}"
+    if module.padding_reason is not None:
+        attention = f"padded, because {module.padding_reason}"
     per_step = data.batching.batch_size
     if data.prepared.train_set is not None:
         per_step = min(per_step, len(data.prepared.train_set))

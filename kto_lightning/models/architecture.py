@@ -1,4 +1,4 @@
-"""What a language model head multiplies with: its weight at this moment, its bias, its scale."""
+"""Differences between model families: head, logit scale, router loss, learned positions."""
 
 from functools import reduce
 from typing import Any
@@ -11,15 +11,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kto_lightning.errors import ConfigError
 
 _OPT_OFFSET = 2
-"""Rows that OPT's tables begin with and no position has."""
+"""Unused rows at the start of OPT's position table, in addition to one row per position."""
 
 
+# `Any`: a linear layer or peft's LoRA layer around one, which share no typed base class.
 def effective_head(head: Any) -> tuple[Tensor, Tensor | None]:
-    """The weight `[V, D]` and bias a language model head multiplies with at this moment.
+    """The weight `[V, D]` and bias `[V]` that a language model head currently multiplies with.
 
-    A LoRA layer's weight is its base plus the deltas of the adapters that are switched on, so that
-    an adapter on the head is trained like any other (arXiv:2106.09685, eq. 3). Switched off, the
-    base keeps the precision of that sum: what the adapter adds is then all that differs.
+    A LoRA layer's weight is its base weight plus the updates of its active adapters, as a tensor
+    that autograd follows, so that an adapter on the head is trained like any other
+    (arXiv:2106.09685, eq. 3). With the adapters disabled the base weight is still cast to the
+    dtype of that sum, so that the log-probs of policy and reference differ by the update alone.
     """
     if not hasattr(head, "get_delta_weight"):
         weight, bias = head.weight, getattr(head, "bias", None)
@@ -30,39 +32,48 @@ def effective_head(head: Any) -> tuple[Tensor, Tensor | None]:
         if not head.disable_adapters and not head.merged:
             for adapter in head.active_adapters:
                 weight = weight + head.get_delta_weight(adapter)
-    return _whole(weight), None if bias is None else _whole(bias)
+    return _full_tensor(weight), None if bias is None else _full_tensor(bias)
 
 
-def _whole(weight: Tensor) -> Tensor:
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+def _full_tensor(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
-    """The factor on the logits, by each family's name for it."""
+    """The factor on the logits, under each family's name for it; 1 if there is none."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
     scaling = getattr(config, "logits_scaling", None)
     if scaling is None:
         return 1.0
-    # HyperCLOVA X multiplies by what Granite and MiniCPM divide by.
+    # HyperCLOVA X multiplies by the value; Granite and MiniCPM divide by it.
     return float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
 
 
+def logit_softcap(config: PreTrainedConfig) -> float | None:
+    """The final soft-capping of the logits (Gemma-2); None: they are not capped."""
+    return getattr(config, "final_logit_softcapping", None)
+
+
 def auxiliary_coefficient(config: PreTrainedConfig) -> float:
-    """A Mixture of Experts' own factor on its load-balancing loss; 0 for other models."""
+    """The config's factor on a Mixture of Experts' load-balancing loss; 0 for other models."""
     if not hasattr(config, "output_router_logits"):
         return 0.0
     return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0)
 
 
-def num_experts(config: Any) -> int:
-    return config.num_experts if hasattr(config, "num_experts") else config.num_local_experts
+def num_experts(config: PreTrainedConfig) -> int:
+    """Experts per layer of a Mixture of Experts, under each family's name for it."""
+    name = "num_experts" if hasattr(config, "num_experts") else "num_local_experts"
+    return getattr(config, name)
 
 
 def num_positions(model: PreTrainedModel) -> int | None:
-    """The length of a model's table of learned positions (GPT-2, OPT, GPT-Neo); None: it has none,
-    and computes whatever position it is asked for."""
+    """The length of a table of learned position embeddings (GPT-2, OPT, GPT-Neo).
+
+    None for models without such a table, which compute the embedding of any position.
+    """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None:
         return None
@@ -73,15 +84,15 @@ def num_positions(model: PreTrainedModel) -> int | None:
 
 
 def check_positions(model: PreTrainedModel, name: str, longest: int | None) -> None:
-    """Refuse sequences that a model has no positions for, before the first of them comes.
+    """Check, before training, that a model has a position for every token of every sequence.
 
     Args:
         model: the policy.
-        name: what it was loaded by.
-        longest: tokens that a sequence may have; None: any number.
+        name: the name it was loaded by.
+        longest: most tokens of a sequence; None: unlimited.
 
     Raises:
-        ConfigError: with the length to set.
+        ConfigError: if sequences can be longer than the table; names the `max_length` to set.
     """
     known = num_positions(model)
     if known is None or (longest is not None and longest <= known):

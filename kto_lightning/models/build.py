@@ -12,13 +12,8 @@ from torch import nn
 from kto_lightning.distributed import on_any_rank
 from kto_lightning.errors import ConfigError, check_one_of
 from kto_lightning.models.following import Follow, FollowingReference
-from kto_lightning.models.loading import (
-    LoadedModel,
-    LoRA,
-    is_adapter,
-    load_model,
-    weight_directories,
-)
+from kto_lightning.models.loading import LoadedModel, LoRA, load_model
+from kto_lightning.models.model_files import is_adapter, weight_directories
 from kto_lightning.models.packing_probe import make_policy
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.quantization import Quantization, check_quantization
@@ -111,7 +106,7 @@ class BuiltModels:
 
     policy: Policy
     reference: Reference
-    packing_obstacle: str | None
+    padding_reason: str | None
     """Why the policy runs padded; None: it runs packed."""
 
 
@@ -147,7 +142,7 @@ def build_models(
         trust_remote_code=settings.trust_remote_code,
     )
     loaded = load(settings.policy, lora=settings.lora, dropout=settings.dropout)
-    policy, obstacle = make_policy(loaded.model)
+    policy, padding_reason = make_policy(loaded.model)
     if settings.shard is not None:
         settings.shard(policy)
     make = partial(_make_reference, settings, policy, loaded, load)
@@ -157,12 +152,12 @@ def build_models(
         agree = {} if settings.shard is None else {"agree": on_any_rank}
         cache = _cache(settings, precision)
         reference = CachedReference(cache, reference_keys(), make, **agree)
-    if not policy.packed and obstacle is None:
-        obstacle = "its reference cannot be packed"
+    if not policy.packed and padding_reason is None:
+        padding_reason = "its reference cannot be packed"
     if settings.activation_checkpointing:
         policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy.offloads_activations = settings.activation_offloading
-    return BuiltModels(policy=policy, reference=reference, packing_obstacle=obstacle)
+    return BuiltModels(policy=policy, reference=reference, padding_reason=padding_reason)
 
 
 def _make_reference(

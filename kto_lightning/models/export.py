@@ -1,4 +1,4 @@
-"""From a trained policy to directories that `from_pretrained` opens."""
+"""Export of a trained policy to directories that `from_pretrained` loads."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kto_lightning.files import _whole_directory
-from kto_lightning.models.loading import load_causal_lm, whole_name
+from kto_lightning.files import whole_directory
+from kto_lightning.models.loading import load_causal_lm
 from kto_lightning.models.model_card import model_card
+from kto_lightning.models.model_files import resolve_name
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.quantization import is_quantized
 from kto_lightning.models.reference import ORIGIN_FILE
@@ -24,11 +25,10 @@ def save_policy(
     *,
     origin: dict[str, Any],
 ) -> None:
-    """Write `directory/model`, and under LoRA `directory/adapter` with the model merged.
+    """Write `directory/model`; under LoRA it is the merged model, beside `directory/adapter`.
 
-    Merging is for good: the policy is the merged model afterwards. Nothing can be merged into
-    weights of four bits: the update of a quantized policy goes into its base as it was before
-    that, loaded once more, on the CPU in float32.
+    The policy is the merged model afterwards. An update cannot be merged into four-bit weights: for
+    a quantized policy the original base is loaded once more, on the CPU in float32.
 
     Args:
         origin: `KTOModule.origin`, written beside the weights.
@@ -40,20 +40,21 @@ def save_policy(
     if has_adapter(policy):
         save_weights(policy, tokenizer, directory / "adapter", origin=origin)
         if is_quantized(policy.causal_lm):
-            policy = _on_whole_base(policy, directory / "adapter", origin)
+            policy = _on_original_base(policy, directory / "adapter", origin)
         merge_adapter(policy)
     save_weights(policy, tokenizer, directory / "model", origin=origin)
 
 
-def _on_whole_base(policy: Policy, adapter: Path, origin: dict[str, Any]) -> Policy:
-    model: Any = policy.model
+def _on_original_base(policy: Policy, adapter: Path, origin: dict[str, Any]) -> Policy:
+    """The saved adapter on its base model without quantization."""
+    model: Any = policy.model  # `nn.Module` to pyright, as below; peft adds what is used here
     name = model.peft_config["default"].base_model_name_or_path
     base = load_causal_lm(name, trust_remote_code=origin["trust_remote_code"])
     return Policy(PeftModel.from_pretrained(base, adapter), packed=False)
 
 
 def has_adapter(policy: Policy) -> bool:
-    """Whether what is trained is an adapter."""
+    """Whether the trained weights are those of an adapter."""
     return hasattr(policy.model, "peft_config")
 
 
@@ -64,17 +65,17 @@ def save_weights(
     *,
     origin: dict[str, Any],
 ) -> None:
-    """Write what was trained, the model or the adapter alone, with tokenizer and model card.
+    """Write the trained weights (the model's, or the adapter's alone), tokenizer and model card.
 
     Raises:
         KTOError: if the disk is full or the directory cannot be written.
     """
     model: Any = policy.model
-    with policy.own_attention_restored(), _whole_directory(directory) as part:
+    with policy.use_original_attention(), whole_directory(directory) as part:
         if has_adapter(policy):
             config = model.peft_config["default"]
-            config.base_model_name_or_path = whole_name(config.base_model_name_or_path)
-            # The update alone: the base's embeddings stay where they came from.
+            config.base_model_name_or_path = resolve_name(config.base_model_name_or_path)
+            # Without `save_embedding_layers=False` peft would add the base's embeddings.
             model.save_pretrained(part, selected_adapters=["default"], save_embedding_layers=False)
         else:
             model.save_pretrained(part)
@@ -84,10 +85,10 @@ def save_weights(
 
 
 def merge_adapter(policy: Policy) -> None:
-    """Add the trained adapter's update to the weights, for good, in float32.
+    """Merge the trained adapter into the base's weights, in float32; the policy changes in place.
 
-    A base in bfloat16 becomes float32, on the CPU, where there is room for it: rounded to bfloat16
-    again, most of a small update would be lost.
+    A bfloat16 base becomes float32, on the CPU, which has the memory for it: rounded to bfloat16,
+    most of a small update would be lost.
     """
     model: Any = policy.model
     if policy.causal_lm.dtype != torch.float32:
@@ -98,8 +99,9 @@ def merge_adapter(policy: Policy) -> None:
 
 
 def _untie_adapted(model: PreTrainedModel) -> None:
-    """Give an adapted head, or adapted input embeddings, a weight of its own: tied, both would take
-    up the update that was trained for one of them."""
+    """Untie head and input embeddings if either is adapted: the update that was trained for one
+    would otherwise be merged into both."""
+    # `Any`: linear and embedding layers, or peft's layers around them.
     head: Any = model.get_output_embeddings()
     embeddings: Any = model.get_input_embeddings()
     if not (hasattr(head, "get_base_layer") or hasattr(embeddings, "get_base_layer")):

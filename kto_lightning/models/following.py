@@ -1,7 +1,7 @@
-"""A reference that follows the policy (TR-DPO, arXiv:2404.09656): state of a run, never trained.
+"""A reference that follows the policy (TR-DPO, arXiv:2404.09656).
 
-Every n completed optimizer steps π_ref ← α π_θ + (1 − α) π_ref, weight by weight (their soft
-update; with α = 1 their hard one).
+After every n-th optimizer step π_ref ← α π_θ + (1 − α) π_ref, weight by weight: the paper's soft
+update, or with α = 1 its hard update. The reference then is part of the run's state.
 """
 
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ CHECKPOINT_KEY = "reference"
 
 @dataclass(kw_only=True, slots=True)
 class Follow:
-    """How a reference follows the policy: every n steps, a part of the way."""
+    """When and how far a reference moves towards the policy."""
 
     every_n_steps: int = 512
     """Optimizer steps from one update of the reference to the next."""
     alpha: float = 0.6
-    """The policy's share in an update: 1 copies the policy, 0.6 goes that part of the way."""
+    """The policy's weight in an update, above 0 and at most 1; 1 copies the policy."""
 
     def __post_init__(self) -> None:
         if self.every_n_steps < 1:
@@ -46,20 +46,20 @@ class Follow:
 
 
 class FollowingReference(FrozenReference):
-    """A second model that takes over a part of the policy's weights now and then.
+    """A second model whose weights move towards the policy's.
 
     Args:
-        start: the second model as it is at the beginning.
-        follow: when and how far.
-        policy: whom to follow.
+        start: the second model at the start of the run.
+        follow: when and how far its weights move.
+        policy: the policy it follows.
 
     Raises:
         ConfigError: if the two models do not have the same weights.
     """
 
     def __init__(self, start: FrozenReference, follow: Follow, policy: Policy) -> None:
-        who = "a copy that" if start.name is None else f"{start.name}, which"
-        description = f"{who} follows the policy: {follow}"
+        subject = "a copy that" if start.name is None else f"{start.name}, which"
+        description = f"{subject} follows the policy: {follow}"
         super().__init__(start.policy, description, name=start.name, offloaded=start.offloaded)
         self.follow = follow
         own, new = _shapes(self.policy), _shapes(policy)
@@ -68,34 +68,34 @@ class FollowingReference(FrozenReference):
             raise ConfigError(
                 "--model.follow mixes the policy's weights into the reference's, but --model."
                 f"reference {start.name} has others than the policy ({len(odd)} do not fit, "
-                f"{odd[0]} is one). Take a reference of the policy's own shape, or leave one of "
-                "the two out."
+                f"for example {odd[0]}). Give a reference of the policy's shape, or only one of "
+                "the two options."
             )
 
     def warnings(self, num_steps: int) -> list[str]:
-        """What is odd about following through a run of that many steps, in plain words."""
+        """Warnings about a run of that many steps: one if the reference would never change."""
         every = self.follow.every_n_steps
         if every <= num_steps:
             return []
         return [
             f"--model.follow.every_n_steps {every} is more than the {num_steps} steps of this run, "
-            "in which the reference stays what it is. Lower it."
+            "in which the reference never changes. Lower it."
         ]
 
     @torch.no_grad()
     def after_step(self, step: int, policy: Policy) -> None:
-        """Follow, if it is time.
+        """Update the weights, if `step` is a multiple of `every_n_steps`.
 
         Args:
             step: completed optimizer steps of the whole run.
-            policy: as it is after them.
+            policy: the policy after that step.
         """
         if step % self.follow.every_n_steps:
             return
         reshard(self.policy)
         reshard(policy)
         pairs = zip(self.policy.parameters(), policy.parameters(), strict=True)
-        for own, new in pairs:  # tied weights come once
+        for own, new in pairs:  # a tied weight comes once
             own.lerp_(new.to(own.device), self.follow.alpha)
 
 
@@ -104,9 +104,9 @@ def _shapes(policy: Policy) -> dict[str, torch.Size]:
 
 
 def reference_state(reference: Reference | None) -> dict[str, Any]:
-    """What a checkpoint keeps of a reference: of one that follows its weights, of others nothing.
+    """Entries of a checkpoint: the weights of a reference that follows the policy, else none.
 
-    Every rank must call it; under FSDP rank 0 alone gets the weights.
+    Every rank must call it; under FSDP2 only rank 0 gets the weights.
     """
     if not isinstance(reference, FollowingReference):
         return {}
@@ -115,39 +115,44 @@ def reference_state(reference: Reference | None) -> dict[str, Any]:
 
 
 def restore_reference(
-    checkpoint: dict[str, Any], reference: Reference | None, *, named: str | None, trains: bool
+    checkpoint: dict[str, Any],
+    reference: Reference | None,
+    *,
+    requested: str | None,
+    resuming: bool,
 ) -> None:
-    """Give a reference the weights of the one that followed the policy, if a checkpoint has them.
+    """Load the weights of a reference that followed the policy, if the checkpoint has them.
+
+    Outside training, a `requested` reference other than the one that the run started with replaces
+    the checkpoint's, and nothing is loaded. A run that is resumed needs the checkpoint's.
 
     Args:
         checkpoint: as `fit` writes it.
-        reference: as it began.
-        named: the model that is asked for as reference by its whole name; None: none is. One that
-            the run did not begin with is what rewards are measured against, in place of the
-            checkpoint's.
-        trains: whether the run goes on; then it goes on with the same reference.
+        reference: the reference as this run has loaded it.
+        requested: the resolved name of the reference in this run's settings; None: none is set.
+        resuming: whether the run is trained further.
 
     Raises:
-        ConfigError: if the reference asked for cannot be the checkpoint's.
+        ConfigError: if these settings do not allow the checkpoint's reference.
     """
     state = checkpoint.get(CHECKPOINT_KEY)
     if state is None:
         return
     origin = checkpoint["kto"]
-    another = named is not None and named != origin["reference"]
-    if another and not trains:
+    is_another = requested is not None and requested != origin["reference"]
+    if is_another and not resuming:
         return
-    if another or (trains and not isinstance(reference, FollowingReference)):
+    if is_another or (resuming and not isinstance(reference, FollowingReference)):
         raise ConfigError(
-            "the checkpoint holds a reference that follows the policy, which began as "
+            "the checkpoint holds a reference that follows the policy, which started as "
             f"{origin['reference']} (--model.follow {origin['follow']}). Give the same "
             "--model.reference and a --model.follow, or start a new run from the exported model."
         )
     if not isinstance(reference, FrozenReference):
         raise ConfigError(
             "the checkpoint holds a reference that followed the policy, whose log-probs are in no "
-            "cache. Leave --model.reference_cache out."
+            "cache. Remove --model.reference_cache."
         )
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(reference.policy, state, options=options)
-    reference.description += ", as it is in the checkpoint"
+    reference.description += ", from the checkpoint"

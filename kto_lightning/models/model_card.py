@@ -1,4 +1,4 @@
-"""The model card: what a trained model is, from what, and how to load it."""
+"""The model card of a trained model: its origin, settings and results, and how to load it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,8 +35,8 @@ def model_card(origin: Mapping[str, Any], *, is_adapter: bool) -> str:
     """Markdown for the `README.md` of an exported directory.
 
     Args:
-        origin: `KTOModule.origin`: policy, settings, data and last results, in plain values.
-        is_adapter: whether the directory holds an adapter, not a whole model.
+        origin: `KTOModule.origin`: policy, settings, data and last results, as plain values.
+        is_adapter: whether the directory holds an adapter instead of a model.
     """
     data = origin["data"]
     kind = "a low-rank adapter for" if is_adapter else "a model made from"
@@ -71,7 +71,7 @@ def _data_table(data: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    """A row for all that is set."""
+    """A Markdown table with a row per value that is not None."""
     shown = {name: value for name, value in rows.items() if value is not None}
     lines = [f"| {name} | {_cell(value)} |" for name, value in shown.items()]
     return "\n".join(["| | |", "|---|---|", *lines, ""])

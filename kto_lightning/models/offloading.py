@@ -1,7 +1,7 @@
-"""What backward needs of the activations, kept in the host's memory in between.
+"""Activation offloading: tensors saved for backward stay in host memory between the passes.
 
-As `torch.autograd.graph.save_on_cpu`, which would take every weight along: a linear layer keeps its
-weight for backward too, and under autocast a copy of it.
+`torch.autograd.graph.save_on_cpu` would move every weight too: a linear layer saves its weight for
+backward, and under autocast a copy of it.
 """
 
 from collections.abc import Iterable
@@ -13,12 +13,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 MIN_BYTES = 2**18
-"""Smaller tensors stay: some ten microseconds on a bus, about what it takes a copy to begin."""
+"""Smaller tensors stay on the device: 256 KiB take about 10 µs on a PCIe bus, as long as starting
+the copy."""
 
 
 @dataclass(slots=True)
-class _Waiting:
-    """A tensor in the host's memory, and how it lay on the device."""
+class _HostCopy:
+    """A tensor in host memory, with its original stride and device."""
 
     host: Tensor
     stride: tuple[int, ...]
@@ -26,34 +27,35 @@ class _Waiting:
 
 
 class OffloadedActivations(saved_tensors_hooks):
-    """A context for a forward: its large activations wait for backward in the host's memory.
+    """A context for a forward that moves large activations to host memory until backward.
 
-    Everything runs on one stream of the device, so that a copy there has ended before its memory is
-    used again. A tensor that several operations keep is copied once.
+    Copies run on the device's current stream, so that a copy has ended before the memory that it
+    reads is used again. A tensor that several operations save is copied once.
 
     Args:
-        parameters: of the model; what has the shape of a weight, or of its transpose, stays.
+        parameters: the model's. Tensors with the shape of a weight, or of its transpose, stay on
+            the device.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         shapes = {tuple(p.shape) for p in parameters if p.ndim > 1}
-        shapes |= {shape[1:] for shape in shapes if len(shape) > 2}  # one expert's of many
+        shapes |= {shape[1:] for shape in shapes if len(shape) > 2}  # of one expert
         self._weights = shapes | {(*shape[:-2], shape[-1], shape[-2]) for shape in shapes}
-        # The storage is held weakly: so long as it is, no other can be taken for it.
-        self._copies: dict[tuple, tuple[StorageWeakRef, _Waiting]] = {}
+        # The weak reference keeps a storage's id from being reused, but not its memory alive.
+        self._copies: dict[tuple, tuple[StorageWeakRef, _HostCopy]] = {}
         super().__init__(self._to_host, _from_host)
 
-    def _to_host(self, tensor: Tensor) -> Tensor | _Waiting:
+    def _to_host(self, tensor: Tensor) -> Tensor | _HostCopy:
         if _is_on_host(tensor) or tensor.nbytes < MIN_BYTES or tuple(tensor.shape) in self._weights:
             return tensor
         if 0 in tensor.stride():
-            return tensor  # expanded: it takes less memory than its copy would
+            return tensor  # expanded: its copy would take more memory than the tensor does
         storage = StorageWeakRef(tensor.untyped_storage())
         key = (storage.cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in self._copies:
             host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             host.copy_(tensor, non_blocking=True)
-            self._copies[key] = storage, _Waiting(host, tensor.stride(), tensor.device)
+            self._copies[key] = storage, _HostCopy(host, tensor.stride(), tensor.device)
         return self._copies[key][1]
 
 
@@ -61,10 +63,10 @@ def _is_on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _from_host(packed: Tensor | _Waiting) -> Tensor:
+def _from_host(packed: Tensor | _HostCopy) -> Tensor:
     if isinstance(packed, Tensor):
         return packed
-    # A product of the same numbers laid out otherwise may differ in its last bits.
+    # The original strides: with others a matrix product may differ in its last bits.
     tensor = torch.empty_strided(
         packed.host.shape, packed.stride, dtype=packed.host.dtype, device=packed.device
     )

@@ -1,7 +1,8 @@
-"""Can a model run packed and share prompts, and is its head what the log-prob kernel computes?
+"""A probe for whether a model can run packed, with prompts shared, and has a plain linear head.
 
-Architectures differ in ways no list keeps up with (position biases, sinks, soft-capping, state
-spaces, masks of their own), so the model itself is asked: a few random tokens, packed and plain.
+No list of architectures would stay complete: they differ in position biases, attention sinks,
+soft-capping, state spaces and masks. So the probe scores a few random tokens twice, as training
+would and by the model's own forward, and compares the log-probs.
 """
 
 from dataclasses import dataclass
@@ -19,23 +20,28 @@ from kto_lightning.errors import ModelError
 from kto_lightning.models.attention import UnsupportedAttentionError
 from kto_lightning.models.policy import Policy
 
+# In one example y' is shorter than y, in the other longer: rows that are off by a segment, or that
+# see another sequence, change a log-prob.
 PROMPT_LENGTHS = [5, 9]
 MATCHED_LENGTHS = [14, 3]
 MISMATCHED_LENGTHS = [3, 14]
-# Of a log-prob summed over some ten tokens. Rounding leaves 1e-6 in float32 and 5e-3 in bfloat16.
+# For a log-prob summed over about ten tokens. Rounding makes 1e-6 in float32, 5e-3 in bfloat16.
 FULL_PRECISION_TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 0.05
 KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def make_policy(model: nn.Module) -> tuple[Policy, str | None]:
-    """The policy around `model`: packed where the model can, else padded with the reason why.
+    """Wrap a model as a policy: packed if it can run packed, else padded.
+
+    Returns:
+        the policy, and why it has to be padded: None where it is packed.
 
     Raises:
-        ModelError: if the model's own log-probs are not those of its head over its last hidden
-            state, or would not stay so in training: neither path would be right.
+        ModelError: if the model's log-probs are not those of a linear head on its last hidden
+            state, or would no longer be in training. Then both paths would be wrong.
     """
     padded = Policy(model, packed=False)
-    _check_linear_like(padded.causal_lm)
+    _check_head_kind(padded.causal_lm)
     batch = _probe_batch(padded.causal_lm)
     training = model.training
     model.eval()
@@ -43,22 +49,27 @@ def make_policy(model: nn.Module) -> tuple[Policy, str | None]:
         with torch.no_grad():
             expected = _plain_logps(padded, batch)
             _check_head(padded, batch, expected)
-            obstacle = _packing_obstacle(padded, batch, expected)
+            padding_reason = _padding_reason(padded, batch, expected)
     finally:
         model.train(training)
-    return (Policy(model), None) if obstacle is None else (padded, obstacle)
+    return (Policy(model), None) if padding_reason is None else (padded, padding_reason)
 
 
-def _packing_obstacle(
+def _padding_reason(
     padded: Policy, batch: PackedBatch, expected: tuple[Tensor, Tensor]
 ) -> str | None:
+    """Why the model cannot run packed; None: it can.
+
+    An attention that ignores the segments raises no error. So the log-probs of y and y' are
+    compared with `expected`, those of separate forwards.
+    """
     causal_lm = padded.causal_lm
     unknown = set(getattr(causal_lm.config.get_text_config(), "layer_types", None) or ())
     unknown -= KNOWN_LAYER_TYPES
     if unknown:
         return f"it has layers of type {', '.join(sorted(unknown))}"
     if not causal_lm._can_set_attn_implementation():
-        return "its attention cannot be exchanged"
+        return "its attention cannot be replaced"
     try:
         logps = Policy(padded.model)(batch)
     except UnsupportedAttentionError as error:
@@ -66,16 +77,20 @@ def _packing_obstacle(
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         return f"it does not take packed attention ({type(error).__name__}: {error})"
     finally:
-        causal_lm.set_attn_implementation(padded.own_attention)
+        causal_lm.set_attn_implementation(padded.original_attention)
     found = logps.matched, logps.mismatched
     if not all(_close(*pair, causal_lm.dtype) for pair in zip(found, expected, strict=True)):
-        return "its packed log-probs differ from its plain ones"
+        return "its packed log-probs differ from those of its own forward"
     return None
 
 
-def _check_linear_like(causal_lm: PreTrainedModel) -> None:
-    """What a head computes beside its weight and one low-rank update, and at first not visibly."""
-    head: Any = causal_lm.get_output_embeddings()
+def _check_head_kind(causal_lm: PreTrainedModel) -> None:
+    """Check that the head is a weight with at most a low-rank update.
+
+    The other adapters change no log-prob before the first update, so that comparing log-probs does
+    not find them.
+    """
+    head: Any = causal_lm.get_output_embeddings()  # or peft's layer around it
     name = type(causal_lm).__name__
     if getattr(head, "weight", None) is None:
         raise ModelError(f"{name} has no output embeddings. Train a causal language model.")
@@ -88,17 +103,22 @@ def _check_linear_like(causal_lm: PreTrainedModel) -> None:
     for extra, present in extras.items():
         if present:
             raise ModelError(
-                f"{name}: the adapter on its head has {extra}, which is not computed here. Leave "
+                f"{name}: the adapter on its head has {extra}, which is not supported. Leave "
                 "the head out of the adapter's target_modules, or make the adapter without it."
             )
 
 
 def _check_head(padded: Policy, batch: PackedBatch, expected: tuple[Tensor, Tensor]) -> None:
+    """Compare the padded path with the model's own forward.
+
+    Both use the model's original attention, so that a difference can only come from the head: the
+    log-prob kernel in the one, the model's own logits in the other.
+    """
     matched = padded(batch, mismatched=False).matched
     if not _close(matched, expected[0], padded.causal_lm.dtype):
         raise ModelError(
             f"{type(padded.causal_lm).__name__}: its log-probs are not those of its output "
-            f"embeddings over its last hidden state (got {_listed(matched)}, its own forward says "
+            f"embeddings over its last hidden state (got {_listed(matched)}, its own forward gives "
             f"{_listed(expected[0])}). Train a causal language model with a plain head."
         )
 
@@ -116,7 +136,7 @@ def _listed(logps: Tensor | None) -> str:
 
 
 def _plain_logps(padded: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Log-probs of y and y' from separate forwards of the whole model, one sequence each."""
+    """Log-probs of y and y', one forward of the whole model per sequence, unpadded."""
     assert batch.mismatched is not None
     matched, mismatched, start, second_start = [], [], 0, 0
     for prompt, length, other in zip(
@@ -146,8 +166,8 @@ class _Example:
 
 def _probe_batch(causal_lm: PreTrainedModel) -> PackedBatch:
     """Two examples of random tokens, in the layout that shares prompts."""
-    head: Any = causal_lm.get_output_embeddings()
-    weight: Tensor = head.weight
+    weight = causal_lm.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]  # `_check_head_kind`
+    assert isinstance(weight, Tensor)
     random = np.random.default_rng(0)
     prompts, matched, mismatched = (
         [random.integers(0, weight.shape[0], length) for length in lengths]

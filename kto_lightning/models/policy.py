@@ -1,7 +1,7 @@
-"""The policy: a packed batch in, the log-probabilities of its completions out.
+"""The policy: from a packed batch to the log-probs of its completions.
 
-`Policy.forward` holds everything a strategy has to see: the matched run, the mismatched run and the
-language model head, so that DDP and FSDP2 wrap one module.
+`Policy.forward` does all that a strategy must intercept (matched run, mismatched run and language
+model head), so that DDP and FSDP2 wrap one module.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
@@ -22,16 +23,12 @@ from kto_lightning.models.architecture import (
     auxiliary_coefficient,
     effective_head,
     logit_scale,
+    logit_softcap,
     num_experts,
 )
-from kto_lightning.models.attention import (
-    PACKED,
-    PackedRun,
-    PromptStore,
-    UnsupportedAttentionError,
-    interleaved_ranges,
-)
+from kto_lightning.models.attention import PACKED, UnsupportedAttentionError
 from kto_lightning.models.offloading import OffloadedActivations
+from kto_lightning.models.packed_run import PackedRun, PromptStore, interleaved_ranges
 
 
 class Policy(nn.Module):
@@ -39,28 +36,28 @@ class Policy(nn.Module):
 
     Args:
         model: a transformers model, or the `PeftModel` around one.
-        packed: run without padding and share prompts (`attention.py`). False is the padded path:
-            the model's own attention on right-padded rows, whole sequences for both completions.
+        packed: run without padding and share prompts (`attention.py`). False: the padded path, with
+            the model's original attention on right-padded rows, each completion with its prompt.
     """
 
     def __init__(self, model: nn.Module, *, packed: bool = True) -> None:
         super().__init__()
         self.model = model
-        self.own_attention: str = self.causal_lm.config._attn_implementation or "eager"
+        self.original_attention: str = self.causal_lm.config._attn_implementation or "eager"
         self.packed = packed
         self.offloads_activations = False
-        """Whether what backward needs waits in the host's memory (`offloading.py`)."""
+        """Whether activations are in host memory between forward and backward."""
         if packed:
             self.causal_lm.set_attn_implementation(PACKED)
         config = self.causal_lm.config.get_text_config()
         self.logit_scale = logit_scale(config)
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.softcap = logit_softcap(config)
         self.auxiliary_coefficient = auxiliary_coefficient(config)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
-        """The transformers model, adapter layers injected, without peft's wrapper."""
-        model: Any = self.model
+        """The transformers model inside peft's wrapper, adapter layers included."""
+        model: Any = self.model  # `nn.Module` to pyright, which knows no method of peft's
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def forward(
@@ -68,20 +65,24 @@ class Policy(nn.Module):
     ) -> Logps:
         """Score the completions asked for.
 
-        Gradients flow through the matched log-probs only; the mismatched run never has any.
+        Only the matched log-probs have a gradient: z0 is a constant of the loss.
 
         Args:
-            batch: one micro-batch. With `batch.shares_prompts` a mismatched pass alone runs the
-                prompts once and the mismatched completions on top of them.
+            batch: one micro-batch. If `batch.shares_prompts`, the mismatched completions run on top
+                of the prompts' keys and values: those of the matched run, or, without a matched
+                run, of a run of the prompts alone.
             matched: score y; also gives the auxiliary loss of a Mixture of Experts.
             mismatched: score y', if the batch has them.
+
+        Returns:
+            log-probs in nats, `[batch]` each; None for completions that are not scored.
         """
         logps = Logps()
         mismatched = mismatched and batch.mismatched is not None
         hidden = store = None
         if matched:
-            store = self._store_of_matched(batch) if mismatched and batch.shares_prompts else None
-            with self._kept_for_backward():
+            store = self._make_prompt_store(batch) if mismatched and batch.shares_prompts else None
+            with self._activation_offloading():
                 hidden, logps.auxiliary_loss = self._run(batch.matched, store)
                 logps.matched = self._score(hidden, batch.matched, batch.matched.scored.rows)
         if mismatched:
@@ -89,7 +90,7 @@ class Policy(nn.Module):
                 logps.mismatched = self._score_mismatched(batch, hidden, store)
         return logps
 
-    def _kept_for_backward(self) -> AbstractContextManager[Any]:
+    def _activation_offloading(self) -> AbstractContextManager[Any]:
         if self.offloads_activations and torch.is_grad_enabled():
             return OffloadedActivations(self.parameters())
         return nullcontext()
@@ -104,17 +105,23 @@ class Policy(nn.Module):
             return self._score(self._run(sequences, None)[0], sequences, rows)
         if hidden is None or store is None:
             hidden, store = self._run_prompts(batch)
-            rows = _rows_after_prompts(batch, rows)
-        run = PackedRun.continuing(store, batch.prompt_lengths, sequences.lengths, rows.device)
+            rows = _shift_to_prompt_run(batch, rows)
+        run = PackedRun.after_prompts(store, batch.prompt_lengths, sequences.lengths, rows.device)
         continued, _ = self._decode(sequences.input_ids, sequences.position_ids, run)
-        store.layers.clear()
+        store.layers.clear()  # checkpointing holds `store` until backward
         return self._score(torch.cat([hidden, continued]), sequences, rows)
 
-    def _store_of_matched(self, batch: PackedBatch) -> PromptStore:
-        """Where autograd holds all keys and values anyway, keep them as they are; without a
-        gradient, with checkpointing or offloading nothing else does: copy the prompts' rows."""
-        elsewhere = self.offloads_activations or self._checkpoints_activations()
-        if torch.is_grad_enabled() and not elsewhere:
+    def _make_prompt_store(self, batch: PackedBatch) -> PromptStore:
+        """The store for a matched run.
+
+        Usually autograd holds all keys and values for backward, and storing them whole takes no
+        memory. Without a gradient, or with activation checkpointing or offloading, the store alone
+        would keep them on the device; then it copies the prompts' rows only.
+        """
+        autograd_holds_them = torch.is_grad_enabled() and not (
+            self.offloads_activations or self._checkpoints_activations()
+        )
+        if autograd_holds_them:
             return PromptStore(
                 starts=_starts(batch.matched.lengths), num_rows=len(batch.matched.input_ids)
             )
@@ -125,15 +132,16 @@ class Policy(nn.Module):
         )
 
     def _checkpoints_activations(self) -> bool:
-        # transformers renames its own property for this between the versions we support.
+        # transformers' property for this has different names in the versions that we support.
         return any(getattr(m, "gradient_checkpointing", False) for m in self.causal_lm.modules())
 
     def _run_prompts(self, batch: PackedBatch) -> tuple[Float[Tensor, "rows width"], PromptStore]:
-        """The packed run `[x1 | x2 | …]`, kept for what continues it."""
+        """The hidden states and the store of a run of the prompts alone, `[x1 | x2 | …]`."""
         lengths = batch.prompt_lengths
         rows = _prompt_rows(batch)
-        kept = None if sum(lengths) else rows  # of a run of no token, nothing
-        store = PromptStore(starts=_starts(lengths), num_rows=sum(lengths), rows=kept)
+        # A run without tokens gets a filler token in `_decode`, of which no row may be stored.
+        stored = None if sum(lengths) else rows
+        store = PromptStore(starts=_starts(lengths), num_rows=sum(lengths), rows=stored)
         run = PackedRun(lengths=lengths, store=store)
         matched = batch.matched
         hidden, _ = self._decode(matched.input_ids[rows], matched.position_ids[rows], run)
@@ -142,7 +150,7 @@ class Policy(nn.Module):
     def _run(
         self, sequences: Sequences, store: PromptStore | None
     ) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, ""] | None]:
-        """The last hidden state of every token, and the routers' auxiliary loss if there is one."""
+        """The last hidden state of every token, and the routers' auxiliary loss or None."""
         if not self.packed:
             return self._run_padded(sequences)
         run = PackedRun(lengths=sequences.lengths, store=store)
@@ -152,8 +160,8 @@ class Policy(nn.Module):
     def _run_padded(
         self, sequences: Sequences
     ) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, ""] | None]:
-        """The same on right-padded rows, a sequence a row, with the model's own attention."""
-        # Any token will do behind a sequence's end: nothing that is scored sees it.
+        """`_run` on right-padded rows, one sequence each, with the model's original attention."""
+        # Any id can be the padding: causal attention hides it from the tokens that are scored.
         ids = pad_sequence(list(sequences.input_ids.split(sequences.lengths)), batch_first=True)
         if not ids.shape[1]:
             ids = ids.new_zeros(len(ids), 1)
@@ -163,17 +171,17 @@ class Policy(nn.Module):
             input_ids=ids, attention_mask=real.long(), **self._decoder_options()
         )
         row_starts = range(0, ids.numel(), ids.shape[1])
-        rows = _on(ids, interleaved_ranges(row_starts, sequences.lengths))
+        rows = _to_device(interleaved_ranges(row_starts, sequences.lengths), ids.device)
         hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, rows)
         return hidden, self._auxiliary_loss(outputs, real.long())
 
     def _decode(
         self, input_ids: Tensor, position_ids: Tensor, run: PackedRun
-    ) -> tuple[Float[Tensor, "tokens width"], Any]:
-        """The last hidden state of every token, and what else the decoder returns.
+    ) -> tuple[Float[Tensor, "tokens width"], Any]:  # each model class has its own output class
+        """The last hidden state of every token, and the decoder's whole output.
 
-        A run of no token (completions that are all empty) is made of one that nobody reads: under
-        FSDP every rank has to run, and some models cannot run on nothing.
+        A run without tokens (all completions are empty) runs on one filler token, whose result is
+        dropped: under FSDP every rank has to run, and some models fail on an empty input.
         """
         num_tokens = len(input_ids)
         if not num_tokens:
@@ -186,9 +194,10 @@ class Policy(nn.Module):
             **self._decoder_options(),
         )
         num_layers = self.causal_lm.config.get_text_config().num_hidden_layers
-        if run.num_calls < num_layers:
+        num_calls = run.num_attention_calls
+        if num_calls < num_layers:
             raise UnsupportedAttentionError(
-                f"only {run.num_calls} of its {num_layers} layers attend through transformers' "
+                f"only {num_calls} of its {num_layers} layers attend through transformers' "
                 "attention interface"
             )
         return outputs.last_hidden_state[0, :num_tokens], outputs
@@ -200,7 +209,10 @@ class Policy(nn.Module):
         return options
 
     def _auxiliary_loss(self, outputs: Any, mask: Tensor | None) -> Float[Tensor, ""] | None:
-        """The load-balancing loss over a run's real tokens (Switch, arXiv:2101.03961, eqs. 4-6)."""
+        """The load-balancing loss over a run's tokens (Switch, arXiv:2101.03961, eqs. 4-6).
+
+        `mask`: `[rows, length]`, 0 for padding; None: no padding.
+        """
         if not self.auxiliary_coefficient:
             return None
         config = self.causal_lm.config.get_text_config()
@@ -215,10 +227,10 @@ class Policy(nn.Module):
         sequences: Sequences,
         rows: Int[Tensor, " scored"],
     ) -> Float32[Tensor, " batch"]:
-        """Sequence log-probs, nats: the head over `rows`, summed per example."""
+        """Sequence log-probs in nats: the head on `rows` of `hidden`, summed per example."""
         weight, bias = effective_head(self.causal_lm.get_output_embeddings())
         token_logps = linear_logps(
-            # A bfloat16 head with a float32 adapter is a float32 head.
+            # The weight of a bfloat16 head with a float32 adapter is float32.
             hidden.index_select(0, rows).to(weight.dtype),
             weight,
             sequences.scored.targets,
@@ -229,15 +241,15 @@ class Policy(nn.Module):
         return sum_per_owner(token_logps, sequences.scored.owners, sequences.lengths)
 
     def run_padded(self) -> None:
-        """Take the padded path from now on."""
+        """Switch to the padded path for good."""
         self.packed = False
-        self.causal_lm.set_attn_implementation(self.own_attention)
+        self.causal_lm.set_attn_implementation(self.original_attention)
 
     @contextmanager
-    def own_attention_restored(self) -> Iterator[PreTrainedModel]:
-        """The model as it generates: with its own attention, in eval mode."""
+    def use_original_attention(self) -> Iterator[PreTrainedModel]:
+        """The transformers model in eval mode with its original attention: to generate or save."""
         model, training = self.causal_lm, self.training
-        model.set_attn_implementation(self.own_attention)
+        model.set_attn_implementation(self.original_attention)
         self.eval()
         try:
             yield model
@@ -250,10 +262,14 @@ class Policy(nn.Module):
 def sum_per_owner(
     token_logps: Float32[Tensor, " scored"], owners: Int[Tensor, " scored"], lengths: list[int]
 ) -> Float32[Tensor, " batch"]:
-    """Sum the tokens of each sequence. `owners` ascend; `lengths` bound the tokens of each.
+    """Sum the scored tokens of each sequence.
 
-    Through a `[batch, longest]` table, whose row sums are pairwise and the same in every run, where
-    an `index_add_` of floats would depend on the order in which the device gets to it.
+    The sums are the rows' of a `[batch, longest]` table, because they are the same in every run;
+    those of a floating-point `index_add_` depend on the order in which the device's threads add.
+
+    Args:
+        owners: the sequence of each token, ascending.
+        lengths: at least the number of scored tokens of each sequence.
     """
     counts = torch.zeros(len(lengths), dtype=torch.int64, device=owners.device)
     counts.index_add_(0, owners, torch.ones_like(owners))
@@ -268,21 +284,25 @@ def _starts(lengths: list[int]) -> list[int]:
 
 
 def _prompt_rows(batch: PackedBatch) -> Int[Tensor, " rows"]:
+    """Rows of the matched run that are prompts."""
     starts = _starts(batch.matched.lengths)
-    return _on(batch.matched.input_ids, interleaved_ranges(starts, batch.prompt_lengths))
+    rows = interleaved_ranges(starts, batch.prompt_lengths)
+    return _to_device(rows, batch.matched.input_ids.device)
 
 
-def _rows_after_prompts(batch: PackedBatch, rows: Int[Tensor, " scored"]) -> Tensor:
-    """Rows of `[matched run | mismatched run]` as rows of `[prompts | mismatched run]`."""
+def _shift_to_prompt_run(
+    batch: PackedBatch, rows: Int[Tensor, " scored"]
+) -> Int[Tensor, " scored"]:
+    """Map rows of `[matched run | mismatched run]` to rows of `[prompt run | mismatched run]`."""
     num_matched, num_prompt_rows = len(batch.matched.input_ids), sum(batch.prompt_lengths)
-    places = torch.zeros(num_matched, dtype=torch.int64, device=rows.device)
-    places[_prompt_rows(batch)] = torch.arange(num_prompt_rows, device=rows.device)
+    prompt_run_rows = torch.zeros(num_matched, dtype=torch.int64, device=rows.device)
+    prompt_run_rows[_prompt_rows(batch)] = torch.arange(num_prompt_rows, device=rows.device)
     return torch.where(
         rows < num_matched,
-        places[rows.clamp(max=num_matched - 1)],
+        prompt_run_rows[rows.clamp(max=num_matched - 1)],
         rows - num_matched + num_prompt_rows,
     )
 
 
-def _on(like: Tensor, rows: Any) -> Tensor:
-    return torch.from_numpy(rows).to(like.device, non_blocking=True)
+def _to_device(rows: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(rows).to(device, non_blocking=True)

@@ -1,10 +1,10 @@
-"""A frozen base in four bits, for adapters on it (QLoRA, arXiv:2305.14314)."""
+"""Four-bit quantization of a frozen base, to train an adapter on (QLoRA, arXiv:2305.14314)."""
 
 import importlib.util
 from typing import Any, Literal
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from kto_lightning.errors import ConfigError
 
@@ -12,10 +12,13 @@ Quantization = Literal["4bit"]
 
 
 def check_quantization(quantization: Quantization | None, *, frozen_base: bool) -> None:
-    """Refuse what could not be run, before any model is loaded.
+    """Check, before any model is loaded, that quantization is possible in this run.
+
+    Args:
+        frozen_base: whether an adapter is trained, not the weights themselves.
 
     Raises:
-        ConfigError: if the weights themselves are to be trained, or a package is missing.
+        ConfigError: if the weights themselves are trained, or a package or CUDA is missing.
     """
     if quantization is None:
         return
@@ -32,8 +35,8 @@ def check_quantization(quantization: Quantization | None, *, frozen_base: bool) 
                 f"--model.quantization 4bit needs {package}, which is not installed. "
                 "`pip install 'kto-lightning[qlora]'`, or use --model.dtype bfloat16."
             )
-    # bitsandbytes 0.50 has layers for CPUs, but after one forward in evaluation mode those with
-    # AVX-512 go on in a format that gives no gradient.
+    # bitsandbytes 0.50 has layers for CPUs, but with AVX-512 one forward in eval mode converts them
+    # to an inference format that has no backward.
     if not torch.cuda.is_available():
         raise ConfigError(
             "--model.quantization 4bit needs a CUDA device, and there is none here. "
@@ -42,13 +45,13 @@ def check_quantization(quantization: Quantization | None, *, frozen_base: bool) 
 
 
 def loading_options(quantization: Quantization | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` takes to load in four bits: NormalFloat4, its scales quantized too.
+    """Options of `from_pretrained` for four bits: NormalFloat4 with double quantization.
 
-    Embeddings, norms and head are not quantized: transformers leaves them as they are, and the
-    log-prob kernel multiplies with the head's own weight.
+    transformers does not quantize embeddings, norms and head, and the log-prob kernel needs the
+    head's weight as it is.
 
     Args:
-        dtype: of what is not quantized, and of the products with what is.
+        dtype: of the weights that are not quantized, and of the products with those that are.
     """
     if quantization is None:
         return {}
@@ -61,13 +64,13 @@ def loading_options(quantization: Quantization | None, dtype: torch.dtype) -> di
     return {"quantization_config": config}
 
 
-def is_quantized(model: Any) -> bool:
-    """Whether a transformers model holds weights of four bits."""
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether a transformers model has four-bit weights."""
     return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ValueError:  # taken out of sys.modules by a test or a shim
+    except ValueError:  # in sys.modules without a spec: a test's or a shim's replacement
         return False

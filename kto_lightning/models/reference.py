@@ -1,7 +1,7 @@
-"""The reference: where the policy started from, never trained. Four kinds behind one protocol.
+"""The reference model that rewards are measured against: its protocol and two of its four kinds.
 
-Here: the policy with its adapter switched off or exchanged for a frozen twin (no second model), and
-a frozen copy. Cached and following references wrap these.
+Here: the policy's base with the adapter disabled or replaced by a frozen copy of it (no second
+model), and a frozen second model. `reference_cache.py` and `following.py` build on these.
 """
 
 import copy
@@ -9,54 +9,56 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from kto_lightning.batches.types import Logps, PackedBatch
-from kto_lightning.models.loading import REFERENCE_ADAPTER, LoadedModel, adapter_base
+from kto_lightning.models.loading import REFERENCE_ADAPTER, LoadedModel
+from kto_lightning.models.model_files import adapter_base
 from kto_lightning.models.packing_probe import make_policy
 from kto_lightning.models.policy import Policy
 
-_AS_IT_WAS = "a frozen copy of the policy as it was"
+_COPY_DESCRIPTION = "a frozen copy of the initial policy"
 
 
 def reshard(policy: Policy) -> None:
-    """Let go of gathered weights under FSDP2, whose root keeps its own after a forward without a
-    backward."""
+    """Free the weights that FSDP2 has gathered: the root module keeps its own until backward, which
+    a forward without gradient does not have. Does nothing without FSDP2."""
     if isinstance(policy, FSDPModule):
         policy.reshard()
 
 
 @runtime_checkable
 class Reference(Protocol):
-    """What says log π_ref of a micro-batch."""
+    """A model that scores a micro-batch's completions with log π_ref."""
 
     description: str
-    """For the summary: which model this is."""
+    """The model in words, for the run's summary."""
 
     def logps(self, batch: PackedBatch, *, matched: bool = True, mismatched: bool = True) -> Logps:
-        """Score the completions asked for, as `Policy.forward` does, without a gradient."""
+        """Log-probs of the completions asked for, as from `Policy.forward`, without gradient."""
         ...
 
     def to(self, device: torch.device) -> None:
-        """Go where the policy is."""
+        """Move to the policy's device."""
         ...
 
 
 class FrozenReference:
-    """A second model that stays as it is.
+    """A second model that never changes.
 
-    Not a submodule of whatever holds it: it belongs to no optimizer and no checkpoint, so moving it
-    to a device is this class's own business.
+    It is no `nn.Module`, so that no optimizer, checkpoint or strategy finds its weights in the
+    module that holds it; hence its own `to`.
 
     Args:
         policy: the second model.
-        description: for the summary.
-        name: what it was loaded by; None: it is a copy of the policy.
-        offloaded: keep it in the host's memory, and on the device only while it scores.
+        description: see `Reference.description`.
+        name: the name it was loaded by; None: it is a copy of the policy.
+        offloaded: keep it in host memory, and on the device only while it scores.
     """
 
     def __init__(
@@ -71,22 +73,22 @@ class FrozenReference:
         self.description = description
         self.name, self.offloaded = name, offloaded
         self._device: torch.device | None = None
-        """Where it scores, if it is not there all the time."""
+        """Offloaded: the device to score on."""
 
     @classmethod
     def copy_of(cls, policy: Policy, *, offloaded: bool = False) -> "FrozenReference":
-        """The policy as it is now."""
-        return cls(copy.deepcopy(policy), _AS_IT_WAS, offloaded=offloaded)
+        """A copy of the policy with its current weights."""
+        return cls(copy.deepcopy(policy), _COPY_DESCRIPTION, offloaded=offloaded)
 
     def to(self, device: torch.device) -> None:
         if isinstance(self.policy, FSDPModule):
-            return  # sharding has put every shard where it belongs
+            return  # sharding has placed every shard on its device
         if not self.offloaded or device.type == "cpu":
             self.policy.to(device)
             return
         self._device = device
         for tensor in _tensors(self.policy):
-            # From page-locked memory a device reads at the bus's speed, and nobody waits for it.
+            # Copies from page-locked memory are asynchronous and at the full speed of the bus.
             tensor.data = tensor.data.cpu().pin_memory()
 
     @torch.no_grad()
@@ -101,46 +103,49 @@ def _tensors(policy: Policy) -> list[Tensor]:
 
 @contextmanager
 def _on_device(policy: Policy, device: torch.device | None) -> Iterator[None]:
-    """Weights on a device for a while; the host's stay, so that none is copied back."""
+    """Copy the weights to a device for the block; None: leave them where they are.
+
+    The host's tensors stay allocated, so that nothing has to be copied back.
+    """
     if device is None:
         yield
         return
-    kept = [(tensor, tensor.data) for tensor in _tensors(policy)]
-    for tensor, host in kept:
+    on_host = [(tensor, tensor.data) for tensor in _tensors(policy)]
+    for tensor, host in on_host:
         tensor.data = host.to(device, non_blocking=True, copy=True)
     try:
         yield
     finally:
-        for tensor, host in kept:
+        for tensor, host in on_host:
             tensor.data = host
 
 
 class AdapterReference:
-    """The policy's own base, without its adapter or with the frozen twin of it.
+    """The policy's own base, without its adapter or with a frozen copy of the adapter.
 
     Args:
         policy: a policy around a `peft.PeftModel`.
-        twin: score with the adapter `REFERENCE_ADAPTER` instead of with none.
+        frozen_adapter: score with the adapter `REFERENCE_ADAPTER` instead of without any.
     """
 
-    def __init__(self, policy: Policy, *, twin: bool) -> None:
-        # Not as a submodule: the policy belongs to the module that trains it.
+    def __init__(self, policy: Policy, *, frozen_adapter: bool) -> None:
         self._policy = policy
-        self._twin = twin
+        self._frozen_adapter = frozen_adapter
         self.description = (
-            "the given adapter as it was (a second, frozen adapter; no second model)"
-            if twin
-            else "the base model, adapter switched off (no second model)"
+            "a frozen copy of the given adapter (no second model)"
+            if frozen_adapter
+            else "the base model, adapter disabled (no second model)"
         )
 
     @torch.no_grad()
     def logps(self, batch: PackedBatch, *, matched: bool = True, mismatched: bool = True) -> Logps:
         training = self._policy.training
-        self._policy.eval()  # an adapter's dropout belongs to training
-        # Switching sets what requires a gradient, and would set it on gathered weights alone.
+        self._policy.eval()  # without the adapter's dropout
+        # peft sets `requires_grad` when it switches adapters. Under FSDP2 it has to set it on the
+        # sharded parameters, not on gathered ones that are freed afterwards.
         reshard(self._policy)
         try:
-            with self._switched():
+            with self._switched_adapter():
                 logps = self._policy(batch, matched=matched, mismatched=mismatched)
                 reshard(self._policy)
                 return logps
@@ -148,26 +153,25 @@ class AdapterReference:
             self._policy.train(training)
 
     def to(self, device: torch.device) -> None:
-        """It is part of the policy and goes with it."""
+        """Do nothing: the weights are the policy's."""
 
-    def _switched(self) -> AbstractContextManager[None]:
-        model: Any = self._policy.model
-        return _TwinAdapter(model) if self._twin else model.disable_adapter()
+    def _switched_adapter(self) -> AbstractContextManager[None]:
+        model = self._policy.model
+        assert isinstance(model, PeftModel)
+        return _use_frozen_adapter(model) if self._frozen_adapter else model.disable_adapter()
 
 
-class _TwinAdapter(AbstractContextManager[None]):
-    """Use the frozen twin for a while, then the trained adapter again."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._active = model.active_adapter
-
-    def __enter__(self) -> None:
-        # Without `inference_mode` peft takes every adapter that it activates for one to train.
-        self._model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
-
-    def __exit__(self, *_: object) -> None:
-        self._model.set_adapter(self._active)
+@contextmanager
+def _use_frozen_adapter(model: PeftModel) -> Iterator[None]:
+    """Activate `REFERENCE_ADAPTER` for the block, then the trained adapter again."""
+    active = model.active_adapter
+    assert isinstance(active, str)
+    # Without `inference_mode` peft makes every adapter that it activates trainable.
+    model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
+    try:
+        yield
+    finally:
+        model.set_adapter(active)
 
 
 def make_reference(
@@ -183,25 +187,26 @@ def make_reference(
     """The reference of a policy that has just been loaded.
 
     Args:
-        policy: made padded if its reference cannot be packed: one batch serves both.
-        loaded: what `policy` was made of.
-        policy_name: the name it was loaded by.
-        name: the reference's; None: the policy as it was.
+        policy: switched to the padded path if the reference cannot run packed, because both get the
+            same batches.
+        loaded: the model that `policy` wraps.
+        policy_name: the name that it was loaded by.
+        name: the reference's; None: the initial policy.
         load: loads a model by its name.
-        offloaded: keep a second model in the host's memory, see `FrozenReference`.
-        shard: spreads a second model over all ranks, as the policy has been.
+        offloaded: keep a second model in host memory, see `FrozenReference`.
+        shard: shards a second model over all ranks, as it has sharded the policy.
     """
     if name is None and loaded.adapter is not None:
-        return AdapterReference(policy, twin=loaded.adapter == "given")
+        return AdapterReference(policy, frozen_adapter=loaded.adapter == "given")
     if name is None and shard is None:
         return FrozenReference.copy_of(policy, offloaded=offloaded)
     if loaded.adapter == "given" and name == adapter_base(policy_name):
-        return AdapterReference(policy, twin=False)
-    # A policy that is sharded already cannot be copied: load it again.
-    reference, obstacle = make_policy(load(name or policy_name).model)
-    if obstacle is not None and policy.packed:
+        return AdapterReference(policy, frozen_adapter=False)
+    # A sharded policy cannot be copied, so its model is loaded once more.
+    reference, padding_reason = make_policy(load(name or policy_name).model)
+    if padding_reason is not None and policy.packed:
         policy.run_padded()
-    description = f"{name}, frozen" if name else _AS_IT_WAS
+    description = f"{name}, frozen" if name else _COPY_DESCRIPTION
     frozen = FrozenReference(reference, description, name=name, offloaded=offloaded)
     if shard is not None:
         shard(frozen.policy)
@@ -209,11 +214,11 @@ def make_reference(
 
 
 ORIGIN_FILE = "kto_lightning.json"
-"""Beside the weights: where they came from, so that rewards are measured against that."""
+"""A file beside exported weights: which model, reference, settings and data they come from."""
 
 
-def remembered_reference(name: str) -> str | None:
-    """The reference that a model written by `save_policy` was trained against."""
+def recorded_reference(name: str) -> str | None:
+    """The reference that an exported model was trained against; None for other models."""
     try:
         origin = json.loads((Path(name) / ORIGIN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,10 +1,10 @@
-"""The reference's log-probs on disk: computed once, whatever is trained against them.
+"""A cache on disk of the reference's log-probs, shared by all runs with the same reference.
 
 A cache directory has one folder per reference (`reference_fingerprint`), and in it one file per
-process that has written there: records of a key (`data/keys.py`), a log-prob and a checksum. Files
-are only ever appended to, a step's records in one write, so that processes do not disturb each
-other and a crash costs at most the last record. A record whose checksum is wrong is as good as not
-there.
+process that has written there, of records of a key (`batches/collate.py`), a log-prob and a
+checksum. Files are only appended to, with the records of a step in one write: processes do not
+interfere with each other, and a crash loses at most the last record. Records with a wrong checksum
+are ignored.
 """
 
 import uuid
@@ -31,43 +31,44 @@ class ReferenceCache:
     """The log-probs of one reference, in memory and on disk.
 
     Args:
-        directory: the folder of this reference; made when the first log-prob is written.
+        directory: the folder of this reference; created with the first log-prob.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
         self._file = self._directory / f"{uuid.uuid4().hex}.logps"
         self._logps: dict[bytes, float] = {}
-        self._read_to: dict[str, int] = {}
+        self._offsets: dict[str, int] = {}
         self.refresh()
 
     def __len__(self) -> int:
         return len(self._logps)
 
     def refresh(self) -> None:
-        """Take in what other processes have written since."""
+        """Read the records that other processes have added."""
         if not self._directory.is_dir():
             return
         for path in sorted(self._directory.glob("*.logps")):
             with path.open("rb") as file:
-                file.seek(self._read_to.get(path.name, 0))
+                file.seek(self._offsets.get(path.name, 0))
                 content = file.read()
-            whole = len(content) - len(content) % RECORD.itemsize
-            self._read_to[path.name] = self._read_to.get(path.name, 0) + whole
-            self._logps.update(_sound_records(content[:whole]))
+            # The last record may still be incomplete: the next refresh reads it again.
+            complete = len(content) - len(content) % RECORD.itemsize
+            self._offsets[path.name] = self._offsets.get(path.name, 0) + complete
+            self._logps.update(_valid_records(content[:complete]))
 
     def num_known(self, keys: Iterable[bytes]) -> int:
-        """How many of the keys have a log-prob here."""
+        """The number of keys with a log-prob in the cache."""
         return sum(key in self._logps for key in keys)
 
     def find(self, keys: Sequence[bytes]) -> list[float] | None:
-        """The log-probs of all keys, or None if one is lacking."""
+        """The log-probs of all keys, in nats; None if one is missing."""
         if all(key in self._logps for key in keys):
             return [self._logps[key] for key in keys]
         return None
 
     def add(self, keys: Sequence[bytes], logps: Sequence[float]) -> None:
-        """File log-probs, in nats, that are not here yet.
+        """Store those log-probs, in nats, that are not in the cache yet.
 
         Raises:
             KTOError: if the disk is full or the directory cannot be written.
@@ -84,7 +85,7 @@ class ReferenceCache:
         except OSError as error:
             raise KTOError(
                 f"--model.reference_cache: {self._file} cannot be written: {error}. Make room, or "
-                "leave the cache out."
+                "remove the option."
             ) from error
 
 
@@ -93,7 +94,7 @@ def _record(key: bytes, logp: float) -> bytes:
     return checked + np.uint32(crc32(checked)).tobytes()
 
 
-def _sound_records(content: bytes) -> dict[bytes, float]:
+def _valid_records(content: bytes) -> dict[bytes, float]:
     records = np.frombuffer(content, dtype=RECORD)
     found = {}
     for start, record in zip(range(0, len(content), RECORD.itemsize), records, strict=True):
@@ -104,15 +105,15 @@ def _sound_records(content: bytes) -> dict[bytes, float]:
 
 
 class CachedReference:
-    """A reference that is asked only for what the cache lacks.
+    """A reference that computes only the log-probs that are not in the cache.
 
     Args:
         cache: the log-probs of the reference.
-        keys: of all log-probs that will be asked for; None: not known before they are.
-        make_reference: makes what computes the lacking ones; not called where none lacks, so that a
-            full cache costs no second model.
-        agree: tells which flags are set on some rank. For a reference that is spread over all
-            ranks, which compute together or not at all; by default every rank decides for itself.
+        keys: the keys of all log-probs that the run needs; None: not known in advance.
+        make_reference: loads the model that computes missing log-probs; not called if none is
+            missing, so that a complete cache needs no second model.
+        agree: maps this rank's flags to whether each is set on any rank. For a sharded reference,
+            which all ranks must run together; by default every rank decides for itself.
     """
 
     def __init__(
@@ -126,13 +127,13 @@ class CachedReference:
         if keys is None:
             self.reference: Reference | None = make_reference()
             self.description = (
-                f"log-probs from the cache ({len(cache):,} are there), the others from "
+                f"log-probs from the cache (it has {len(cache):,}), the others from "
                 f"{self.reference.description}"
             )
             return
         known = cache.num_known(keys)
-        (lacks,) = agree([known < len(keys)])
-        self.reference = make_reference() if lacks else None
+        (is_incomplete,) = agree([known < len(keys)])
+        self.reference = make_reference() if is_incomplete else None
         rest = "no model is loaded for it"
         if self.reference is not None:
             rest = f"the others from {self.reference.description}"
@@ -143,17 +144,19 @@ class CachedReference:
             self.reference.to(device)
 
     def refresh(self) -> None:
-        """Take in what other processes have written; once nothing is lacking, let go of the model
-        that would compute it, unless it is not known what will be asked for."""
+        """Read what other processes have added, and free the model if the cache is complete.
+
+        The model stays where it is not known in advance which log-probs the run needs.
+        """
         self.cache.refresh()
         if self._keys is None:
             return
-        (lacks,) = self._agree([self.cache.num_known(self._keys) < len(self._keys)])
-        if not lacks:
+        (is_incomplete,) = self._agree([self.cache.num_known(self._keys) < len(self._keys)])
+        if not is_incomplete:
             self.reference = None
 
     def logps(self, batch: PackedBatch, *, matched: bool = True, mismatched: bool = True) -> Logps:
-        """See `Reference.logps`; the batch carries its keys."""
+        """See `Reference.logps`; the batch must have its keys."""
         assert batch.matched_keys is not None
         mismatched = mismatched and batch.mismatched_keys is not None
         found = Logps()
@@ -161,12 +164,12 @@ class CachedReference:
             found.matched = self._found(batch.matched_keys, batch)
         if mismatched and batch.mismatched_keys is not None:
             found.mismatched = self._found(batch.mismatched_keys, batch)
-        lacks_matched = matched and found.matched is None
-        lacks_mismatched = mismatched and found.mismatched is None
+        needs_matched = matched and found.matched is None
+        needs_mismatched = mismatched and found.mismatched is None
         if self.reference is not None:
-            lacks_matched, lacks_mismatched = self._agree([lacks_matched, lacks_mismatched])
-        if lacks_matched or lacks_mismatched:
-            self._compute(batch, found, matched=lacks_matched, mismatched=lacks_mismatched)
+            needs_matched, needs_mismatched = self._agree([needs_matched, needs_mismatched])
+        if needs_matched or needs_mismatched:
+            self._compute(batch, found, matched=needs_matched, mismatched=needs_mismatched)
         return found
 
     def _found(self, keys: list[bytes], batch: PackedBatch) -> Tensor | None:
@@ -178,10 +181,11 @@ class CachedReference:
     def _compute(
         self, batch: PackedBatch, found: Logps, *, matched: bool, mismatched: bool
     ) -> None:
+        """Score with the model, into `found` and the cache."""
         if self.reference is None:
             raise KTOError(
-                "the reference cache lost log-probs that it had when the run began. Start again "
-                "with --ckpt_path last: what is lacking is computed then."
+                "the reference cache lost log-probs that it had when the run began. Resume with "
+                "--ckpt_path last: missing ones are computed then."
             )
         computed = self.reference.logps(batch, matched=matched, mismatched=mismatched)
         if computed.matched is not None and batch.matched_keys is not None:
@@ -193,12 +197,12 @@ class CachedReference:
 
 
 def reference_fingerprint(directories: Sequence[Path], settings: Sequence[str]) -> str:
-    """A name for everything that decides a reference's log-probs besides the tokens.
+    """A hash of everything that determines a reference's log-probs besides the tokens.
 
     Args:
-        directories: the model's, and its adapter's: the contents of their weights and configs
-            count, not where they are.
-        settings: what else decides: dtype, precision.
+        directories: the model's, and its adapter's. The contents of weights and configs count, not
+            their paths.
+        settings: other settings that change log-probs, such as dtype and precision.
     """
     digest = blake2b(repr((FORMAT_VERSION, *settings)).encode(), digest_size=16)
     for directory in directories:

@@ -1,11 +1,11 @@
-"""Loading: a directory or hub id to a tokenizer that can pad and has its chat template."""
+"""Loading of tokenizers, from a directory or hub id, with a padding token and a chat template."""
 
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kto_lightning.errors import ModelError
-from kto_lightning.models.loading import (
+from kto_lightning.models.model_files import (
     adapter_base,
     check_model_files,
     first_line,
@@ -19,11 +19,12 @@ _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.js
 def load_tokenizer(
     name: str, *, chat_template: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; an adapter directory without one uses its base's.
+    """Load a tokenizer; for an adapter directory without one, that of its base.
 
     Args:
         name: a directory or a hub id.
-        chat_template: a file with a Jinja chat template that replaces the tokenizer's own.
+        chat_template: path of a Jinja chat template that replaces the tokenizer's.
+        trust_remote_code: run code that comes with the tokenizer.
 
     Raises:
         ModelError: if there is no tokenizer, or no such template file.
@@ -39,7 +40,7 @@ def load_tokenizer(
             f"{name} has no tokenizer that loads: {reason_of_failure(name, error).rstrip('.')}. "
             "Save one there with tokenizer.save_pretrained, or name another with --data.tokenizer."
         ) from error
-    if _knows_no_text(name, tokenizer):
+    if _is_empty(name, tokenizer):
         raise ModelError(
             f"{name} has no tokenizer files. Save its tokenizer there with "
             "tokenizer.save_pretrained, or name another with --data.tokenizer."
@@ -55,8 +56,8 @@ def load_tokenizer(
     return tokenizer
 
 
-def _knows_no_text(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """transformers makes an empty tokenizer, of the model's kind, where there is none."""
+def _is_empty(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it has no vocabulary: without tokenizer files transformers returns an empty one."""
     if not Path(name).is_dir() or any(f for p in _VOCABULARIES for f in Path(name).glob(p)):
         return False
     ids = tokenizer("some text", add_special_tokens=False)["input_ids"]

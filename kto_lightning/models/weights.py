@@ -1,4 +1,4 @@
-"""Weights of a checkpoint: which belong into it, and whether they fit a model."""
+"""Weights in a checkpoint: which are saved, and whether they fit a model."""
 
 from typing import Any
 
@@ -7,15 +7,34 @@ from torch import nn
 from kto_lightning.errors import ConfigError
 
 
+def drop_frozen(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """A module's state dict without its frozen parameters, which training does not change."""
+    # A tied weight has one entry in the state per name.
+    parameters = module.named_parameters(remove_duplicate=False)
+    frozen = {name for name, p in parameters if not p.requires_grad}
+    return {
+        name: value
+        for name, value in state.items()
+        if name not in frozen and _quantized_weight(name) not in frozen
+    }
+
+
+def _quantized_weight(name: str) -> str | None:
+    """The weight that a four-bit scale belongs to: `a.weight` of `a.weight.absmax`."""
+    weight, dot, _ = name.rpartition(".weight.")
+    return f"{weight}.weight" if dot else None
+
+
 def check_weights_fit(checkpoint: dict[str, Any], module: nn.Module) -> None:
-    """Refuse a checkpoint of another model: what does not fit would be left out without a word.
+    """Check that a checkpoint is one of this model: loading would silently skip what does not fit.
 
     Raises:
-        ConfigError: unless it holds every trained weight of `module`, in its shape, and no other.
+        ConfigError: unless the checkpoint holds every trained weight of `module`, in its shape,
+            and no other.
     """
     saved = checkpoint.get("state_dict")
     if not saved:
-        return  # sharded: each rank loads its own part
+        return  # sharded: each rank loads its own shard
     own = {name: weight.shape for name, weight in module.state_dict().items()}
     trained = [n for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad]
     wrong = [name for name in trained if name not in saved]
@@ -24,25 +43,7 @@ def check_weights_fit(checkpoint: dict[str, Any], module: nn.Module) -> None:
         return
     origin = checkpoint.get("kto", {})
     raise ConfigError(
-        f"the checkpoint does not hold the weights of this policy ({len(wrong)} do not fit, "
-        f"{wrong[0]} is one). It was saved with --model.policy {origin.get('policy')} and "
+        f"the checkpoint does not hold the weights of this policy ({len(wrong)} do not fit, for "
+        f"example {wrong[0]}). It was saved with --model.policy {origin.get('policy')} and "
         f"--model.lora {origin.get('lora')}: give the same."
     )
-
-
-def without_frozen(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """The part of a module's state that training changes: frozen weights are left out."""
-    # Tied weights stand in the state under each of their names.
-    parameters = module.named_parameters(remove_duplicate=False)
-    frozen = {name for name, p in parameters if not p.requires_grad}
-    # Four-bit weights keep their scales beside them, as `….weight.absmax`.
-    return {
-        name: value
-        for name, value in state.items()
-        if name not in frozen and _weight_of(name) not in frozen
-    }
-
-
-def _weight_of(name: str) -> str | None:
-    weight, dot, _ = name.rpartition(".weight.")
-    return f"{weight}.weight" if dot else None

@@ -21,12 +21,8 @@ from kto_lightning.batches.class_weights import resolve_weights
 from kto_lightning.data.dataset import load_records
 from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.errors import DataError, KTOError
-from kto_lightning.models.loading import (
-    adapter_base,
-    disable_dropout,
-    is_adapter,
-    load_causal_lm,
-)
+from kto_lightning.models.loading import disable_dropout, load_causal_lm
+from kto_lightning.models.model_files import adapter_base, is_adapter
 from kto_lightning.models.tokenizer import load_tokenizer
 from kto_lightning.parity.agreement import Comparison, Movement, compare, movement
 from kto_lightning.parity.our_trace import our_trace

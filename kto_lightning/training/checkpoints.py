@@ -20,9 +20,9 @@ from kto_lightning.batches.objective import Objective
 from kto_lightning.errors import ConfigError, KTOError
 from kto_lightning.models.build import ModelSettings
 from kto_lightning.models.following import reference_state
-from kto_lightning.models.loading import whole_name
+from kto_lightning.models.model_files import resolve_name
 from kto_lightning.models.reference import Reference
-from kto_lightning.models.weights import without_frozen
+from kto_lightning.models.weights import drop_frozen
 from kto_lightning.training.optimizers import Optimization
 
 _NAME = re.compile(r"step=(\d+)\.ckpt")
@@ -125,7 +125,7 @@ def add_policy_state(
 ) -> None:
     """Complete a checkpoint: trained weights only, the state of a reference that follows the
     policy, and under `kto` where the policy came from (`policy_origin`)."""
-    checkpoint["state_dict"] = without_frozen(checkpoint["state_dict"], module)
+    checkpoint["state_dict"] = drop_frozen(checkpoint["state_dict"], module)
     checkpoint |= reference_state(reference)
     checkpoint["kto"] = origin
 
@@ -147,8 +147,8 @@ def policy_origin(
         data: what the data module says of its records.
     """
     return {
-        "policy": whole_name(models.policy),
-        "reference": whole_name(models.reference or models.policy),
+        "policy": resolve_name(models.policy),
+        "reference": resolve_name(models.reference or models.policy),
         "beta": objective.beta,
         "loss": objective.loss,
         "dtype": models.dtype,

@@ -1,4 +1,4 @@
-"""Models with a table of learned positions, which ends."""
+"""Models with a table of learned positions."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from tests.support.factories import make_model, write_jsonl
 
 
 @pytest.mark.parametrize(("architecture", "positions"), [("gpt2", 2048), ("llama", None)])
-def test_who_has_a_table(architecture: str, positions: int | None):
+def test_number_of_positions(architecture: str, positions: int | None):
     assert num_positions(make_model(architecture, vocab_size=100)) == positions
 
 
-def test_what_the_table_is_too_short_for_is_refused(
+def test_sequences_longer_than_the_table_are_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     policy = small_model(tmp_path / "policy", "gpt2", n_positions=64)

@@ -1,4 +1,4 @@
-"""Packed attention against the definition: softmax over what a query may see, in float64."""
+"""Packed attention against its definition in float64, segment by segment."""
 
 import math
 from types import SimpleNamespace
@@ -11,19 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kto_lightning.models.attention import (
-    PackedRun,
-    PromptStore,
-    UnsupportedAttentionError,
-    interleaved_ranges,
-    packed_attention,
-)
+from kto_lightning.models.attention import UnsupportedAttentionError, packed_attention
+from kto_lightning.models.packed_run import PackedRun, PromptStore, interleaved_ranges
 
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 8
 
 
 class Layer(nn.Module):
-    """What an attention function is told of the layer that calls it."""
+    """The attributes of a layer that an attention function reads."""
 
     def __init__(self, layer_idx: int | None = 0, **config: Any) -> None:
         super().__init__()
@@ -39,7 +34,7 @@ def heads(tokens: int, count: int = HEADS, *, seed: int = 0) -> Tensor:
 def defined_attention(
     query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scaling: float
 ) -> Tensor:
-    """One sequence, queries at its end: `[1, heads, q, d]` and `[1, kv_heads, kv, d]`."""
+    """Attention of one sequence's last queries: `[1, heads, q, d]` and `[1, kv_heads, kv, d]`."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = scaling * query @ key.transpose(2, 3)
@@ -73,7 +68,7 @@ segment_lengths = st.lists(st.integers(0, 9), min_size=1, max_size=4)
     window=st.none() | st.integers(1, 12),
     kv_heads=st.sampled_from((1, 2, 4)),
 )
-def test_each_segment_attends_to_itself_alone(lengths, window, kv_heads) -> None:
+def test_segments_attend_to_themselves_alone(lengths, window, kv_heads) -> None:
     tokens = sum(lengths)
     query, key, value = (
         heads(tokens),
@@ -85,7 +80,7 @@ def test_each_segment_attends_to_itself_alone(lengths, window, kv_heads) -> None
         Layer(), query, key, value, None, scaling=0.3, sliding_window=window, packed_run=run
     )
     assert weights is None
-    assert run.num_calls == 1
+    assert run.num_attention_calls == 1
     torch.testing.assert_close(found, by_segment(query, key, value, run, window, 0.3))
 
 
@@ -95,7 +90,7 @@ def test_each_segment_attends_to_itself_alone(lengths, window, kv_heads) -> None
     window=st.none() | st.integers(1, 12),
     rows_only=st.booleans(),
 )
-def test_a_continuation_attends_to_its_prompt_and_to_itself(lengths, window, rows_only) -> None:
+def test_a_mismatched_segment_attends_to_its_prompt_and_itself(lengths, window, rows_only) -> None:
     prompts, completions, others = (list(column) for column in zip(*lengths, strict=True))
     wholes = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     starts = np.cumsum([0, *wholes[:-1]]).tolist()
@@ -111,7 +106,7 @@ def test_a_continuation_attends_to_its_prompt_and_to_itself(lengths, window, row
     packed_attention(layer, *first, None, packed_run=PackedRun(lengths=wholes, store=store))
 
     own = [heads(sum(others), n, seed=9 + i) for i, n in enumerate((HEADS, KV_HEADS, KV_HEADS))]
-    run = PackedRun.continuing(store, prompts, others, torch.device("cpu"))
+    run = PackedRun.after_prompts(store, prompts, others, torch.device("cpu"))
     found, _ = packed_attention(
         layer, *own, None, scaling=0.3, sliding_window=window, packed_run=run
     )
@@ -126,7 +121,7 @@ def test_a_continuation_attends_to_its_prompt_and_to_itself(lengths, window, row
     torch.testing.assert_close(found, by_segment(own[0], key, value, run, window, 0.3))
 
 
-def test_a_closed_store_keeps_nothing_more_and_what_it_keeps_has_no_gradient() -> None:
+def test_the_store_holds_detached_tensors_and_ignores_checkpointing() -> None:
     store = PromptStore(starts=[0], num_rows=5)
     run = PackedRun(lengths=[5], store=store)
     key = heads(5, KV_HEADS).requires_grad_()
@@ -134,9 +129,9 @@ def test_a_closed_store_keeps_nothing_more_and_what_it_keeps_has_no_gradient() -
     kept, _ = store.layers[0]
     assert not kept.requires_grad
     assert kept.data_ptr() == key.data_ptr()  # without `rows` nothing is copied
-    PackedRun.continuing(store, [5], [2], torch.device("cpu"))
+    PackedRun.after_prompts(store, [5], [2], torch.device("cpu"))
     store.layers.clear()
-    # What activation checkpointing does in backward:
+    # As activation checkpointing does in backward:
     packed_attention(Layer(), heads(5), key, heads(5, KV_HEADS), None, packed_run=run)
     assert not store.layers
 
@@ -153,7 +148,7 @@ def test_gradients_stay_inside_their_segment() -> None:
         assert tensor.grad[:, :, 3:].abs().sum() == 0
 
 
-def test_the_working_type_is_the_values() -> None:
+def test_the_working_type_is_that_of_the_values() -> None:
     # Under autocast rotary embeddings leave queries and keys in float32.
     query, key, value = heads(5).float(), heads(5, KV_HEADS).float(), heads(5, KV_HEADS).bfloat16()
     found, _ = packed_attention(Layer(), query, key, value, None, packed_run=PackedRun(lengths=[5]))
@@ -174,7 +169,7 @@ def test_the_working_type_is_the_values() -> None:
         (Layer(sliding_window=4), {}, "a sliding window that its layers do not pass on"),
     ],
 )
-def test_what_it_cannot_give_is_refused(
+def test_unsupported_options_are_rejected(
     layer: Layer, options: dict[str, Any], message: str
 ) -> None:
     arguments: dict[str, Any] = {"attention_mask": None, "packed_run": PackedRun(lengths=[5])}
@@ -193,7 +188,7 @@ def test_what_it_cannot_give_is_refused(
         (Layer(sliding_window=3, layer_types=["full_attention"]), {}, None),
     ],
 )
-def test_a_window_is_found_where_the_layer_has_it(
+def test_the_window_comes_from_the_option_or_the_config(
     layer: Layer, options: dict[str, Any], window: int | None
 ) -> None:
     query, key, value = heads(6), heads(6, KV_HEADS, seed=1), heads(6, KV_HEADS, seed=2)
@@ -204,7 +199,7 @@ def test_a_window_is_found_where_the_layer_has_it(
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 4)), min_size=1, max_size=5))
-def test_interleaved_ranges_are_what_they_say(ranges: list[tuple[int, int]]) -> None:
+def test_interleaved_ranges(ranges: list[tuple[int, int]]) -> None:
     firsts, seconds = ranges, [(start + 100, length) for start, length in ranges[::-1]]
     expected = [
         row
@@ -216,7 +211,7 @@ def test_interleaved_ranges_are_what_they_say(ranges: list[tuple[int, int]]) -> 
     assert interleaved_ranges(*arguments).tolist() == expected
 
 
-def test_masks_and_boundaries_are_made_once_a_run() -> None:
+def test_masks_and_boundaries_are_made_once_per_run() -> None:
     run = PackedRun(lengths=[2, 2])
     assert run.mask(2, 5, None, heads(1)) is run.mask(2, 5, None, heads(1))
     boundaries = run.boundaries("keys", torch.device("cpu"))

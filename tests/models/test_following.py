@@ -1,4 +1,4 @@
-"""A reference that follows the policy: by which numbers, and as state of the run."""
+"""A reference that follows the policy: its weights, checkpoints and reports."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 
 
 def make_pair(architecture: str = "llama", **follow: Any) -> tuple[Policy, FollowingReference]:
-    """A policy, and a reference that follows it from elsewhere."""
+    """A policy, and a reference that follows it and starts with other weights."""
     policy, start = (
         make_policy(make_model(architecture, vocab_size=VOCABULARY, seed=seed))[0]
         for seed in (0, 1)
@@ -53,7 +53,7 @@ def state(policy: Policy) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # qwen2 ties its head
-def test_by_hand(architecture: str) -> None:
+def test_updates_match_hand_computed_values(architecture: str) -> None:
     """α = 1/4 from 1 towards 3: 1 + 2/4 = 1.5, then 1.5 + 1.5/4 = 1.875, exact in binary."""
     policy, reference = make_pair(architecture, every_n_steps=2, alpha=0.25)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_by_hand(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.6, 0.1, 1.0])
-def test_as_trl_does(alpha: float) -> None:
+def test_updates_match_trl(alpha: float) -> None:
     policy, reference = make_pair(alpha=alpha, every_n_steps=1)
     theirs = copy.deepcopy(reference.policy)
     generator = torch.Generator().manual_seed(0)
@@ -84,14 +84,14 @@ def test_as_trl_does(alpha: float) -> None:
         for own, their, new in zip(
             reference.policy.parameters(), theirs.parameters(), policy.parameters(), strict=True
         ):
-            # Either rounds a few times where the two are summed.
+            # Both round several times.
             bound = 2 * step * EPS * torch.maximum(own.abs(), new.abs()).clamp(min=1.0)
             assert ((own - their).abs() <= bound).all()
             assert alpha < 1.0 or torch.equal(own, new)
 
 
 class Recorded(FollowingReference):
-    """Remembers policy and reference after each step."""
+    """Records policy and reference after each step."""
 
     def after_step(self, step: int, policy: Policy) -> None:
         super().after_step(step, policy)
@@ -111,7 +111,7 @@ def fit_following(num_steps: int, **follow: Any) -> tuple[Result, Recorded, KTOM
     return result, module.reference, module
 
 
-def test_the_step_follows_every_n_of_them_and_trains_only_the_policy() -> None:
+def test_the_reference_is_updated_every_n_steps_and_never_trained() -> None:
     module = module_of()
     assert isinstance(module.reference, FrozenReference)
     expected = {n: p.double() for n, p in state(module.reference.policy).items()}
@@ -132,7 +132,7 @@ def test_the_step_follows_every_n_of_them_and_trains_only_the_policy() -> None:
     assert all(name.startswith("policy.") for name in module.state_dict())
 
 
-def test_whoever_follows_all_the_way_every_step_has_no_rewards() -> None:
+def test_a_copy_at_every_step_makes_rewards_zero() -> None:
     result, _, _ = fit_following(4, every_n_steps=1, alpha=1.0)
     first, *rest = result.rows
     assert abs(first["train/reward/desirable"]) > 1e-3
@@ -150,7 +150,7 @@ def test_whoever_follows_all_the_way_every_step_has_no_rewards() -> None:
         ({"alpha": float("nan")}, r"--model\.follow\.alpha .* got nan"),
     ],
 )
-def test_how_to_follow_is_checked(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Follow(**settings)
 
@@ -162,12 +162,12 @@ def test_how_to_follow_is_checked(settings: dict[str, Any], message: str) -> Non
         ({"reference_cache": "somewhere"}, r"--model\.reference_cache keeps the log-probs of a"),
     ],
 )
-def test_what_cannot_go_with_it_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_incompatible_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         KTOModule("unused", follow=Follow(), **settings)
 
 
-def test_another_shape_cannot_follow() -> None:
+def test_a_reference_of_another_shape_is_rejected() -> None:
     policy, _ = make_pair()
     for architecture, overrides in (("llama", {"intermediate_size": 32}), ("gpt2", {})):
         other = make_policy(make_model(architecture, vocab_size=VOCABULARY, **overrides))[0]
@@ -177,7 +177,7 @@ def test_another_shape_cannot_follow() -> None:
 
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
-    """A process group of this process alone."""
+    """A process group of one process."""
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
@@ -189,14 +189,14 @@ def shard(policy: Policy, mesh: DeviceMesh) -> None:
     fully_shard(policy, mesh=mesh)
 
 
-def test_sharded_weights_follow_too(mesh: DeviceMesh) -> None:
+def test_sharded_weights(mesh: DeviceMesh) -> None:
     policy, whole = make_pair(every_n_steps=1, alpha=0.6)
     start = state(whole.policy)
     sharded = copy.deepcopy(whole)
     for model in (policy, sharded.policy):
         shard(model, mesh)
     (micro_batch,) = step_batch().micro_batches
-    sharded.logps(micro_batch)  # after which FSDP leaves the root's own weights whole
+    sharded.logps(micro_batch)  # after it FSDP2 leaves the root's own weights gathered
     sharded.after_step(1, policy)
     assert all(isinstance(p, DTensor) for p in sharded.policy.parameters())
     followed = {name: p.full_tensor() for name, p in sharded.policy.named_parameters()}  # pyright: ignore[reportCallIssue]
@@ -209,7 +209,7 @@ def test_sharded_weights_follow_too(mesh: DeviceMesh) -> None:
     origin = {"kto": {"reference": "policy", "follow": {}}}
     _, other = make_pair()
     shard(other.policy, mesh)
-    restore_reference(saved | origin, other, named=None, trains=True)
+    restore_reference(saved | origin, other, requested=None, resuming=True)
     for name, p in other.policy.named_parameters():
         assert torch.equal(p.full_tensor(), followed[name])  # pyright: ignore[reportCallIssue]
 
@@ -219,7 +219,7 @@ FOLLOW = ("--model.follow.every_n_steps", 4, "--model.follow.alpha", 0.75)
 
 @pytest.fixture(scope="module")
 def whole(policy: Path, train: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve steps in one go, with checkpoints of the eighth and the last."""
+    """Twelve steps without a stop, with checkpoints of the eighth and the last."""
     options = (*TWO_EPOCHS, *FOLLOW, "--checkpoint.every_n_steps", 4)
     return fit(
         policy, train, tmp_path_factory.mktemp("whole"), *options, "--data.validation", train
@@ -232,7 +232,7 @@ def checkpoint_of(output: Path, step: int = 12) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("step", [3, 4, 6])  # between updates, at one, at an epoch's end
-def test_a_killed_run_goes_on_bit_for_bit(
+def test_a_killed_run_resumes_bit_for_bit(
     step: int, policy: Path, train: Path, whole: Path, tmp_path: Path
 ) -> None:
     options = (*TWO_EPOCHS, *FOLLOW, *EVERY_STEP, "--data.validation", train)
@@ -244,7 +244,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_it_differs_from_a_run_whose_reference_stays(
+def test_steps_differ_from_those_with_a_fixed_reference_after_the_update(
     policy: Path, train: Path, whole: Path, tmp_path: Path
 ) -> None:
     plain = fit(policy, train, tmp_path, *TWO_EPOCHS, "--data.validation", train)
@@ -252,8 +252,8 @@ def test_it_differs_from_a_run_whose_reference_stays(
     assert all(a != b for a, b in zip(rows(plain)[4:], rows(whole)[4:], strict=True))
 
 
-def test_the_checkpoint_has_it_and_the_export_has_not(policy: Path, whole: Path) -> None:
-    """At step 12 it went 3/4 of the way from where it was at step 8 to the policy."""
+def test_checkpoints_hold_the_reference_and_exports_do_not(policy: Path, whole: Path) -> None:
+    """At step 12 the reference moves 3/4 of the way from its weights of step 8 to the policy's."""
     earlier, last = checkpoint_of(whole, 8), checkpoint_of(whole, 12)
     trained = {n.removeprefix("policy."): w.double() for n, w in last["state_dict"].items()}
     assert trained.keys() == last["reference"].keys()
@@ -263,12 +263,12 @@ def test_the_checkpoint_has_it_and_the_export_has_not(policy: Path, whole: Path)
         assert not torch.equal(followed.double(), trained[name])
     for name, exported in weights(whole).items():
         assert torch.equal(exported.double(), trained[f"model.{name}"])
-    remembered = json.loads((whole / "model" / "kto_lightning.json").read_text())
-    assert remembered["reference"] == str(policy)
-    assert remembered["follow"] == last["kto"]["follow"] == {"every_n_steps": 4, "alpha": 0.75}
+    recorded = json.loads((whole / "model" / "kto_lightning.json").read_text())
+    assert recorded["reference"] == str(policy)
+    assert recorded["follow"] == last["kto"]["follow"] == {"every_n_steps": 4, "alpha": 0.75}
 
 
-def test_the_summary_says_so(
+def test_the_summary_describes_the_reference(
     policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = ("--trainer.max_steps", 2)
@@ -292,7 +292,7 @@ def predict(policy: Path, train: Path, output: Path, *options: Any) -> list[dict
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_checkpoints_rewards_are_against_the_reference_in_it(
+def test_rewards_of_a_checkpoint_use_its_reference(
     policy: Path, train: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = ("--ckpt_path", whole / "checkpoints" / "step=12.ckpt")
@@ -319,7 +319,7 @@ def test_a_checkpoints_rewards_are_against_the_reference_in_it(
     assert_same_numbers(*sides, relative=RELATIVE + SIX_DIGITS)
 
 
-def test_what_cannot_go_on_with_it_is_refused(
+def test_settings_that_do_not_fit_the_checkpoint_are_rejected(
     policy: Path, train: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = small_model(tmp_path / "other", seed=1)

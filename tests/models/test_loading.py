@@ -1,4 +1,4 @@
-"""Loading: what is trained, what is switched off, and what is refused in a line."""
+"""Loading of models and adapters: trainable parameters, dropout, and errors."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def directory(tmp_path: Path) -> Path:
     return save_model(tmp_path / "model", "llama", make_tokenizer())
 
 
-def test_a_model_is_trained_whole_and_in_training_mode(directory: Path) -> None:
+def test_all_weights_are_trainable_and_the_model_in_training_mode(directory: Path) -> None:
     loaded = load_model(str(directory))
     assert loaded.adapter is None
     assert loaded.model.training
@@ -57,17 +57,17 @@ def test_an_adapter_directory_uses_its_bases_tokenizer(directory: Path, tmp_path
 @pytest.mark.parametrize(
     ("architecture", "settings"),
     [
-        # Rates under three names: of modules, of attention functions, of functional dropouts.
+        # Rates of dropout modules, of attention functions and of functional dropouts.
         ("gpt2", {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}),
         ("llama", {"attention_dropout": 0.5}),
         ("bloom", {"hidden_dropout": 0.5, "attention_dropout": 0.5}),
     ],
 )
-def test_every_dropout_is_off(architecture: str, settings: dict[str, Any]) -> None:
-    assert_without_noise(make_model(architecture, vocab_size=50, **settings))
+def test_every_dropout_is_disabled(architecture: str, settings: dict[str, Any]) -> None:
+    check_dropout_is_disabled(make_model(architecture, vocab_size=50, **settings))
 
 
-def test_dropout_that_is_no_module_is_off_too() -> None:
+def test_functional_dropout_is_disabled() -> None:
     config = AutoConfig.for_model(
         "opt",
         vocab_size=50,
@@ -80,10 +80,10 @@ def test_dropout_that_is_no_module_is_off_too() -> None:
         attention_dropout=0.5,
         layerdrop=0.5,
     )
-    assert_without_noise(AutoModelForCausalLM.from_config(config))
+    check_dropout_is_disabled(AutoModelForCausalLM.from_config(config))
 
 
-def assert_without_noise(model: Any) -> None:
+def check_dropout_is_disabled(model: Any) -> None:
     ids = torch.randint(3, 50, (1, 12))
     model.train()
     assert not torch.equal(model(ids).logits, model(ids).logits)
@@ -93,7 +93,7 @@ def assert_without_noise(model: Any) -> None:
     torch.testing.assert_close(model.train()(ids).logits, expected)
 
 
-def test_missing_weights_are_no_random_start(directory: Path) -> None:
+def test_missing_weights_are_rejected(directory: Path) -> None:
     weights = load_file(directory / "model.safetensors")
     removed = next(name for name in weights if name.endswith("gate_proj.weight"))
     del weights[removed]
@@ -102,20 +102,20 @@ def test_missing_weights_are_no_random_start(directory: Path) -> None:
         load_causal_lm(str(directory))
 
 
-def test_damaged_weights_are_named(directory: Path) -> None:
+def test_damaged_weights_are_rejected(directory: Path) -> None:
     (directory / "model.safetensors").write_bytes(b"not a safetensors file")
     with pytest.raises(ModelError, match="weights are damaged"):
         load_causal_lm(str(directory))
 
 
-def test_pickled_weights_are_not_opened(directory: Path) -> None:
+def test_pickled_weights_are_rejected(directory: Path) -> None:
     torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
     (directory / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="pickles only"):
         load_causal_lm(str(directory))
 
 
-def test_virtual_tokens_are_refused(directory: Path, tmp_path: Path) -> None:
+def test_adapters_of_virtual_tokens_are_rejected(directory: Path, tmp_path: Path) -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model = AutoModelForCausalLM.from_pretrained(directory)
     get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"))
@@ -123,7 +123,7 @@ def test_virtual_tokens_are_refused(directory: Path, tmp_path: Path) -> None:
         load_model(str(tmp_path / "adapter"))
 
 
-def test_directories_that_are_no_model(tmp_path: Path) -> None:
+def test_directories_without_a_model_are_rejected(tmp_path: Path) -> None:
     for name, message in (
         (str(tmp_path), "has no config.json"),
         (str(tmp_path / "nothing" / "here" / "at" / "all"), "there is no directory"),
@@ -136,7 +136,7 @@ def test_directories_that_are_no_model(tmp_path: Path) -> None:
         load_causal_lm(str(file))
 
 
-def test_damaged_adapters(directory: Path, tmp_path: Path) -> None:
+def test_damaged_adapters_are_rejected(directory: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", directory)
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(settings | {"r": 3}))
@@ -160,11 +160,11 @@ def test_damaged_adapters(directory: Path, tmp_path: Path) -> None:
         ({"dropout": 1.0}, r"--model\.lora\.dropout must be at least 0 and below 1, got 1"),
     ],
 )
-def test_lora_settings_are_refused_by_their_key(settings: dict[str, Any], message: str) -> None:
+def test_invalid_lora_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LoRA(**settings)
 
 
-def test_target_modules_that_are_not_there(directory: Path) -> None:
+def test_unknown_target_modules_are_rejected(directory: Path) -> None:
     with pytest.raises(ModelError, match=r"--model\.lora\.target_modules"):
         load_model(str(directory), lora=LoRA(target_modules=["no_such_layer"]))

@@ -1,4 +1,4 @@
-"""What a run holds: tokens per forward, and how many models."""
+"""Memory of a run: tokens per forward, models, and tensors that a backward leaves."""
 
 import gc
 from pathlib import Path
@@ -18,8 +18,8 @@ from kto_lightning.batches.packing import example_costs, plan_micro_batches
 from kto_lightning.batches.sampler import StepPlan
 from kto_lightning.batches.types import PackedBatch, StepBatch
 from kto_lightning.data.datamodule import KTODataModule
-from kto_lightning.models.attention import PromptStore
 from kto_lightning.models.loading import LoRA
+from kto_lightning.models.packed_run import PromptStore
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.reference import FrozenReference
 from kto_lightning.module import KTOModule
@@ -35,7 +35,7 @@ LENGTHS = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 40)), min_size=1
 def planned(
     examples: Examples, *, paired: bool, packed: bool, max_tokens: int, max_length: int | None
 ) -> tuple[StepBatch, np.ndarray]:
-    """A step as the data module plans it on one rank, and the tokens of each of its examples."""
+    """A step as the data module plans it on one rank, and the tokens of each example."""
     chosen = np.arange(len(examples))
     partner = np.roll(chosen, 1) if paired else None
     costs = example_costs(
@@ -63,14 +63,15 @@ def planned(
     paired=st.booleans(),
     kind=st.sampled_from(["llama", "gemma2"]),  # packed, padded
 )
-def test_no_forward_sees_more_than_max_tokens(
+def test_no_forward_exceeds_max_tokens(
     lengths: list[tuple[int, int]],
     max_tokens: int,
     max_length: int | None,
     paired: bool,
     kind: str,
 ) -> None:
-    """Not run 1, run 2, the pass for z0 or the reference's, unless a single example is longer."""
+    """Neither the matched nor the mismatched run, of policy or reference; a single longer example
+    excepted."""
     policy, other = models(kind)
     assert policy.packed == (kind == "llama")
     examples = Examples(lengths, [True] * len(lengths))
@@ -107,8 +108,8 @@ def test_no_forward_sees_more_than_max_tokens(
             hook.remove()
 
 
-class Held(Callback):
-    """Bytes of parameters that the process holds after each step, beyond those at the start."""
+class ParameterMemory(Callback):
+    """Records the bytes of parameters in the process after each step, without earlier ones."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -132,16 +133,17 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_data(tmp_path_factory.mktemp("data") / "train.jsonl", 12)
 
 
-def held(policy: Path, train: Path, **options: Any) -> list[float]:
-    """Parameters' bytes after each step of two epochs of three steps, in policies."""
-    held = Held()
+def num_models(policy: Path, train: Path, **options: Any) -> list[float]:
+    """Models in memory after each step of two epochs of three steps: parameters' bytes over the
+    policy's."""
+    memory = ParameterMemory()
     module = KTOModule(str(policy), learning_rate=1e-3, **options)
     data = KTODataModule(train=str(train), batch_size=4, preprocessing_workers=1)
     Trainer(
         max_epochs=2,
         accelerator="cpu",
         logger=False,
-        callbacks=[held],
+        callbacks=[memory],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -150,27 +152,27 @@ def held(policy: Path, train: Path, **options: Any) -> list[float]:
     assert module.policy is not None
     own = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in module.policy.parameters()}
     size = sum(storage.nbytes() for storage in own.values())
-    return [step / size for step in held.steps]
+    return [step / size for step in memory.steps]
 
 
-def test_a_second_model_only_where_nothing_else_will_do(
+def test_a_second_model_is_in_memory_only_where_it_is_needed(
     policy: Path, train: Path, tmp_path: Path
 ) -> None:
     cached = {"reference_cache": str(tmp_path / "cache")}
-    assert held(policy, train) == [2.0] * 6
-    assert held(policy, train, lora=LoRA(r=2)) == [1.0] * 6
-    # Filled in the first epoch: from the second on nothing is computed, and nothing held for it.
-    assert held(policy, train, **cached) == [2.0] * 3 + [1.0] * 3
-    assert held(policy, train, **cached) == [1.0] * 6
+    assert num_models(policy, train) == [2.0] * 6
+    assert num_models(policy, train, lora=LoRA(r=2)) == [1.0] * 6
+    # The first epoch fills the cache; then the reference is freed.
+    assert num_models(policy, train, **cached) == [2.0] * 3 + [1.0] * 3
+    assert num_models(policy, train, **cached) == [1.0] * 6
 
 
 @pytest.mark.parametrize("kind", ["llama", "lora", "qwen2_moe"])
 @pytest.mark.parametrize("max_tokens", [10**6, 25], ids=["one", "several"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_a_backward_leaves_nothing_of_its_micro_batch(
+def test_backward_frees_the_activations_of_its_micro_batch(
     kind: str, max_tokens: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither activations nor logits, nor prompts' keys and values."""
+    """Also logits, and the prompts' keys and values."""
     module = module_of(kind)
     assert module.policy is not None
     if checkpointing:
@@ -178,37 +180,37 @@ def test_a_backward_leaves_nothing_of_its_micro_batch(
     kept: list[StorageWeakRef] = []
     stores: list[PromptStore] = []
     left: list[int] = []
-    forward, store_of, update = Policy.forward, Policy._store_of_matched, KTOModule._update
+    forward, store_of, update = Policy.forward, Policy._make_prompt_store, KTOModule._update
 
-    def look() -> None:
-        """What is left of the forward before: its backward has run."""
+    def count_left() -> None:
+        """Count tensors left of the previous forward, whose backward has run."""
         lasting = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
         left.append(sum(not s.expired() and s.cdata not in lasting for s in kept))
         assert len(kept) > 2
         kept.clear()
 
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point():  # the batch's own rows and ids live as long as it does
+    def record(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():  # the batch keeps its ids and row indices
             kept.append(StorageWeakRef(tensor.untyped_storage()))
         return tensor
 
-    def noted_forward(self: Policy, *arguments: Any, **options: Any) -> Any:
+    def recording_forward(self: Policy, *arguments: Any, **options: Any) -> Any:
         if kept:
-            look()
-        with saved_tensors_hooks(note, lambda tensor: tensor):
+            count_left()
+        with saved_tensors_hooks(record, lambda tensor: tensor):
             return forward(self, *arguments, **options)
 
-    def noted_update(self: KTOModule) -> float:
-        look()
+    def recording_update(self: KTOModule) -> float:
+        count_left()
         return update(self)
 
-    def noted_store(self: Policy, batch: PackedBatch) -> PromptStore:
+    def recording_store(self: Policy, batch: PackedBatch) -> PromptStore:
         stores.append(store_of(self, batch))
         return stores[-1]
 
-    monkeypatch.setattr(Policy, "forward", noted_forward)
-    monkeypatch.setattr(Policy, "_store_of_matched", noted_store)
-    monkeypatch.setattr(KTOModule, "_update", noted_update)
+    monkeypatch.setattr(Policy, "forward", recording_forward)
+    monkeypatch.setattr(Policy, "_make_prompt_store", recording_store)
+    monkeypatch.setattr(KTOModule, "_update", recording_update)
     batch = step_batch(max_tokens=max_tokens)
     fit(module, batch)
     assert left == [0] * len(batch.micro_batches)

@@ -1,4 +1,4 @@
-"""A merged model says what its adapter said, also where the head shares the embeddings' weight."""
+"""Merged models have their adapter's logits, also with tied weights."""
 
 import copy
 
@@ -35,7 +35,7 @@ ORIGIN = {
 @pytest.mark.parametrize(
     "targets", [["lm_head"], ["lm_head", "q_proj"], ["embed_tokens"], ["q_proj"], "all-linear"]
 )
-def test_merged_equals_adapter(tmp_path, targets, tied):
+def test_merged_logits_equal_the_adapters(tmp_path, targets, tied):
     tokenizer = make_tokenizer()
     base = save_model(tmp_path / "base", "qwen2", tokenizer, tie_word_embeddings=tied)
     loaded = load_model(str(base), lora=LoRA(r=2, target_modules=targets))
@@ -46,7 +46,7 @@ def test_merged_equals_adapter(tmp_path, targets, tied):
     exact, another = float64_copy(loaded.model), copy.deepcopy(loaded.model)
     policy, _ = make_policy(loaded.model)
     ids = torch.randint(3, 300, (1, 12), generator=generator)
-    with torch.no_grad(), policy.own_attention_restored():
+    with torch.no_grad(), policy.use_original_attention():
         adapted = policy.model(input_ids=ids).logits
     save_policy(policy, tokenizer, tmp_path / "out", origin=ORIGIN)
     with torch.no_grad():

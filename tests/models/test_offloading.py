@@ -1,4 +1,4 @@
-"""What waits in the host's memory: activations until backward, a second model until it is asked."""
+"""Offloading of activations and of a second model to host memory."""
 
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shapes that come back for backward, where the host is taken for another device and no
-    tensor is too small to be moved there."""
+    """The shapes of tensors that are copied back for backward. CPU tensors count as a device's, and
+    none is too small to be moved."""
     came_back: list[torch.Size] = []
     from_host = offloading._from_host
 
@@ -41,7 +41,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 @pytest.mark.parametrize("kind", ["llama", "lora", "qwen2_moe", "gpt2"])
 @pytest.mark.parametrize("max_tokens", [10**6, 25], ids=["one", "several"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_a_step_is_the_same_to_the_last_bit(
+def test_a_step_is_the_same_bit_for_bit(
     kind: str, max_tokens: int, checkpointing: bool, copies: list[torch.Size]
 ) -> None:
     results = []
@@ -55,7 +55,6 @@ def test_a_step_is_the_same_to_the_last_bit(
         results.append(fit_module(module, step_batch(max_tokens=max_tokens)))
     assert len(copies) > 2
     kept, moved = results
-    # With checkpointing or without, prompts' keys and values are the same numbers.
     assert moved.rows == kept.rows
     assert all(torch.equal(moved.weights[name], value) for name, value in kept.weights.items())
 
@@ -64,7 +63,7 @@ def make_llama() -> Policy:
     return make_policy(make_model("llama", vocab_size=VOCABULARY))[0]
 
 
-def test_no_weight_is_moved_and_nothing_twice(copies: list[torch.Size]) -> None:
+def test_no_weight_is_moved_and_no_tensor_twice(copies: list[torch.Size]) -> None:
     policy = make_llama().train()
     (micro_batch,) = step_batch().micro_batches
     matrices = [p for p in policy.parameters() if p.ndim > 1]  # norms are too small in real models
@@ -82,18 +81,18 @@ def test_no_weight_is_moved_and_nothing_twice(copies: list[torch.Size]) -> None:
     assert all(p.grad is not None for p in policy.parameters())
 
 
-def test_prompts_keys_and_values_are_kept_alone() -> None:
-    """With what autograd holds elsewhere, whole ones would stay on the device just for them."""
+def test_the_store_copies_the_prompts_rows_with_offloading() -> None:
+    """Whole tensors, which autograd then has in host memory, would stay on the device."""
     policy = make_llama().train()
     (micro_batch,) = step_batch().micro_batches
-    assert policy._store_of_matched(micro_batch).rows is None
+    assert policy._make_prompt_store(micro_batch).rows is None
     policy.offloads_activations = True
-    rows = policy._store_of_matched(micro_batch).rows
+    rows = policy._make_prompt_store(micro_batch).rows
     assert rows is not None
     assert len(rows) == sum(micro_batch.prompt_lengths)
 
 
-def test_nothing_is_moved_without_a_gradient(copies: list[torch.Size]) -> None:
+def test_no_tensor_is_moved_without_a_gradient(copies: list[torch.Size]) -> None:
     policy = make_llama()
     policy.offloads_activations = True
     with torch.no_grad():
@@ -101,22 +100,22 @@ def test_nothing_is_moved_without_a_gradient(copies: list[torch.Size]) -> None:
     assert not copies
 
 
-def test_a_second_model_is_on_the_device_only_while_it_is_asked() -> None:
+def test_an_offloaded_model_is_on_the_device_only_while_it_scores() -> None:
     policy = make_llama()
     tensors = [*policy.parameters(), *policy.buffers()]
     places, values = {t.data_ptr() for t in tensors}, [t.clone() for t in tensors]
     with pytest.raises(KeyError), _on_device(policy, torch.device("cpu")):
-        _check_elsewhere(tensors, places)
+        check_other_memory(tensors, places)
     assert {t.data_ptr() for t in tensors} == places
     assert all(torch.equal(t, value) for t, value in zip(tensors, values, strict=True))
 
 
-def _check_elsewhere(tensors: list[torch.Tensor], places: set[int]) -> None:
+def check_other_memory(tensors: list[torch.Tensor], places: set[int]) -> None:
     assert not {t.data_ptr() for t in tensors} & places
     raise KeyError
 
 
-def test_it_scores_as_one_that_stays() -> None:
+def test_an_offloaded_model_scores_as_one_on_the_device() -> None:
     policy = make_llama()
     (micro_batch,) = step_batch().micro_batches
     stays, waits = FrozenReference.copy_of(policy), FrozenReference.copy_of(policy, offloaded=True)
@@ -128,7 +127,7 @@ def test_it_scores_as_one_that_stays() -> None:
 
 
 @pytest.mark.parametrize("name", ["activation_offloading", "offload_reference"])
-def test_without_another_memory_it_is_refused(
+def test_offloading_is_rejected_on_a_cpu(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     policy, train = small_model(tmp_path / "policy"), small_data(tmp_path / "train.jsonl")

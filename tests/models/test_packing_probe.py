@@ -1,4 +1,4 @@
-"""Every obstacle to packing is found by asking the model; a head that is not one is refused."""
+"""The probe finds every model that cannot run packed, and rejects heads that are not linear."""
 
 import re
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from tests.support.factories import ARCHITECTURES, make_model
 from tests.support.plain_forwards import Plain, make_triples, pack_triples
 
 VOCABULARY = 97
-OBSTACLES = {
+PADDING_REASONS = {
     "gemma2": "its attention uses 'softcap'",
     "gpt_oss": "its attention uses 's_aux'",
-    "bloom": "its attention cannot be exchanged",
-    "falcon": "its attention cannot be exchanged",
+    "bloom": "its attention cannot be replaced",
+    "falcon": "its attention cannot be replaced",
     # Which of the two depends on the version of transformers.
-    "mamba": "it has layers of type|its attention cannot be exchanged",
+    "mamba": "it has layers of type|its attention cannot be replaced",
 }
 
 
@@ -31,45 +31,45 @@ def model_of(architecture: str, **overrides: Any) -> Any:
     return make_model(architecture, vocab_size=VOCABULARY, **overrides)
 
 
-def assert_right(model: Any, plain: Any) -> str | None:
-    """Make a policy of it, in whichever way, that scores as the plain model; the obstacle."""
+def check_policy(model: Any, plain: Any) -> str | None:
+    """Check that the policy scores as the plain model does; returns why it is padded."""
     training, attention = model.training, model.config._attn_implementation
-    policy, obstacle = make_policy(model)
-    assert policy.packed is (obstacle is None)
+    policy, reason = make_policy(model)
+    assert policy.packed is (reason is None)
     assert model.training is training
     assert (model.config._attn_implementation == attention) is not policy.packed
     triples = make_triples([(7, 9, 5), (11, 6, 30)], vocab_size=VOCABULARY)
     logps = policy(pack_triples(triples, shares_prompts=policy.packed))
     Plain(plain, triples).assert_logps(logps)
-    return obstacle
+    return reason
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_each_architecture_takes_its_path(architecture: str) -> None:
-    obstacle = assert_right(model_of(architecture).train(), model_of(architecture))
-    if architecture in OBSTACLES:
-        assert re.match(OBSTACLES[architecture], obstacle or "")
+def test_each_architecture_is_packed_or_padded(architecture: str) -> None:
+    reason = check_policy(model_of(architecture).train(), model_of(architecture))
+    if architecture in PADDING_REASONS:
+        assert re.match(PADDING_REASONS[architecture], reason or "")
     else:
-        assert obstacle is None
+        assert reason is None
 
 
 @pytest.mark.parametrize(
-    ("overrides", "obstacle"),
+    ("overrides", "reason"),
     [
-        # Soft-capping is gone: nothing is in the way.
+        # Without soft-capping it can run packed.
         ({"architecture": "gemma2", "attn_logit_softcapping": None}, None),
         ({"architecture": "gpt_neox", "use_parallel_residual": False}, None),
         ({"architecture": "qwen2", "use_sliding_window": True, "sliding_window": 4}, None),
     ],
 )
-def test_the_model_decides_and_no_list_of_names(
-    overrides: dict[str, Any], obstacle: str | None
+def test_settings_decide_and_not_the_architecture(
+    overrides: dict[str, Any], reason: str | None
 ) -> None:
-    assert assert_right(model_of(**overrides), model_of(**overrides)) == obstacle
+    assert check_policy(model_of(**overrides), model_of(**overrides)) == reason
 
 
 def other_model(architecture: str, **settings: Any) -> Any:
-    """One that the factories do not make."""
+    """A model of an architecture that the factories do not have."""
     config = AutoConfig.for_model(
         architecture,
         vocab_size=VOCABULARY,
@@ -99,22 +99,22 @@ LFM2 = {
 
 
 @pytest.mark.parametrize(
-    ("architecture", "settings", "obstacle"),
+    ("architecture", "settings", "reason"),
     [
         ("phimoe", PHIMOE, "it has a sliding window that its layers do not pass on"),
         ("lfm2", LFM2, "it has layers of type conv"),
         ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 16}, None),
     ],
 )
-def test_models_with_ways_of_their_own(
-    architecture: str, settings: dict[str, Any], obstacle: str | None
+def test_unusual_architectures(
+    architecture: str, settings: dict[str, Any], reason: str | None
 ) -> None:
     model, plain = (other_model(architecture, **settings) for _ in range(2))
-    assert assert_right(model, plain) == obstacle
+    assert check_policy(model, plain) == reason
 
 
 def mixing_neighbours(model: Any) -> Any:
-    """Tokens see the one before outside attention, across the borders of packed sequences."""
+    """Each token also depends on the one before it outside attention, across packed sequences."""
 
     def mix(layer: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
         (hidden,) = arguments
@@ -126,7 +126,7 @@ def mixing_neighbours(model: Any) -> Any:
 
 
 class Recurrent(nn.Module):
-    """A layer that mixes tokens by itself and asks no attention function."""
+    """A layer that mixes tokens without an attention function."""
 
     def forward(self, hidden_states: Tensor, **options: Any) -> tuple[Tensor, None]:
         return hidden_states.cumsum(dim=1) / 8, None
@@ -138,6 +138,7 @@ def partly_recurrent(model: Any) -> Any:
 
 
 def with_fixed_arguments(model: Any) -> Any:
+    """The decoder rejects unknown arguments, such as `packed_run`."""
     forward = type(model.model).forward  # unbound, so that a copy of the model runs itself
 
     def strict(self: Any, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
@@ -151,18 +152,18 @@ def with_fixed_arguments(model: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("doctored", "obstacle"),
+    ("modify", "reason"),
     [
-        (mixing_neighbours, "its packed log-probs differ from its plain ones"),
+        (mixing_neighbours, "its packed log-probs differ from those of its own forward"),
         (partly_recurrent, "only 1 of its 2 layers attend"),
         (with_fixed_arguments, r"it does not take packed attention \(TypeError: unexpected"),
     ],
 )
-def test_a_model_that_packing_would_break_runs_padded(
-    doctored: Callable[[Any], Any], obstacle: str
+def test_models_with_wrong_packed_log_probs_are_padded(
+    modify: Callable[[Any], Any], reason: str
 ) -> None:
-    found = assert_right(doctored(model_of("llama")), doctored(model_of("llama")))
-    assert re.match(obstacle, found or "")
+    found = check_policy(modify(model_of("llama")), modify(model_of("llama")))
+    assert re.match(reason, found or "")
 
 
 def with_scaled_logits(model: Any) -> Any:
@@ -182,35 +183,33 @@ def with_adapted_head(**settings: Any) -> Callable[[Any], Any]:
 
 @pytest.mark.filterwarnings("ignore:.*lora_bias")
 @pytest.mark.parametrize(
-    ("doctored", "message"),
+    ("modify", "message"),
     [
         (with_scaled_logits, "are not those of its output embeddings over its last hidden state"),
         (with_nonlinear_head, "has no output embeddings"),
         (lambda model: AutoModel.from_config(model.config), "has no output embeddings"),
-        # These three equal their base until they are trained.
+        # These three give the base's log-probs until they are trained.
         (with_adapted_head(use_dora=True), "DoRA"),
         (with_adapted_head(lora_bias=True), "a LoRA bias"),
         (with_adapted_head(lora_dropout=0.1), "dropout"),
     ],
     ids=["scale", "nonlinear", "none", "dora", "bias", "dropout"],
 )
-def test_a_head_that_would_be_scored_wrong_is_refused(
-    doctored: Callable[[Any], Any], message: str
-) -> None:
-    model = doctored(model_of("llama")).train()
+def test_unsupported_heads_are_rejected(modify: Callable[[Any], Any], message: str) -> None:
+    model = modify(model_of("llama")).train()
     with pytest.raises(ModelError, match=message):
         make_policy(model)
     assert model.training
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.1}], ids=["plain", "dropout"])
-def test_an_adapter_beside_the_head_is_no_obstacle(settings: dict[str, Any]) -> None:
+def test_an_adapter_on_attention_alone_is_packed(settings: dict[str, Any]) -> None:
     model = get_peft_model(model_of("llama"), LoraConfig(target_modules=["q_proj"], **settings))
     assert make_policy(model)[1] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precisions_pack_too(dtype: torch.dtype) -> None:
-    policy, obstacle = make_policy(model_of("qwen2").to(dtype))
-    assert obstacle is None
+def test_half_precision_models_are_packed(dtype: torch.dtype) -> None:
+    policy, reason = make_policy(model_of("qwen2").to(dtype))
+    assert reason is None
     assert policy.packed

@@ -1,4 +1,4 @@
-"""The policy against plain separate forwards: values and every gradient, on every architecture."""
+"""The policy against separate plain forwards: log-probs and every gradient, per architecture."""
 
 import copy
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 import kto_lightning.models.policy
 from kto_lightning.batches.types import PackedBatch
 from kto_lightning.models.architecture import auxiliary_coefficient, logit_scale
-from kto_lightning.models.attention import PromptStore
+from kto_lightning.models.packed_run import PromptStore
 from kto_lightning.models.policy import Policy, sum_per_owner
 from tests.support.factories import ARCHITECTURES, make_model
 from tests.support.plain_forwards import (
@@ -33,13 +33,13 @@ from tests.support.tolerances import assert_errs_like_plain, assert_gradients_er
 VOCABULARY = 97
 PADDED = ("gemma2", "bloom", "mamba", "falcon", "gpt_oss")
 PACKED = tuple(name for name in ARCHITECTURES if name not in PADDED)
-# The windows of those that have one are 16 tokens.
+# Sliding windows are 16 tokens.
 LENGTHS = [(7, 9, 5), (1, 20, 3), (24, 1, 17), (11, 6, 30)]
 
 
 @pytest.fixture
 def stores(monkeypatch: pytest.MonkeyPatch) -> list[PromptStore]:
-    """The stores that the policy makes from now on."""
+    """The stores that policies make in the test."""
     made: list[PromptStore] = []
 
     def recording(**arguments: Any) -> PromptStore:
@@ -87,7 +87,7 @@ def test_packed_equals_separate_forwards(
     assert_like_plain(policy, plain, triples_of())
     assert len(stores) == 1
     assert (stores[0].rows is not None) is checkpointing
-    assert not stores[0].layers  # nor did backward keep anything again
+    assert not stores[0].layers  # backward has stored nothing again
 
 
 @pytest.mark.parametrize("architecture", PADDED)
@@ -105,7 +105,7 @@ def test_padded_equals_packed_where_both_are_possible(architecture: str) -> None
 
 
 # A dozen scored tokens where the edge allows it: what two or three err is a matter of luck.
-EDGES = {
+EDGE_CASES = {
     "a batch of one": [(4, 14, 6)],
     "an empty prompt": [(0, 9, 4), (3, 8, 2)],
     "only empty prompts": [(0, 9, 4), (0, 1, 1), (0, 8, 3)],
@@ -120,16 +120,16 @@ EDGES = {
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("lengths", EDGES.values(), ids=EDGES)
-def test_edges(lengths: list[tuple[int, int, int]], packed: bool) -> None:
+@pytest.mark.parametrize("lengths", EDGE_CASES.values(), ids=EDGE_CASES)
+def test_empty_and_short_sequences(lengths: list[tuple[int, int, int]], packed: bool) -> None:
     policy = Policy(model_of("mistral"), packed=packed)
     assert_like_plain(policy, model_of("mistral"), triples_of(lengths), shares_prompts=packed)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2_moe"])
 @pytest.mark.parametrize("lengths", [[(4, 5, 0)], [(0, 3, 4), (0, 1, 1)], [(0, 3, 0)]])
-def test_runs_of_no_token_at_all(architecture: str, lengths: list[tuple[int, int, int]]) -> None:
-    # They are run all the same: under FSDP every rank has to.
+def test_runs_without_tokens(architecture: str, lengths: list[tuple[int, int, int]]) -> None:
+    # They run all the same: under FSDP2 every rank has to.
     policy, triples = Policy(model_of(architecture)), triples_of(lengths)
     plain = Plain(model_of(architecture), triples)
     plain.assert_logps(policy(pack_triples(triples), matched=False), "mismatched")
@@ -137,7 +137,7 @@ def test_runs_of_no_token_at_all(architecture: str, lengths: list[tuple[int, int
 
 @pytest.mark.parametrize("shares_prompts", [True, False], ids=["shared", "whole"])
 @pytest.mark.parametrize("architecture", ["qwen2", "mistral"])
-def test_whatever_is_asked_for_is_the_same(
+def test_log_probs_do_not_depend_on_which_others_are_asked_for(
     architecture: str, shares_prompts: bool, stores: list[PromptStore]
 ) -> None:
     policy, triples = Policy(model_of(architecture)), triples_of()
@@ -156,7 +156,7 @@ def test_whatever_is_asked_for_is_the_same(
     assert not any(store.layers for store in stores)
 
 
-def test_under_autocast_it_is_the_plain_forward_under_autocast() -> None:
+def test_autocast_is_as_accurate_as_for_the_plain_forward() -> None:
     triples = triples_of()
     policy, plain = Policy(model_of("llama")), model_of("llama")
     truth = true_logps(float64_copy(plain), triples)
@@ -164,13 +164,13 @@ def test_under_autocast_it_is_the_plain_forward_under_autocast() -> None:
         found = policy(pack_triples(triples))
         expected = plain_logps(plain, triples)
     assert found.matched.dtype == torch.float32
-    # As far from the truth as plain bfloat16 is, which packing cannot be expected to repeat.
+    # The error of plain bfloat16, whose bits packing cannot reproduce.
     sides = (torch.cat(side) for side in ((found.matched, found.mismatched), expected, truth))
     assert_errs_like_plain(*sides, eps=torch.finfo(torch.bfloat16).eps)
 
 
 def lora(model: Any, **settings: Any) -> Any:
-    """An adapter far from zero, the same for the same settings."""
+    """A model with an adapter far from zero, the same for the same settings."""
     config = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     with torch.random.fork_rng():
         torch.manual_seed(5)
@@ -188,7 +188,7 @@ TARGETS = {
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])  # a tied head and one of its own
-def test_an_adapter_on_and_off(
+def test_adapters_enabled_and_disabled(
     architecture: str, targets: str | list[str], checkpointing: bool
 ) -> None:
     model, plain = (lora(model_of(architecture), target_modules=targets) for _ in range(2))
@@ -204,7 +204,7 @@ def test_an_adapter_on_and_off(
     assert_like_plain(policy, plain, triples)
 
 
-def test_a_reference_pass_between_forward_and_backward_leaves_the_gradient_alone() -> None:
+def test_a_reference_pass_before_backward_does_not_change_the_gradient() -> None:
     model, plain = (lora(model_of("llama")) for _ in range(2))
     policy, triples = Policy(with_checkpointing(model)), triples_of()
     batch = pack_triples(triples)
@@ -215,7 +215,7 @@ def test_a_reference_pass_between_forward_and_backward_leaves_the_gradient_alone
     Plain(plain, triples).assert_gradients(model, weights_for(batch))
 
 
-def test_a_float32_adapter_on_a_bfloat16_head_is_not_rounded_to_it() -> None:
+def test_a_float32_adapter_on_a_bfloat16_head_is_not_rounded() -> None:
     model = lora(model_of("llama").bfloat16(), target_modules=["lm_head"])
     head = model.get_base_model().lm_head
     policy, batch = Policy(model), pack_triples(triples_of())
@@ -223,13 +223,13 @@ def test_a_float32_adapter_on_a_bfloat16_head_is_not_rounded_to_it() -> None:
     before.sum().backward()
     assert head.lora_A.default.weight.grad.dtype == torch.float32
     with torch.no_grad():
-        head.lora_B.default.weight *= 1 + 1e-4  # far below what bfloat16 can tell
+        head.lora_B.default.weight *= 1 + 1e-4  # far below bfloat16's precision
     after = policy(batch, mismatched=False).matched
     expected = 1e-4 * (head.lora_B.default.weight.grad * head.lora_B.default.weight).sum()
     torch.testing.assert_close((after - before).sum(), expected, rtol=0.05, atol=0.0)
 
 
-def test_an_adapter_that_adds_nothing_to_a_bfloat16_head_gives_no_reward() -> None:
+def test_a_new_adapter_on_a_bfloat16_head_changes_no_log_prob() -> None:
     settings = LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
     model = get_peft_model(model_of("llama").bfloat16(), settings)
     policy, batch = Policy(model), pack_triples(triples_of())
@@ -257,7 +257,7 @@ def with_bias(model: Any) -> Any:
     ],
     ids=["logit_scale", "logits_scaling", "softcap", "bias"],
 )
-def test_what_a_head_does_beside_its_weight(
+def test_scale_softcap_and_bias_of_the_head(
     architecture: str,
     overrides: dict[str, Any],
     change: Callable[[Any], Any],
@@ -280,7 +280,7 @@ def test_what_a_head_does_beside_its_weight(
         ({"lm_head_multiplier": 0.5}, 0.5),
     ],
 )
-def test_logit_scales_by_each_familys_name(settings: dict[str, Any], factor: float) -> None:
+def test_logit_scale_under_the_name_of_each_family(settings: dict[str, Any], factor: float) -> None:
     config = LlamaConfig()
     for name, value in settings.items():
         setattr(config, name, value)
@@ -288,7 +288,7 @@ def test_logit_scales_by_each_familys_name(settings: dict[str, Any], factor: flo
 
 
 @pytest.mark.parametrize(("architecture", "packed"), [("qwen2_moe", True), ("gpt_oss", False)])
-def test_the_auxiliary_loss_is_the_models_own_on_the_padded_batch(
+def test_the_auxiliary_loss_equals_that_of_the_plain_padded_batch(
     architecture: str, packed: bool
 ) -> None:
     overrides = {"router_aux_loss_coef": 0.5}
@@ -315,14 +315,14 @@ def test_the_auxiliary_loss_is_the_models_own_on_the_padded_batch(
     )
 
 
-def test_without_a_coefficient_no_router_is_asked() -> None:
+def test_without_a_coefficient_there_is_no_auxiliary_loss() -> None:
     policy = Policy(model_of("qwen2_moe", router_aux_loss_coef=0.0))
     assert policy(pack_triples(triples_of())).auxiliary_loss is None
     assert Policy(model_of("llama"))(pack_triples(triples_of())).auxiliary_loss is None
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-def test_the_head_sees_the_rows_that_are_scored_and_no_others(
+def test_the_head_runs_on_the_scored_rows_alone(
     packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_rows = []
@@ -351,7 +351,7 @@ def _refusing_vocabulary(forward: Callable[..., Tensor]) -> Callable[..., Tensor
     return checked
 
 
-def test_after_training_it_generates_as_the_plain_model_would() -> None:
+def test_generation_after_training_equals_that_of_the_plain_model() -> None:
     model = with_checkpointing(model_of("qwen2"))
     policy, batch = Policy(model), pack_triples(triples_of())
     policy(batch).matched.sum().backward()
@@ -363,7 +363,7 @@ def test_after_training_it_generates_as_the_plain_model_would() -> None:
     mask = torch.ones_like(prompts)
     prompts[0, :4] = mask[0, :4] = 0  # padded on the left
     how = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
-    with policy.own_attention_restored() as restored:
+    with policy.use_original_attention() as restored:
         assert not restored.training
         generated = restored.generate(prompts, **how)
     assert torch.equal(generated, plain.generate(prompts, **how))
@@ -373,12 +373,12 @@ def test_after_training_it_generates_as_the_plain_model_would() -> None:
     Plain(plain, triples_of()).assert_logps(policy(batch))
 
 
-def test_own_attention_comes_back_even_after_an_error() -> None:
+def test_packed_attention_is_restored_after_an_error() -> None:
     policy = Policy(model_of("qwen2"))
 
     def fail() -> None:
-        with policy.own_attention_restored() as restored:
-            assert restored.config._attn_implementation == policy.own_attention
+        with policy.use_original_attention() as restored:
+            assert restored.config._attn_implementation == policy.original_attention
             raise KeyError
 
     with pytest.raises(KeyError):

@@ -1,4 +1,4 @@
-"""A base in four bits: what is refused, and a run on it with bitsandbytes where there is one."""
+"""Four-bit quantization: invalid settings, and a run if bitsandbytes is installed."""
 
 import importlib.util
 import sys
@@ -29,8 +29,8 @@ OPTIONS += ["--model.dtype", "float32"]  # so that policy and reference begin ex
         (None, [], "is for a frozen base: weights of four bits cannot be trained. Add --model.lor"),
     ],
 )
-def test_it_is_refused_where_it_cannot_run(missing, options, message, tmp_path, capsys, lacking):
-    lacking(missing)
+def test_rejected_where_it_cannot_run(missing, options, message, tmp_path, capsys, remove):
+    remove(missing)
     absent = tmp_path / "absent"
     settings = ["--model.policy", absent, "--data.train", absent, "--output_dir", tmp_path / "o"]
     assert run_cli("fit", *settings, *options, *FOUR_BITS) == 2
@@ -38,10 +38,10 @@ def test_it_is_refused_where_it_cannot_run(missing, options, message, tmp_path, 
 
 
 @pytest.fixture
-def lacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
-    """A machine with all that it takes but one thing."""
+def remove(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    """A machine that meets every requirement except one."""
 
-    def lack(missing: str | None) -> None:
+    def remove_requirement(missing: str | None) -> None:
         for package in ("bitsandbytes", "accelerate"):
             if package == missing:
                 monkeypatch.setitem(sys.modules, package, None)
@@ -51,10 +51,10 @@ def lacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | 
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: missing != "CUDA")
 
-    return lack
+    return remove_requirement
 
 
-def test_other_words_are_refused(tmp_path, capsys):
+def test_unknown_values_are_rejected(tmp_path, capsys):
     settings = ["--model.policy", tmp_path, "--data.train", tmp_path, *ADAPTER]
     assert run_cli("fit", *settings, "--model.quantization", "8bit") == 2
     assert "--model.quantization must be 4bit or null, got 8bit." in capsys.readouterr().err
@@ -62,8 +62,8 @@ def test_other_words_are_refused(tmp_path, capsys):
 
 @pytest.fixture(scope="module", autouse=True)
 def _on_a_cpu() -> Iterator[None]:
-    """Layers of bitsandbytes that give gradients on a CPU, where `fit` refuses them: those with
-    AVX-512 go over to an inference format after the first forward in evaluation mode."""
+    """Make bitsandbytes' layers trainable on a CPU: with AVX-512 they change to an inference format
+    in the first forward in eval mode, which is why `fit` rejects CPUs."""
     with pytest.MonkeyPatch.context() as patch:
         if importlib.util.find_spec("bitsandbytes") is not None:
             patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
@@ -72,7 +72,7 @@ def _on_a_cpu() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A short run on a base whose head is adapted too."""
+    """A short run with an adapter on the head too."""
     pytest.importorskip("bitsandbytes", minversion="0.50")
     folder = tmp_path_factory.mktemp("quantized")
     model = small_model(folder / "base", "llama")
@@ -83,7 +83,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def test_the_adapter_learns_and_the_base_stays_out_of_checkpoints(run):
+def test_checkpoints_hold_the_trained_adapter_alone(run):
     margins = [row["train/reward/margin"] for row in numbers(run / "out")]
     assert margins[0] == 0.0
     assert margins[-1] != 0.0
@@ -93,7 +93,7 @@ def test_the_adapter_learns_and_the_base_stays_out_of_checkpoints(run):
     assert {value.dtype for value in checkpoint["state_dict"].values()} == {torch.float32}
 
 
-def test_the_update_is_merged_into_the_base_as_it_was_before(run):
+def test_the_update_is_merged_into_the_original_base(run):
     base = AutoModelForCausalLM.from_pretrained(run / "base", dtype=torch.float32)
     before = {name: weight.clone() for name, weight in base.state_dict().items()}
     expected = PeftModel.from_pretrained(base, run / "out/adapter").merge_and_unload().state_dict()
@@ -108,7 +108,7 @@ def test_the_update_is_merged_into_the_base_as_it_was_before(run):
     assert "quantization_config" not in (run / "out/model/config.json").read_text()
 
 
-def test_export_writes_what_fit_does(run, tmp_path):
+def test_export_writes_the_same_model_as_fit(run, tmp_path):
     assert run_cli("export", run / "out/checkpoints/step=3.ckpt", tmp_path / "m", "--merge") == 0
     exported = load_file(tmp_path / "m/model.safetensors")
     for name, weight in load_file(run / "out/model/model.safetensors").items():
@@ -116,15 +116,15 @@ def test_export_writes_what_fit_does(run, tmp_path):
         torch.testing.assert_close(weight, exported[name], rtol=0, atol=atol)
 
 
-def test_an_interrupted_run_goes_on(run, tmp_path):
-    # The same run, stopped after two steps and gone on with.
+def test_a_stopped_run_resumes(run, tmp_path):
+    # The same run, stopped after two steps and resumed.
     where = (run / "base", run / "data.jsonl", tmp_path / "out")
     fit(*where, *OPTIONS, "--trainer.max_steps", 2)
     fit(*where, *OPTIONS, "--trainer.max_steps", 3, "--ckpt_path", "last")
     assert numbers(tmp_path / "out") == numbers(run / "out")
 
 
-def test_a_cached_reference_is_that_of_four_bits(run, tmp_path):
+def test_a_quantized_reference_has_its_own_cache(run, tmp_path):
     cache = ["--model.reference_cache", tmp_path / "cache", "--trainer.max_steps", 1]
     where = (run / "base", run / "data.jsonl")
     fit(*where, tmp_path / "a", *ADAPTER, "--model.dtype", "bfloat16", *cache)

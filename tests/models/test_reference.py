@@ -1,4 +1,4 @@
-"""The reference stays what the policy was, and scoring with it leaves no trace in the policy."""
+"""References keep the initial policy's log-probs; scoring with them does not change the policy."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +18,12 @@ from tests.support.plain_forwards import Plain, make_triples, pack_triples
 from tests.support.tolerances import assert_same_logps
 
 VOCABULARY = 300
-KINDS = ("frozen copy", "adapter off", "twin adapter")
+KINDS = ("frozen copy", "adapter off", "frozen adapter")
 
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model and an adapter on it that already changes what it says."""
+    """A model, and an adapter on it that changes its log-probs."""
     root = tmp_path_factory.mktemp("models")
     model = save_model(root / "model", "llama", make_tokenizer(vocab_size=VOCABULARY))
     return {"model": model, "adapter": save_adapter(root / "adapter", model)}
@@ -43,11 +43,11 @@ def pair(request: pytest.FixtureRequest, directories: dict[str, Path]) -> tuple[
 
 
 def make_pair(loaded: LoadedModel, kind: str) -> tuple[Policy, Reference]:
-    policy, obstacle = make_policy(loaded.model)
-    assert obstacle is None
+    policy, padding_reason = make_policy(loaded.model)
+    assert padding_reason is None
     if kind == "frozen copy":
         return policy, FrozenReference.copy_of(policy)
-    return policy, AdapterReference(policy, twin=kind == "twin adapter")
+    return policy, AdapterReference(policy, frozen_adapter=kind == "frozen adapter")
 
 
 def batch() -> PackedBatch:
@@ -62,8 +62,8 @@ def scores(scorer: Callable[..., Any]) -> tuple[Tensor, Tensor]:
 
 
 def train(policy: Policy, *, scoring_with: Reference | None = None, steps: int = 3) -> None:
-    """Plain ascent on the matched log-probs, with a look at the reference between forward and
-    backward as in a training step."""
+    """Gradient ascent on the matched log-probs; scores with the reference between forward and
+    backward, as a training step does."""
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(steps):
         logps = policy(batch()).matched
@@ -74,7 +74,7 @@ def train(policy: Policy, *, scoring_with: Reference | None = None, steps: int =
         optimizer.zero_grad()
 
 
-def test_it_stays_what_the_policy_was(pair: tuple[Policy, Reference]) -> None:
+def test_log_probs_stay_those_of_the_initial_policy(pair: tuple[Policy, Reference]) -> None:
     policy, reference = pair
     before = scores(policy)
     for found, expected in zip(scores(reference.logps), before, strict=True):
@@ -86,7 +86,7 @@ def test_it_stays_what_the_policy_was(pair: tuple[Policy, Reference]) -> None:
         assert_same_logps(found, expected)
 
 
-def test_scoring_leaves_no_trace(pair: tuple[Policy, Reference]) -> None:
+def test_scoring_does_not_change_the_policy(pair: tuple[Policy, Reference]) -> None:
     policy, reference = pair
     flags = {name: p.requires_grad for name, p in policy.named_parameters()}
     weights = {name: p.detach().clone() for name, p in policy.named_parameters()}
@@ -105,32 +105,32 @@ def test_scoring_leaves_no_trace(pair: tuple[Policy, Reference]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_training_is_the_same_with_and_without_looking_at_it(
+def test_scoring_does_not_change_training(
     kind: str, checkpointing: bool, directories: dict[str, Path]
 ) -> None:
     weights = []
-    for looking in (False, True):
+    for is_scoring in (False, True):
         policy, reference = make_pair(load(kind, directories), kind)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             _randomise_new_adapter(policy)
         if checkpointing:
             policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-        train(policy.train(), scoring_with=reference if looking else None)
+        train(policy.train(), scoring_with=reference if is_scoring else None)
         weights.append(dict(policy.named_parameters()))
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def _randomise_new_adapter(policy: Policy) -> None:
-    """peft draws it anew each time."""
+    """peft draws other weights each time."""
     for parameter in policy.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
 
 
 @pytest.mark.parametrize("asked", [{"matched": False}, {"mismatched": False}])
-def test_it_scores_only_what_is_asked_for(
+def test_scores_only_the_completions_asked_for(
     pair: tuple[Policy, Reference], asked: dict[str, bool]
 ) -> None:
     _, reference = pair
@@ -142,13 +142,13 @@ def test_it_scores_only_what_is_asked_for(
             assert getattr(some, name) is None
 
 
-@pytest.mark.parametrize("kind", ["adapter off", "twin adapter"])
-def test_an_adapters_dropout_belongs_to_training(
+@pytest.mark.parametrize("kind", ["adapter off", "frozen adapter"])
+def test_scoring_is_without_the_dropout_of_the_adapter(
     kind: str, directories: dict[str, Path], tmp_path: Path
 ) -> None:
     loaded = load(kind, directories, dropout=0.5)
     dropouts = [m for m in loaded.model.modules() if isinstance(m, torch.nn.Dropout)]
-    if kind == "twin adapter":  # saved without any
+    if kind == "frozen adapter":  # saved without any
         for layers in (
             m.lora_dropout for m in loaded.model.modules() if hasattr(m, "lora_dropout")
         ):
@@ -165,22 +165,22 @@ def test_an_adapters_dropout_belongs_to_training(
     assert_same_logps(first[0], scores(expected)[0])
 
 
-def test_the_twin_is_frozen_and_the_given_adapter_is_trained(
+def test_the_given_adapter_is_trained_and_its_copy_is_frozen(
     directories: dict[str, Path],
 ) -> None:
-    loaded = load("twin adapter", directories)
-    policy, reference = make_pair(loaded, "twin adapter")
+    loaded = load("frozen adapter", directories)
+    policy, reference = make_pair(loaded, "frozen adapter")
     trained = [name for name, p in policy.named_parameters() if p.requires_grad]
     assert trained
     assert all(".default." in name for name in trained)
-    twin = {n: p.clone() for n, p in policy.named_parameters() if f".{REFERENCE_ADAPTER}." in n}
-    assert len(twin) == len(trained)
+    copied = {n: p.clone() for n, p in policy.named_parameters() if f".{REFERENCE_ADAPTER}." in n}
+    assert len(copied) == len(trained)
     train(policy, scoring_with=reference)
-    assert all(torch.equal(dict(policy.named_parameters())[name], twin[name]) for name in twin)
+    assert all(torch.equal(dict(policy.named_parameters())[name], copied[name]) for name in copied)
     assert policy.model.active_adapter == "default"
 
 
-def test_the_trained_adapter_comes_back_even_after_an_error(
+def test_an_error_while_scoring_does_not_change_the_policy(
     pair: tuple[Policy, Reference],
 ) -> None:
     policy, reference = pair
@@ -195,7 +195,7 @@ def test_the_trained_adapter_comes_back_even_after_an_error(
     assert all(torch.equal(a, b) for a, b in zip(scores(policy), before, strict=True))
 
 
-def test_a_frozen_copy_shares_no_weight_and_asks_for_no_gradient(
+def test_a_frozen_copy_shares_no_weight_and_has_no_gradient(
     directories: dict[str, Path],
 ) -> None:
     policy, reference = make_pair(load("frozen copy", directories), "frozen copy")
@@ -209,8 +209,8 @@ def test_a_frozen_copy_shares_no_weight_and_asks_for_no_gradient(
     assert {p.device.type for p in policy.parameters()} == {"cpu"}
 
 
-def test_it_is_the_plain_model(directories: dict[str, Path]) -> None:
-    """Neither ours alone nor peft's word: the base's own forward."""
+def test_log_probs_equal_those_of_the_plain_model(directories: dict[str, Path]) -> None:
+    """Against the base's own forward, without our code or peft's."""
     triples = make_triples([(7, 9, 5), (1, 20, 3), (11, 6, 30)], vocab_size=VOCABULARY)
     plain = Plain(load_model(str(directories["model"])).model.eval(), triples)
     for kind in ("frozen copy", "adapter off"):

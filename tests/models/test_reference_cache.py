@@ -1,4 +1,4 @@
-"""The reference's log-probs are computed once, and never taken for another's."""
+"""The cache of the reference's log-probs: records on disk, keys, and runs with it."""
 
 import csv
 from pathlib import Path
@@ -20,7 +20,7 @@ def keys_of(*numbers: int) -> list[bytes]:
     return [pair_key(np.array([number]), np.array([1, 2])) for number in numbers]
 
 
-def test_what_one_process_adds_another_finds(tmp_path):
+def test_records_of_another_process_are_found(tmp_path):
     first, second = ReferenceCache(tmp_path), ReferenceCache(tmp_path)
     first.add(keys_of(1, 2), [-1.5, -2.5])
     second.add(keys_of(3), [-3.5])
@@ -38,7 +38,7 @@ def test_a_log_prob_is_written_once(tmp_path):
     assert file.stat().st_size == 2 * RECORD.itemsize
 
 
-def test_a_torn_end_costs_one_record_and_is_read_when_it_is_whole(tmp_path):
+def test_an_incomplete_last_record_is_read_once_it_is_complete(tmp_path):
     writer = ReferenceCache(tmp_path)
     writer.add(keys_of(1, 2), [-1.0, -2.0])
     (file,) = tmp_path.iterdir()
@@ -52,7 +52,7 @@ def test_a_torn_end_costs_one_record_and_is_read_when_it_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("byte", range(RECORD.itemsize))
-def test_a_damaged_record_is_as_good_as_not_there(tmp_path, byte):
+def test_a_damaged_record_is_ignored(tmp_path, byte):
     ReferenceCache(tmp_path).add(keys_of(1, 2, 3), [-1.0, -2.0, -3.0])
     (file,) = tmp_path.iterdir()
     content = bytearray(file.read_bytes())
@@ -64,19 +64,19 @@ def test_a_damaged_record_is_as_good_as_not_there(tmp_path, byte):
     assert len(cache) == 2
 
 
-def test_no_number_is_no_log_prob(tmp_path):
+def test_nan_is_ignored(tmp_path):
     ReferenceCache(tmp_path).add(keys_of(1), [float("nan")])
     assert len(ReferenceCache(tmp_path)) == 0
 
 
-def test_a_key_tells_the_same_tokens_cut_elsewhere_apart():
+def test_the_key_depends_on_where_the_prompt_ends():
     tokens = np.arange(5)
     keys = {pair_key(tokens[:cut], tokens[cut:]) for cut in range(6)}
     assert len(keys) == 6
     assert pair_key(tokens[:2].astype(np.int32), tokens[2:]) in keys
 
 
-def test_the_address_follows_contents_and_settings(tmp_path):
+def test_the_fingerprint_depends_on_contents_and_settings(tmp_path):
     first, second = (save_model(tmp_path / n, "llama", make_tokenizer()) for n in "ab")
     same = [reference_fingerprint([d], ["float32"]) for d in (first, second)]
     assert same[0] == same[1]
@@ -116,7 +116,7 @@ def losses(rows: list[dict[str, str]]) -> list[float]:
     return [float(row["train/loss"]) for row in rows]
 
 
-def test_a_cache_changes_no_number_and_is_full_after_an_epoch(inputs, tmp_path, capsys):
+def test_a_cache_changes_no_loss_and_is_complete_after_an_epoch(inputs, tmp_path, capsys):
     plain = run(inputs, tmp_path / "plain", "--trainer.max_epochs", "2")
     cached = ["--model.reference_cache", str(tmp_path / "cache"), "--trainer.max_epochs", "2"]
     filling = run(inputs, tmp_path / "filling", *cached)
@@ -129,7 +129,7 @@ def test_a_cache_changes_no_number_and_is_full_after_an_epoch(inputs, tmp_path, 
     np.testing.assert_allclose(losses(full), losses(plain), rtol=1e-5)
 
 
-def test_it_survives_other_settings_and_misses_another_model(inputs, tmp_path, capsys):
+def test_other_training_settings_use_the_cache_and_another_model_does_not(inputs, tmp_path, capsys):
     cached = ["--model.reference_cache", str(tmp_path / "cache")]
     run(inputs, tmp_path / "first", *cached)
     other = ["--model.beta", "0.5", "--seed_everything", "7", "--data.batch_size", "5"]
@@ -141,14 +141,14 @@ def test_it_survives_other_settings_and_misses_another_model(inputs, tmp_path, c
     assert "0 of 26" in capsys.readouterr().out
 
 
-def test_a_run_that_is_cut_into_micro_batches_uses_it_too(inputs, tmp_path):
+def test_runs_with_micro_batches_use_the_cache(inputs, tmp_path):
     cached = ["--model.reference_cache", str(tmp_path / "cache")]
     whole = run(inputs, tmp_path / "whole", *cached)
     cut = run(inputs, tmp_path / "cut", *cached, "--data.max_tokens", "60")
     np.testing.assert_allclose(losses(cut), losses(whole), rtol=1e-5)
 
 
-def test_lora_files_its_base(inputs, tmp_path, capsys):
+def test_lora_uses_the_log_probs_of_its_base(inputs, tmp_path, capsys):
     cached = ["--model.reference_cache", str(tmp_path / "cache")]
     run(inputs, tmp_path / "full", *cached)
     capsys.readouterr()
@@ -156,7 +156,7 @@ def test_lora_files_its_base(inputs, tmp_path, capsys):
     assert "26 of 26" in capsys.readouterr().out
 
 
-def test_validation_records_are_filed_as_well(inputs, tmp_path, capsys):
+def test_log_probs_of_validation_are_cached(inputs, tmp_path, capsys):
     held_out = write_jsonl(tmp_path / "held_out.jsonl", plain_records(6, seed=5))
     cached = ["--model.reference_cache", str(tmp_path / "cache")]
     cached += ["--data.validation", str(held_out)]
@@ -168,7 +168,7 @@ def test_validation_records_are_filed_as_well(inputs, tmp_path, capsys):
     assert torch.isfinite(torch.tensor(float(second[-1]["val/loss"])))
 
 
-def test_predict_asks_for_no_mismatched_log_prob(inputs, tmp_path):
+def test_predict_computes_no_mismatched_log_prob(inputs, tmp_path):
     one_prompt = [
         {"prompt": "What?", "completion": answer, "label": True} for answer in ("This.", "That.")
     ]
