@@ -331,7 +331,7 @@ def test_settings_that_do_not_fit_the_checkpoint_are_rejected(
         assert "'every_n_steps': 4" in error
     cached = ("--model.reference_cache", tmp_path / "cache", "--data.validation", train)
     assert run_cli("validate", "--model.policy", policy, *checkpoint, *cached) == 2
-    assert "Leave --model.reference_cache out" in capsys.readouterr().err
+    assert "Remove --model.reference_cache." in capsys.readouterr().err
     fit(policy, train, tmp_path, *FOLLOW, "--model.reference", train.parent, status=1)
     narrow = small_model(tmp_path / "narrow", intermediate_size=32)
     fit(policy, train, tmp_path, *FOLLOW, "--model.reference", narrow, status=2)
