@@ -267,7 +267,7 @@ def test_predict_skips_its_own_output_files(
     for _ in range(2):
         assert run_cli(*command, "--data.predict", tmp_path / "*.jsonl") == 0
     warning = capsys.readouterr().err
-    assert f"left out {tmp_path / 'a.jsonl'}.rewards.jsonl" in warning
+    assert f"skipped {tmp_path / 'a.jsonl'}.rewards.jsonl" in warning
     written = sorted(path.name for path in tmp_path.glob("*.rewards.jsonl"))
     assert written == ["a.jsonl.rewards.jsonl", "b.jsonl.rewards.jsonl"]
     rewards = tmp_path / "a.jsonl.rewards.jsonl"

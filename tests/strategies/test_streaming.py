@@ -68,6 +68,6 @@ def test_bad_records_are_told_of_once_and_end_every_rank(policy: Path, tmp_path:
     first, second = run_ranks("fit", *fit_arguments(policy, data, tmp_path / "output", *options))
     assert (first.status, second.status) == (1, 1)
     assert first.err.count("warning: skipped:") == 5
-    assert "error: 301 bad records and 300 good ones so far" in first.err
-    assert second.err.startswith("[rank 1] error: 301 bad records and 300 good ones so far")
+    assert "error: 301 bad records and 300 usable ones so far" in first.err
+    assert second.err.startswith("[rank 1] error: 301 bad records and 300 usable ones so far")
     assert 0 < len(rows(tmp_path / "output")) < 9
