@@ -18,6 +18,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+pytest.register_assert_rewrite("tests.support")
+
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 # Property-based tests have no deadline: how long one example takes is the machine's business.

@@ -2,225 +2,49 @@
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning import LightningDataModule, Trainer
-from lightning.pytorch.loggers.logger import Logger
+from lightning import Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from kto_lightning.batches.collate import StepBatches
-from kto_lightning.batches.packing import example_costs, plan_micro_batches
-from kto_lightning.batches.sampler import StepPlan
-from kto_lightning.batches.types import StepBatch
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.errors import ConfigError
 from kto_lightning.models.loading import LoRA
-from kto_lightning.models.packing_probe import make_policy
-from kto_lightning.models.policy import Policy
 from kto_lightning.models.reference import AdapterReference, FrozenReference
 from kto_lightning.module import KTOModule
 from kto_lightning.parity.agreement import LATER
-from kto_lightning.training.metrics import MEASURED
-from tests.models.test_policy import lora
-from tests.parity.cases import save_adapter
 from tests.support.factories import (
     make_model,
     make_tokenizer,
     plain_records,
+    save_adapter,
     save_model,
     write_jsonl,
 )
+from tests.support.loggers import RowLogger
 from tests.support.plain_forwards import Float64, plain_logp
+from tests.support.steps import (
+    DESIRABLE_WEIGHT,
+    LENGTHS,
+    MIXED,
+    RECORD_WEIGHTS,
+    UNDESIRABLE_WEIGHT,
+    VOCABULARY,
+    Examples,
+    assert_same_step,
+    fit_steps,
+    make_module,
+    make_policy_and_reference,
+    step_batch,
+)
 from tests.support.tolerances import EPS, FACTOR, RELATIVE, assert_same_numbers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
-
-VOCABULARY = 97
-LENGTHS = [(3, 12), (14, 4), (6, 1), (1, 22), (9, 9), (5, 15)]
-DESIRABLE, UNDESIRABLE = 1.0, 2.5
-RECORD_WEIGHTS = [1.0, 0.5, 1.0, 2.0, 1.0, 1.5]
-
-
-@dataclass(kw_only=True)
-class Example:
-    index: int
-    prompt_ids: np.ndarray
-    completion_ids: np.ndarray
-    desirable: bool
-
-
-class Examples:
-    """A tokenized data set in memory."""
-
-    def __init__(self, lengths: Sequence[tuple[int, int]], desirable: Sequence[bool]) -> None:
-        random = np.random.default_rng(0)
-        self.prompt_lengths = np.array([prompt for prompt, _ in lengths])
-        self.completion_lengths = np.array([completion for _, completion in lengths])
-        self.desirable = np.array(desirable)
-        self.weights = np.resize(np.array(RECORD_WEIGHTS, dtype=np.float32), len(lengths))
-        self._ids = [[random.integers(3, VOCABULARY, part) for part in pair] for pair in lengths]
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def __getitem__(self, index: int) -> Example:
-        prompt, completion = self._ids[index]
-        return Example(
-            index=index,
-            prompt_ids=prompt,
-            completion_ids=completion,
-            desirable=bool(self.desirable[index]),
-        )
-
-
-MIXED = Examples(LENGTHS, [True, False, False, True, True, False])
-
-
-def step_batch(
-    examples: Examples = MIXED,
-    *,
-    max_tokens: int = 10**6,
-    order: Sequence[int] | None = None,
-    num_ranks: int = 1,
-    paired: bool = True,
-    packed: bool = True,
-) -> StepBatch:
-    """All examples as one step; each one's y' is the completion of the one before.
-
-    With several ranks, the micro-batches of all of them one after the other: what they add up to.
-    """
-    chosen = np.arange(len(examples)) if order is None else np.array(order)
-    partner = np.roll(np.arange(len(examples)), 1) if paired else None
-    costs = example_costs(
-        examples.prompt_lengths, examples.completion_lengths, partner, max_length=None
-    )
-    plans = plan_micro_batches(
-        costs[chosen], max_tokens=max_tokens, world_size=num_ranks, padded=not packed
-    )
-    plan = StepPlan(
-        examples=chosen,
-        partners=None if partner is None else partner[chosen],
-        micro_batches=[micro_batch for rank in plans for micro_batch in rank],
-        step_in_epoch=0,
-    )
-    return StepBatches(
-        examples=examples,
-        desirable_weight=DESIRABLE,
-        undesirable_weight=UNDESIRABLE,
-        max_length=None,
-        can_share_prompts=packed,
-    )[plan]
-
-
-class Steps(LightningDataModule):
-    """The loader of `KTODataModule`, with its steps made by hand."""
-
-    def __init__(self, steps: list[StepBatch]) -> None:
-        super().__init__()
-        self._steps = steps
-        self.num_steps_per_epoch = len(steps)
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self._steps, batch_size=None)  # pyright: ignore[reportArgumentType]
-
-
-class Rows(Logger):
-    """Keeps what it is told, but for what no batch decides."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[dict[str, float]] = []
-
-    @property
-    def name(self) -> str:
-        return "rows"
-
-    @property
-    def version(self) -> int:
-        return 0
-
-    def log_hyperparams(self, *arguments: Any, **more: Any) -> None: ...
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        measured = {f"train/{name}" for name in MEASURED}
-        decided = {name: value for name, value in metrics.items() if name not in measured}
-        self.rows.append({"step": step, **decided})
-
-
-@cache
-def models(kind: str) -> tuple[Policy, Policy]:
-    """A policy and a reference that differ already, so that no number of a step is trivial."""
-    architecture = "llama" if kind == "lora" else kind
-    policy, reference = (make_model(architecture, vocab_size=VOCABULARY) for _ in range(2))
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    return make_policy(lora(policy) if kind == "lora" else policy)[0], make_policy(reference)[0]
-
-
-def module_of(kind: str = "llama", **settings: Any) -> KTOModule:
-    """A module with its models given, as after `configure_model`."""
-    options = {"optimizer": "sgd", "learning_rate": 0.05} | settings
-    module = KTOModule("unused", **options)
-    policy, reference = copy.deepcopy(models(kind))
-    module.policy, module.reference = policy, FrozenReference(reference, "another model")
-    return module
-
-
-@dataclass(kw_only=True)
-class Result:
-    rows: list[dict[str, float]]
-    weights: dict[str, Tensor]
-    movements: dict[str, Tensor]
-
-    @property
-    def row(self) -> dict[str, float]:
-        (row,) = self.rows
-        return row
-
-
-def fit(module: KTOModule, *steps: StepBatch, **trainer: Any) -> Result:
-    """Run the module through a Trainer, one epoch of these steps."""
-    assert module.policy is not None
-    before = {n: p.detach().clone() for n, p in module.policy.named_parameters() if p.requires_grad}
-    rows = Rows()
-    options = {"max_epochs": 1, "accelerator": "cpu", "logger": rows} | trainer
-    options.setdefault("log_every_n_steps", 1)
-    Trainer(
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **options,
-    ).fit(module, datamodule=Steps(list(steps)))
-    after = {n: p.detach() for n, p in module.policy.named_parameters() if p.requires_grad}
-    movements = {name: after[name] - before[name] for name in before}
-    return Result(rows=rows.rows, weights=after, movements=movements)
-
-
-def assert_same_step(found: Result, expected: Result, *, beta: float = 0.1) -> None:
-    """To rounding."""
-    assert len(found.rows) == len(expected.rows)
-    for row, other in zip(found.rows, expected.rows, strict=True):
-        assert row.keys() == other.keys()
-        assert_same_numbers(row, other, beta=beta)
-    largest = max(float(movement.abs().max()) for movement in expected.movements.values())
-    assert largest > 1e-4
-    for name, movement in expected.movements.items():
-        rounding = EPS * float(expected.weights[name].abs().max())
-        difference = float((found.movements[name] - movement).abs().max())
-        assert difference <= RELATIVE * largest + rounding, name
 
 
 def truth(module: KTOModule, examples: Examples) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -255,7 +79,7 @@ def oracle(
     losses = []
     for i in range(count):
         gain = matched[i] - old[i] - z0 if examples.desirable[i] else z0 - (matched[i] - old[i])
-        weight = DESIRABLE if examples.desirable[i] else UNDESIRABLE
+        weight = DESIRABLE_WEIGHT if examples.desirable[i] else UNDESIRABLE_WEIGHT
         losses.append(weight * examples.weights[i] * (1 - torch.sigmoid(beta * gain)))
     loss = torch.stack(losses).mean()
     loss.backward()
@@ -280,12 +104,12 @@ def oracle(
 )
 def test_a_step_is_that_of_plain_pytorch(desirable: list[bool], max_tokens: int, loss: str) -> None:
     examples = Examples(LENGTHS, desirable)
-    module = module_of(loss=loss, beta=0.2)
+    module = make_module(loss=loss, beta=0.2)
     expected, gradients = truth(module, examples)
     _, plain = oracle(module, examples)
     batch = step_batch(examples, max_tokens=max_tokens, paired=loss == "kto")
     assert (len(batch.micro_batches) == 1) is (max_tokens > 100)
-    result = fit(module, batch)
+    result = fit_steps(module, batch)
     assert_same_numbers({name: result.row[name] for name in expected}, expected, beta=0.2)
     absent = [n for n in ("desirable", "undesirable") if f"train/logps/{n}" not in expected]
     assert all(f"train/reward/{name}" not in result.row for name in absent)
@@ -300,13 +124,13 @@ def test_a_step_is_that_of_plain_pytorch(desirable: list[bool], max_tokens: int,
 
 def test_z0_is_positive_in_these_tests_and_can_be_clamped() -> None:
     """Otherwise they would say little of it."""
-    row = fit(module_of(), step_batch()).row
+    row = fit_steps(make_module(), step_batch()).row
     assert row["train/z0"] == row["train/z0_raw"] > 0.5
-    module = module_of()
+    module = make_module()
     assert isinstance(module.reference, FrozenReference)
     module.policy, module.reference.policy = module.reference.policy, module.policy
     module.policy.requires_grad_(True)
-    row = fit(module, step_batch()).row
+    row = fit_steps(module, step_batch()).row
     assert row["train/z0"] == 0.0 > -0.5 > row["train/z0_raw"]
 
 
@@ -316,9 +140,9 @@ def total_tokens(examples: Examples = MIXED) -> int:
 
 @pytest.mark.parametrize("kind", ["llama", "lora", "gemma2"])
 def test_no_cut_changes_the_step(kind: str) -> None:
-    packed = models(kind)[0].packed
+    packed = make_policy_and_reference(kind)[0].packed
     assert packed is (kind != "gemma2")
-    whole = fit(module_of(kind), step_batch(packed=packed))
+    whole = fit_steps(make_module(kind), step_batch(packed=packed))
     assert whole.row["train/tokens"] == total_tokens()
     assert whole.row["step"] == 1
 
@@ -330,7 +154,7 @@ def test_no_cut_changes_the_step(kind: str) -> None:
     )
     def any_cut(max_tokens: int, order: list[int], num_ranks: int) -> None:
         batch = step_batch(max_tokens=max_tokens, order=order, num_ranks=num_ranks, packed=packed)
-        assert_same_step(fit(module_of(kind), batch), whole)
+        assert_same_step(fit_steps(make_module(kind), batch), whole)
 
     any_cut()
 
@@ -342,24 +166,24 @@ def test_fillers_count_for_nothing() -> None:
     assert is_real == [True, True, False, False, False]
     for micro_batch in batch.micro_batches[2:]:
         micro_batch.weight += 7.0  # their weight is zero, but that is not what keeps them out
-    assert_same_step(fit(module_of(), batch), fit(module_of(), step_batch(few)))
+    assert_same_step(fit_steps(make_module(), batch), fit_steps(make_module(), step_batch(few)))
 
 
 @pytest.mark.parametrize("index", range(2))
 def test_a_batch_of_one(index: int) -> None:
     one = Examples(LENGTHS[index : index + 1], [index == 0])
-    module = module_of()
+    module = make_module()
     expected, _ = truth(module, one)
-    row = fit(module, step_batch(one)).row
+    row = fit_steps(module, step_batch(one)).row
     assert_same_numbers({name: row[name] for name in expected}, expected)
     assert "train/reward/margin" not in row
 
 
 def test_a_smaller_last_batch_is_divided_by_its_own_size() -> None:
     few = Examples(LENGTHS[:2], [True, False])
-    module, alone = module_of(learning_rate=0.0), module_of(learning_rate=0.0)
-    both = fit(module, step_batch(max_tokens=40), step_batch(few))
-    assert both.rows[1] == {**fit(alone, step_batch(few)).row, "step": 2}
+    module, alone = make_module(learning_rate=0.0), make_module(learning_rate=0.0)
+    both = fit_steps(module, step_batch(max_tokens=40), step_batch(few))
+    assert both.rows[1] == {**fit_steps(alone, step_batch(few)).row, "step": 2}
 
 
 def test_several_steps_are_the_same_under_any_cut() -> None:
@@ -369,8 +193,8 @@ def test_several_steps_are_the_same_under_any_cut() -> None:
         step_batch(Examples(LENGTHS[::-1], [True, False] * 3), max_tokens=40),
     ]
     settings_ = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1}
-    whole = fit(module_of(**settings_), *steps, max_epochs=2)
-    found = fit(module_of(**settings_), *cut, max_epochs=2)
+    whole = fit_steps(make_module(**settings_), *steps, max_epochs=2)
+    found = fit_steps(make_module(**settings_), *cut, max_epochs=2)
     # Adam divides by |g|, which turns rounding where a gradient is 0 into a step: only the numbers.
     for row, other in zip(found.rows, whole.rows, strict=True):
         assert_same_numbers(row, other, relative=LATER)
@@ -379,10 +203,12 @@ def test_several_steps_are_the_same_under_any_cut() -> None:
 
 @pytest.mark.parametrize("max_tokens", [10**6, 25], ids=["one", "several"])
 def test_activation_checkpointing_changes_nothing(max_tokens: int) -> None:
-    module = module_of()
+    module = make_module()
     assert module.policy is not None
     module.policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_same_step(fit(module, step_batch(max_tokens=max_tokens)), fit(module_of(), step_batch()))
+    assert_same_step(
+        fit_steps(module, step_batch(max_tokens=max_tokens)), fit_steps(make_module(), step_batch())
+    )
 
 
 @pytest.mark.parametrize(
@@ -392,14 +218,14 @@ def test_activation_checkpointing_changes_nothing(max_tokens: int) -> None:
 def test_nothing_is_run_twice(
     loss: str, max_tokens: int, num_policy_runs: int, num_reference_runs: int
 ) -> None:
-    module = module_of(loss=loss)
+    module = make_module(loss=loss)
     runs: dict[str, list[Any]] = {"policy": [], "reference": []}
     assert isinstance(module.reference, FrozenReference)
     for name, policy in (("policy", module.policy), ("reference", module.reference.policy)):
         assert policy is not None
         policy.register_forward_hook(lambda _, a, logps, n=name: runs[n].append(logps))
     batch = step_batch(max_tokens=max_tokens, paired=loss == "kto")
-    fit(module, batch)
+    fit_steps(module, batch)
     cut = len(batch.micro_batches)
     assert len(runs["policy"]) == num_policy_runs * cut
     assert len(runs["reference"]) == num_reference_runs * cut
@@ -409,15 +235,15 @@ def test_nothing_is_run_twice(
 
 def test_batches_made_for_the_other_loss_are_refused() -> None:
     with pytest.raises(ConfigError, match="not made for kto"):
-        fit(module_of(loss="kto"), step_batch(paired=False))
+        fit_steps(make_module(loss="kto"), step_batch(paired=False))
     with pytest.raises(ConfigError, match="not made for apo_zero_unpaired"):
-        fit(module_of(loss="apo_zero_unpaired"), step_batch())
+        fit_steps(make_module(loss="apo_zero_unpaired"), step_batch())
 
 
 def test_weights_of_records_and_classes_multiply() -> None:
     weights = torch.cat([m.weight for m in step_batch().micro_batches])
     expected = [
-        weight * (DESIRABLE if desirable else UNDESIRABLE)
+        weight * (DESIRABLE_WEIGHT if desirable else UNDESIRABLE_WEIGHT)
         for weight, desirable in zip(RECORD_WEIGHTS, MIXED.desirable, strict=True)
     ]
     assert weights.tolist() == expected
@@ -426,7 +252,7 @@ def test_weights_of_records_and_classes_multiply() -> None:
 @pytest.mark.parametrize("max_tokens", [10**6, 30], ids=["one", "several"])
 def test_the_auxiliary_loss_is_a_token_weighted_mean(max_tokens: int) -> None:
     batch = step_batch(max_tokens=max_tokens, num_ranks=4 if max_tokens == 30 else 1)
-    module = module_of("qwen2_moe")
+    module = make_module("qwen2_moe")
     assert module.policy is not None
     coefficient = module.policy.auxiliary_coefficient
     assert coefficient > 0
@@ -440,11 +266,11 @@ def test_the_auxiliary_loss_is_a_token_weighted_mean(max_tokens: int) -> None:
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         output = plain(ids, attention_mask=mask, output_router_logits=True)
         expected += output.aux_loss.item() * int(mask.sum()) / total_tokens()
-    result = fit(module, batch)
-    without = module_of("qwen2_moe")
+    result = fit_steps(module, batch)
+    without = make_module("qwen2_moe")
     assert without.policy is not None
     without.policy.auxiliary_coefficient = 0.0
-    pure = fit(without, batch)
+    pure = fit_steps(without, batch)
     added = result.row["train/loss"] - pure.row["train/loss"]
     rounding = 2 * EPS * result.row["train/loss"]  # it is a difference of two losses
     assert added == pytest.approx(coefficient * expected, rel=RELATIVE, abs=rounding)
@@ -454,9 +280,9 @@ def test_the_auxiliary_loss_is_a_token_weighted_mean(max_tokens: int) -> None:
 @pytest.mark.parametrize("factor", [0.1, 10.0], ids=["clipped", "not clipped"])
 @pytest.mark.parametrize("max_tokens", [10**6, 30], ids=["one", "several"])
 def test_the_norm_reported_is_that_before_clipping(max_tokens: int, factor: float) -> None:
-    free = fit(module_of(), step_batch())
+    free = fit_steps(make_module(), step_batch())
     limit = factor * free.row["train/grad_norm"]
-    clipped = fit(module_of(gradient_clip_norm=limit), step_batch(max_tokens=max_tokens))
+    clipped = fit_steps(make_module(gradient_clip_norm=limit), step_batch(max_tokens=max_tokens))
     assert clipped.row["train/grad_norm"] == pytest.approx(free.row["train/grad_norm"], rel=1e-5)
     moved = torch.stack([m.square().sum() for m in clipped.movements.values()]).sum().sqrt()
     expected = 0.05 * min(limit, free.row["train/grad_norm"])
@@ -481,8 +307,8 @@ def test_a_schedule_ends_with_the_run(
     schedule: str, warmup_ratio: float, trainer: dict[str, Any], factors: list[float]
 ) -> None:
     few = step_batch(Examples(LENGTHS[:2], [True, False]))
-    module = module_of(lr_schedule=schedule, warmup_ratio=warmup_ratio)
-    result = fit(module, *[few] * 4, **trainer)
+    module = make_module(lr_schedule=schedule, warmup_ratio=warmup_ratio)
+    result = fit_steps(module, *[few] * 4, **trainer)
     expected = [0.05 * factor for factor in factors]
     assert [row["train/lr"] for row in result.rows] == pytest.approx(expected)
     # The rate of a row is the one its step was made with.
@@ -492,13 +318,13 @@ def test_a_schedule_ends_with_the_run(
 
 @pytest.mark.parametrize("kind", ["llama", "lora"])
 def test_the_reference_is_in_no_state_and_no_optimizer(kind: str) -> None:
-    module = module_of(kind)
+    module = make_module(kind)
     assert isinstance(module.reference, FrozenReference)
     assert all(name.startswith("policy.") for name in module.state_dict())
     theirs = {id(p) for p in module.reference.policy.parameters()}
     assert not theirs & {id(p) for p in module.parameters()}
     before = [p.clone() for p in module.reference.policy.parameters()]
-    fit(module, step_batch())
+    fit_steps(module, step_batch())
     optimizer = module.optimizers()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in trained} == {id(p) for p in module.parameters() if p.requires_grad}
@@ -514,8 +340,8 @@ def test_the_reference_is_in_no_state_and_no_optimizer(kind: str) -> None:
 
 
 def test_mixed_bfloat16_is_close() -> None:
-    exact = fit(module_of(), step_batch()).row
-    mixed = fit(module_of(), step_batch(max_tokens=40), precision="bf16-mixed").row
+    exact = fit_steps(make_module(), step_batch()).row
+    mixed = fit_steps(make_module(), step_batch(max_tokens=40), precision="bf16-mixed").row
     for name in ("train/loss", "train/logps/desirable", "train/logps/undesirable"):
         assert mixed[name] == pytest.approx(exact[name], rel=0.02)
 
@@ -532,7 +358,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def fit_files(files: dict[str, Path], policy: str = "model", **settings: Any) -> tuple:
-    rows = Rows()
+    rows = RowLogger()
     torch.manual_seed(0)
     max_tokens = settings.pop("max_tokens", 16384)
     module = KTOModule(str(files[policy]), learning_rate=1e-3, **settings)

@@ -61,7 +61,7 @@ def test_a_logger_of_ones_own_gets_what_the_file_does(
 ) -> None:
     """And an absent class is left out, not sent as 0."""
     log = tmp_path / "lines.txt"
-    logger = ("--trainer.logger", "tests.support.loggers.Lines", "--trainer.logger.path", log)
+    logger = ("--trainer.logger", "tests.support.loggers.LineLogger", "--trainer.logger.path", log)
     output = fit(policy, train, tmp_path / "run", *logger)
     lines = [line.split() for line in log.read_text().splitlines()]
     sent = {(int(step), name): float(value) for step, name, value in lines}
@@ -75,7 +75,7 @@ def test_other_loggers_get_every_nth_step_where_asked_and_the_file_all(
     policy: Path, train: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "lines.txt"
-    logger = ("--trainer.logger", "tests.support.loggers.Lines", "--trainer.logger.path", log)
+    logger = ("--trainer.logger", "tests.support.loggers.LineLogger", "--trainer.logger.path", log)
     options = ("--trainer.log_every_n_steps", 4, "--data.validation", train)
     output = fit(policy, train, tmp_path / "run", *logger, *options)
     assert len(rows(output)) == 6

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kto_lightning.callbacks.preemption import SIGNALS
 from kto_lightning.callbacks.reporting import Summary
 from kto_lightning.module import KTOModule
 from kto_lightning.training.checkpoints import list_checkpoints
-from tests.support.cli import fit, fit_arguments, rows, small_model, weights
+from tests.support.cli import LAST, fit, fit_arguments, rows, small_model
+from tests.support.comparison import assert_runs_equal
+from tests.support.faults import call_in_step
 from tests.support.ranks import fit_on_ranks, run_ranks
 
-LAST = ("--ckpt_path", "last")
 VALIDATION = ("--data.validation", 0.2, "--trainer.val_check_interval", 2)
 
 
@@ -40,19 +40,6 @@ def whole_runs(policy: Path, train: Path, tmp_path_factory) -> Callable[..., Pat
     return run
 
 
-def call_in_step(action: Callable[[], None], step: int, method: str) -> None:
-    """Do something while a step, or the validation after it, is under way, in this process."""
-    original = getattr(KTOModule, method)
-
-    def with_action(self: KTOModule, batch: Any, batch_idx: int) -> None:
-        taken = self.trainer.global_step + (method == "training_step")
-        if taken == step and (method == "training_step" or batch_idx == 0):
-            action()
-        original(self, batch, batch_idx)
-
-    setattr(KTOModule, method, with_action)
-
-
 def fit_asked_to_stop(
     signum: int, step: int, method: str, *arguments: Any, times: int = 1, status: int
 ) -> None:
@@ -66,13 +53,6 @@ def fit_asked_to_stop(
         patch.setattr(KTOModule, method, getattr(KTOModule, method))  # put back at the end
         call_in_step(ask, step, method)
         fit(*arguments, status=status)
-
-
-def assert_equal_runs(one: Path, other: Path) -> None:
-    assert rows(one) == rows(other)
-    expected = weights(other)
-    for name, value in weights(one).items():
-        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize(
@@ -111,7 +91,7 @@ def test_a_run_that_is_asked_to_stop_is_saved_and_goes_on(
     assert len(rows(tmp_path)) == step
     assert not (tmp_path / "model").exists()
     fit(policy, train, tmp_path, *options, *LAST)
-    assert_equal_runs(tmp_path, whole_runs(*options))
+    assert_runs_equal(tmp_path, whole_runs(*options))
 
 
 def test_a_second_ctrl_c_stops_at_once_and_names_the_last_checkpoint(
@@ -168,7 +148,7 @@ def test_ranks_stop_together_whichever_is_asked(
     assert "stopped by SIGTERM after step 3" in ended[0].err
     assert [saved for saved, _ in list_checkpoints(tmp_path)] == [3]
     fit_on_ranks(policy, train, tmp_path, *LAST, strategy=strategy)
-    assert_equal_runs(tmp_path, whole_runs_on_two(strategy))
+    assert_runs_equal(tmp_path, whole_runs_on_two(strategy))
 
 
 def ask_the_first_in(method: str, owner: type) -> None:
@@ -219,4 +199,4 @@ def test_ctrl_c_in_a_terminal_leaves_the_loaders_workers_alone(
     assert "stopped by Ctrl-C after step 3" in ended.err
     assert "Traceback" not in ended.err
     fit(policy, train, tmp_path, *options, *LAST)
-    assert_equal_runs(tmp_path, whole_runs(*options))
+    assert_runs_equal(tmp_path, whole_runs(*options))

@@ -17,7 +17,7 @@ from kto_lightning.reports.diagnosis import (
 )
 from tests.support import cli
 from tests.support.factories import plain_records, write_jsonl
-from tests.test_module import MIXED, Examples, fit, module_of, step_batch
+from tests.support.steps import MIXED, Examples, fit_steps, make_module, step_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 
@@ -157,7 +157,7 @@ def test_a_run_warns_on_stderr_once_and_a_resumed_one_afresh(
     few = Examples([(3, 12), (14, 4), (6, 1), (1, 22)], [True, False, True, False])
     steps = [step_batch(few)] * 25
     for _ in range(2):
-        result = fit(module_of(beta=50.0, learning_rate=0.0), *steps, callbacks=[warnings])
+        result = fit_steps(make_module(beta=50.0, learning_rate=0.0), *steps, callbacks=[warnings])
         assert max(row["train/gradient_left/desirable"] for row in result.rows) < 0.05
         printed = capsys.readouterr()
         lines = [line for line in printed.err.splitlines() if line.startswith("warning: ")]
@@ -167,7 +167,9 @@ def test_a_run_warns_on_stderr_once_and_a_resumed_one_afresh(
 
 
 def test_a_short_ordinary_run_warns_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    fit(module_of(learning_rate=0.0), *[step_batch(MIXED)] * 60, callbacks=[DiagnosisWarnings()])
+    fit_steps(
+        make_module(learning_rate=0.0), *[step_batch(MIXED)] * 60, callbacks=[DiagnosisWarnings()]
+    )
     assert "warning: " not in capsys.readouterr().err
 
 

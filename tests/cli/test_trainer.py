@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.training.metrics_csv import COLUMNS
-from tests.support.agreement import assert_runs_agree
 from tests.support.cli import ROOT, fit, numbers, rows, run_cli, small_data, small_model, weights
+from tests.support.comparison import assert_runs_agree
 from tests.support.factories import (
     chat_records,
     make_tokenizer,

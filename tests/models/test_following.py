@@ -28,12 +28,21 @@ from kto_lightning.models.packing_probe import make_policy
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.reference import FrozenReference
 from kto_lightning.module import KTOModule
-from tests.support.cli import fit, numbers, rows, run_cli, small_model, weights
+from tests.support.cli import (
+    EVERY_STEP,
+    TWO_EPOCHS,
+    fit,
+    numbers,
+    rows,
+    run_cli,
+    small_model,
+    weights,
+)
+from tests.support.comparison import assert_runs_equal
 from tests.support.factories import make_model
+from tests.support.faults import fit_until
+from tests.support.steps import VOCABULARY, FitResult, fit_steps, make_module, step_batch
 from tests.support.tolerances import EPS, RELATIVE, SIX_DIGITS, assert_same_numbers
-from tests.test_module import VOCABULARY, Result, module_of, step_batch
-from tests.test_module import fit as fit_module
-from tests.training.test_resume import EVERY_STEP, TWO_EPOCHS, assert_equal_runs, fit_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 
@@ -102,17 +111,17 @@ class Recorded(FollowingReference):
         ]
 
 
-def fit_following(num_steps: int, **follow: Any) -> tuple[Result, Recorded, KTOModule]:
-    module = module_of()
+def fit_following(num_steps: int, **follow: Any) -> tuple[FitResult, Recorded, KTOModule]:
+    module = make_module()
     assert isinstance(module.reference, FrozenReference)
     assert module.policy is not None
     module.reference = Recorded(module.reference, Follow(**follow), module.policy)
-    result = fit_module(module, *[step_batch(max_tokens=40)] * num_steps)
+    result = fit_steps(module, *[step_batch(max_tokens=40)] * num_steps)
     return result, module.reference, module
 
 
 def test_the_reference_is_updated_every_n_steps_and_never_trained() -> None:
-    module = module_of()
+    module = make_module()
     assert isinstance(module.reference, FrozenReference)
     expected = {n: p.double() for n, p in state(module.reference.policy).items()}
     result, reference, module = fit_following(5, every_n_steps=2, alpha=0.6)
@@ -122,7 +131,7 @@ def test_the_reference_is_updated_every_n_steps_and_never_trained() -> None:
             expected = {n: 0.4 * p + 0.6 * policy[n].double() for n, p in expected.items()}
         for name, value in followed.items():
             torch.testing.assert_close(value.double(), expected[name], rtol=4 * EPS, atol=4 * EPS)
-    plain = fit_module(module_of(), *[step_batch(max_tokens=40)] * 5)
+    plain = fit_steps(make_module(), *[step_batch(max_tokens=40)] * 5)
     assert result.rows[:2] == plain.rows[:2]
     assert all(a != b for a, b in zip(result.rows[2:], plain.rows[2:], strict=True))
     trained = {id(p) for group in module.optimizers().param_groups for p in group["params"]}  # pyright: ignore[reportAttributeAccessIssue]
@@ -238,7 +247,7 @@ def test_a_killed_run_resumes_bit_for_bit(
     options = (*TWO_EPOCHS, *FOLLOW, *EVERY_STEP, "--data.validation", train)
     fit_until(step, policy, train, tmp_path, *options)
     fit(policy, train, tmp_path, *options, "--ckpt_path", "last")
-    assert_equal_runs(tmp_path, whole)
+    assert_runs_equal(tmp_path, whole)
     found, expected = (checkpoint_of(output)["reference"] for output in (tmp_path, whole))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)

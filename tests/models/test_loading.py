@@ -19,8 +19,7 @@ from kto_lightning.models.loading import (
     vocabulary_size,
 )
 from kto_lightning.models.tokenizer import load_tokenizer
-from tests.parity.cases import save_adapter
-from tests.support.factories import make_model, make_tokenizer, save_model
+from tests.support.factories import make_model, make_tokenizer, save_adapter, save_model
 
 
 @pytest.fixture

@@ -25,7 +25,13 @@ from kto_lightning.models.reference import FrozenReference
 from kto_lightning.module import KTOModule
 from kto_lightning.training.scoring import BatchScorer
 from tests.support.cli import small_data
-from tests.test_module import Examples, fit, models, module_of, step_batch
+from tests.support.steps import (
+    Examples,
+    fit_steps,
+    make_module,
+    make_policy_and_reference,
+    step_batch,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 
@@ -72,7 +78,7 @@ def test_no_forward_exceeds_max_tokens(
 ) -> None:
     """Neither the matched nor the mismatched run, of policy or reference; a single longer example
     excepted."""
-    policy, other = models(kind)
+    policy, other = make_policy_and_reference(kind)
     assert policy.packed == (kind == "llama")
     examples = Examples(lengths, [True] * len(lengths))
     batch, costs = planned(
@@ -173,7 +179,7 @@ def test_backward_frees_the_activations_of_its_micro_batch(
     kind: str, max_tokens: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also logits, and the prompts' keys and values."""
-    module = module_of(kind)
+    module = make_module(kind)
     assert module.policy is not None
     if checkpointing:
         module.policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -212,6 +218,6 @@ def test_backward_frees_the_activations_of_its_micro_batch(
     monkeypatch.setattr(Policy, "_make_prompt_store", recording_store)
     monkeypatch.setattr(KTOModule, "_update", recording_update)
     batch = step_batch(max_tokens=max_tokens)
-    fit(module, batch)
+    fit_steps(module, batch)
     assert left == [0] * len(batch.micro_batches)
     assert not any(store.layers for store in stores)

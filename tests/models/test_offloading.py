@@ -13,8 +13,7 @@ from kto_lightning.models.policy import Policy
 from kto_lightning.models.reference import FrozenReference, _on_device
 from tests.support.cli import fit, small_data, small_model
 from tests.support.factories import make_model
-from tests.test_module import VOCABULARY, module_of, step_batch
-from tests.test_module import fit as fit_module
+from tests.support.steps import VOCABULARY, fit_steps, make_module, step_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 
@@ -46,13 +45,13 @@ def test_a_step_is_the_same_bit_for_bit(
 ) -> None:
     results = []
     for offloads in (False, True):
-        module = module_of(kind)
+        module = make_module(kind)
         assert module.policy is not None
         if checkpointing:
             module.policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         module.policy.offloads_activations = offloads
         assert not copies
-        results.append(fit_module(module, step_batch(max_tokens=max_tokens)))
+        results.append(fit_steps(module, step_batch(max_tokens=max_tokens)))
     assert len(copies) > 2
     kept, moved = results
     assert moved.rows == kept.rows

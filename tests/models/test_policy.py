@@ -16,7 +16,7 @@ from kto_lightning.batches.types import PackedBatch
 from kto_lightning.models.architecture import auxiliary_coefficient, logit_scale
 from kto_lightning.models.packed_run import PromptStore
 from kto_lightning.models.policy import Policy, sum_per_owner
-from tests.support.factories import ARCHITECTURES, make_model
+from tests.support.factories import ARCHITECTURES, add_adapter, make_model
 from tests.support.plain_forwards import (
     Float64,
     Plain,
@@ -169,14 +169,6 @@ def test_autocast_is_as_accurate_as_for_the_plain_forward() -> None:
     assert_errs_like_plain(*sides, eps=torch.finfo(torch.bfloat16).eps)
 
 
-def lora(model: Any, **settings: Any) -> Any:
-    """A model with an adapter far from zero, the same for the same settings."""
-    config = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        return get_peft_model(model, LoraConfig(init_lora_weights=False, **(config | settings)))
-
-
 TARGETS = {
     "all-linear": "all-linear",
     "with the head": ["q_proj", "down_proj", "lm_head"],
@@ -191,7 +183,7 @@ TARGETS = {
 def test_adapters_enabled_and_disabled(
     architecture: str, targets: str | list[str], checkpointing: bool
 ) -> None:
-    model, plain = (lora(model_of(architecture), target_modules=targets) for _ in range(2))
+    model, plain = (add_adapter(model_of(architecture), target_modules=targets) for _ in range(2))
     if checkpointing:
         with_checkpointing(model)
     policy, triples = Policy(model), triples_of()
@@ -205,7 +197,7 @@ def test_adapters_enabled_and_disabled(
 
 
 def test_a_reference_pass_before_backward_does_not_change_the_gradient() -> None:
-    model, plain = (lora(model_of("llama")) for _ in range(2))
+    model, plain = (add_adapter(model_of("llama")) for _ in range(2))
     policy, triples = Policy(with_checkpointing(model)), triples_of()
     batch = pack_triples(triples)
     logps = policy(batch)
@@ -216,7 +208,7 @@ def test_a_reference_pass_before_backward_does_not_change_the_gradient() -> None
 
 
 def test_a_float32_adapter_on_a_bfloat16_head_is_not_rounded() -> None:
-    model = lora(model_of("llama").bfloat16(), target_modules=["lm_head"])
+    model = add_adapter(model_of("llama").bfloat16(), target_modules=["lm_head"])
     head = model.get_base_model().lm_head
     policy, batch = Policy(model), pack_triples(triples_of())
     before = policy(batch, mismatched=False).matched

@@ -6,15 +6,14 @@ from itertools import combinations, cycle, product
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kto_lightning.parity.trace import Inputs, Settings
 from tests.support.factories import (
     chat_records,
     make_tokenizer,
     plain_records,
+    save_adapter,
     save_model,
     write_jsonl,
 )
@@ -116,23 +115,6 @@ def write_inputs(case: Case, directory: Path) -> CaseInputs:
         adapter = str(save_adapter(directory / "adapter", model_dir))
     train = write_jsonl(directory / "train.jsonl", records)
     return CaseInputs(model=str(model_dir), adapter=adapter, train=str(train), records=records)
-
-
-def save_adapter(directory: Path, model_dir: Path) -> Path:
-    """A LoRA adapter that already changes its base, so that the base alone is a wrong reference."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    config = LoraConfig(
-        r=4,
-        lora_alpha=8,
-        target_modules="all-linear",
-        init_lora_weights=False,
-        fan_in_fan_out=model.config.model_type == "gpt2",
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        get_peft_model(model, config).save_pretrained(str(directory))
-    return directory
 
 
 def pairwise_cover() -> list[Case]:

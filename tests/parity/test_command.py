@@ -13,12 +13,12 @@ import kto_lightning.loss
 from kto_lightning.parity.agreement import compare, movement
 from kto_lightning.parity.command import main as parity_main
 from kto_lightning.parity.trace import Trace
-from tests.parity.cases import save_adapter
 from tests.support.cli import run_cli, small_data, small_model
 from tests.support.factories import (
     chat_records,
     make_tokenizer,
     plain_records,
+    save_adapter,
     save_model,
     write_jsonl,
 )

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from tests.support.agreement import assert_numbers_agree, assert_weights_agree
 from tests.support.cli import fit, rows, run_process, small_model, weights
+from tests.support.comparison import assert_numbers_agree, assert_weights_agree
 from tests.support.factories import plain_records, write_jsonl
 from tests.support.ranks import fit_on_ranks, run_ranks
 from tests.support.tolerances import RELATIVE, SIX_DIGITS, assert_same_numbers, assert_same_rewards

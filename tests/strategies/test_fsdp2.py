@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from kto_lightning.module import KTOModule
 from kto_lightning.training.checkpoints import list_checkpoints
-from tests.support.agreement import assert_numbers_agree, assert_runs_agree, assert_weights_agree
 from tests.support.cli import fit, numbers, rows, run_cli, small_model, weights
+from tests.support.comparison import assert_numbers_agree, assert_runs_agree, assert_weights_agree
 from tests.support.factories import plain_records, write_jsonl
 from tests.support.ranks import fit_on_ranks, run_ranks
 from tests.support.tolerances import assert_same_rewards

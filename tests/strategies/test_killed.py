@@ -16,14 +16,13 @@ import pytest
 
 from kto_lightning.errors import ModelError
 from kto_lightning.training.checkpoints import list_checkpoints
-from tests.callbacks.test_preemption import call_in_step
-from tests.support.cli import fit_arguments, small_model
+from tests.support.cli import EVERY_STEP, LAST, fit_arguments, small_model
+from tests.support.comparison import assert_runs_equal
+from tests.support.faults import call_in_step, kill_ranks_in_step
 from tests.support.ranks import Ended, fit_on_ranks, job, run_ranks
-from tests.training.test_resume import EVERY_STEP, assert_equal_runs
 
 EVERY_OTHER = ("--checkpoint.every_n_steps", 2, "--model.lr_schedule", "cosine")
 MANY_STEPS = ("--trainer.max_epochs", 20, *EVERY_STEP, "--model.lr_schedule", "cosine")
-LAST = ("--ckpt_path", "last")
 SETTINGS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "validation, a worker": (
         "ddp",
@@ -56,12 +55,6 @@ def whole_runs(policy: Path, train: Path, tmp_path_factory) -> Callable[..., Pat
     return run
 
 
-def kill_in_step_four(*ranks: int) -> None:
-    """In a process of a job: some ranks are no more from there on."""
-    if int(os.environ["RANK"]) in ranks:
-        call_in_step(partial(os.kill, os.getpid(), signal.SIGKILL), 4, "training_step")
-
-
 def arguments(policy: Path, train: Path, output: Path, strategy: str, *options: Any) -> list[Any]:
     devices = ("--trainer.devices", 2, "--trainer.strategy", strategy)
     return ["fit", *fit_arguments(policy, train, output, *devices, *options)]
@@ -87,7 +80,7 @@ def test_killed_ranks_leave_none_hanging_and_the_run_goes_on(
     strategy, settings = SETTINGS[name]
     options = (*settings, *EVERY_OTHER)
     command = arguments(policy, train, tmp_path, strategy, *options)
-    ended = run_ranks(*command, prepare=partial(kill_in_step_four, *ranks))
+    ended = run_ranks(*command, prepare=partial(kill_ranks_in_step, 4, *ranks))
     for rank, left in enumerate(ended):
         if rank in ranks:
             assert left.status == -signal.SIGKILL
@@ -96,7 +89,7 @@ def test_killed_ranks_leave_none_hanging_and_the_run_goes_on(
     assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
     assert not (tmp_path / "model").exists()
     fit_on_ranks(policy, train, tmp_path, *options, *LAST, strategy=strategy)
-    assert_equal_runs(tmp_path, whole_runs(name, *EVERY_OTHER))
+    assert_runs_equal(tmp_path, whole_runs(name, *EVERY_OTHER))
 
 
 def last_step(output: Path) -> int:
@@ -128,7 +121,7 @@ def test_kill_minus_nine_at_random_moments(
         resume = LAST
     assert not (tmp_path / "model").exists()
     fit_on_ranks(policy, train, tmp_path, *options, *LAST, strategy=strategy)
-    assert_equal_runs(tmp_path, whole_runs(name, *MANY_STEPS))
+    assert_runs_equal(tmp_path, whole_runs(name, *MANY_STEPS))
 
 
 def fail_in_step_three(rank: int) -> None:

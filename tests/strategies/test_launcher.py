@@ -18,8 +18,8 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher, su
 from kto_lightning.strategies import launcher as launched
 from kto_lightning.training.checkpoints import list_checkpoints
 from tests.support.cli import ROOT, fit_arguments, rows
+from tests.support.comparison import assert_runs_equal
 from tests.support.ranks import fit_on_ranks, job
-from tests.training.test_resume import assert_equal_runs
 
 DEVICES = ("--trainer.devices", 2, "--trainer.strategy", "ddp")
 
@@ -96,7 +96,7 @@ TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "-m")
 
 def start(actions: str, *arguments: Any, by: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", *by, "tests.support.acting_ranks", actions, *map(str, arguments)],
+        [sys.executable, "-m", *by, "tests.support.failing_cli", actions, *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -147,7 +147,7 @@ def test_sigterm_to_the_process_that_started_them_saves_and_ends_all(
     assert "stopped by SIGTERM after step 3, which is saved" in error
     assert ranks_of(tmp_path) == []
     fit_on_ranks(policy, train, tmp_path, "--ckpt_path", "last")
-    assert_equal_runs(tmp_path, fit_on_ranks(policy, train, tmp_path / "whole"))
+    assert_runs_equal(tmp_path, fit_on_ranks(policy, train, tmp_path / "whole"))
 
 
 @pytest.mark.slow
@@ -173,4 +173,4 @@ def test_sigterm_to_torchrun_saves_and_ends_all(policy: Path, train: Path, tmp_p
     assert f"stopped by SIGTERM after step {step}, which is saved" in error
     assert ranks_of(tmp_path) == []
     fit_on_ranks(policy, train, tmp_path, *options, "--ckpt_path", "last")
-    assert_equal_runs(tmp_path, fit_on_ranks(policy, train, tmp_path / "whole", *options))
+    assert_runs_equal(tmp_path, fit_on_ranks(policy, train, tmp_path / "whole", *options))

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from kto_lightning.module import KTOModule
-from tests.support.agreement import assert_numbers_agree, assert_weights_agree
-from tests.support.cli import fit, fit_arguments, rows, small_model
+from tests.support.cli import checkpoint_tensors, fit, fit_arguments, rows, small_model
+from tests.support.comparison import assert_numbers_agree, assert_weights_agree
+from tests.support.faults import corrupt_policy
 from tests.support.ranks import Ended, run_ranks
-from tests.training.test_guards import SKIP, spoil, trained_weights
 
+SKIP = ("--model.non_finite", "skip")
 FILE_ORDER = ("--data.shuffle", "false")
 """In which example 9 (line 10) is in the third batch of four, and so on one of the ranks."""
 
@@ -24,7 +25,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def spoil_example_nine(*, gradient: bool) -> None:
     """In a process of a job: what the policy makes of that example is not a number."""
-    spoil(pytest.MonkeyPatch(), 9, math.nan, gradient=gradient)
+    corrupt_policy(pytest.MonkeyPatch(), 9, math.nan, gradient=gradient)
 
 
 def spoil_and_tell(*, gradient: bool) -> None:
@@ -60,7 +61,7 @@ def test_the_run_stops_on_both_and_names_the_records(
     assert (f"Log-probs that are not finite: {train}:10 (policy)." in first.err) is not gradient
     assert second.err == ""
     assert [row["step"] for row in rows(tmp_path)] == ["1", "2"]
-    ((step, saved),) = trained_weights(tmp_path).items()
+    ((step, saved),) = checkpoint_tensors(tmp_path).items()
     assert step == 2
     assert all(value.isfinite().all() for value in saved.values())
 
@@ -76,7 +77,7 @@ def test_the_step_is_skipped_on_both(
     assert "step 3 is not finite" in first.err
     assert "1 steps were skipped" in first.err
     assert second.err == ""
-    spoil(monkeypatch, 9, math.nan, gradient=True)
+    corrupt_policy(monkeypatch, 9, math.nan, gradient=True)
     one = fit(policy, train, tmp_path / "one", *FILE_ORDER, *options)
     assert rows(two)[2]["train/grad_norm"] == "nan"
     assert_numbers_agree(two, one)

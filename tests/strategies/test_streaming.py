@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 
 from kto_lightning.training.checkpoints import list_checkpoints
-from tests.data.streaming.test_runs import SMALL_BUFFERS
-from tests.strategies.test_killed import LAST, kill_in_step_four
-from tests.support.agreement import assert_numbers_agree, assert_weights_agree
-from tests.support.cli import fit, fit_arguments, rows, small_data
+from tests.support.cli import EVERY_STEP, LAST, TWO_EPOCHS, fit, fit_arguments, rows, small_data
+from tests.support.comparison import assert_numbers_agree, assert_runs_equal, assert_weights_agree
 from tests.support.factories import plain_records
+from tests.support.faults import kill_ranks_in_step
 from tests.support.ranks import fit_on_ranks, run_ranks
-from tests.training.test_resume import EVERY_STEP, TWO_EPOCHS, assert_equal_runs
 
+SMALL_BUFFERS = (
+    *("--data.streaming", "true", "--data.buffer_size", 8),
+    *("--model.desirable_weight", 1.0, "--model.undesirable_weight", 1.5),
+)
 SGD = ("--model.optimizer", "sgd", "--model.learning_rate", 0.1)
 CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "shuffled": ("ddp", (*SGD, *TWO_EPOCHS, "--data.max_tokens", 60)),
@@ -49,12 +51,12 @@ def test_a_killed_run_goes_on(policy: Path, train: Path, tmp_path: Path):
     whole = fit_on_ranks(policy, train, tmp_path / "whole", *options)
     killed = tmp_path / "killed"
     arguments = fit_arguments(policy, train, killed, "--trainer.devices", 2, *options)
-    for rank in run_ranks("fit", *arguments, prepare=partial(kill_in_step_four, 0, 1)):
+    for rank in run_ranks("fit", *arguments, prepare=partial(kill_ranks_in_step, 4, 0, 1)):
         assert rank.status == -signal.SIGKILL
     assert [step for step, _ in list_checkpoints(killed)] == [2, 3]
     on_one = Path(shutil.copytree(killed, tmp_path / "on_one"))
     fit_on_ranks(policy, train, killed, *options, *LAST)
-    assert_equal_runs(killed, whole)
+    assert_runs_equal(killed, whole)
     fit(policy, train, on_one, *options, *LAST)
     assert_numbers_agree(on_one, whole)
     assert_weights_agree(on_one, whole)

@@ -8,14 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from kto_lightning.__main__ import main
+from kto_lightning.training.checkpoints import list_checkpoints
 from kto_lightning.training.metrics import MEASURED
 from tests.support.factories import make_tokenizer, plain_records, save_model, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
+
+EVERY_STEP = ("--checkpoint.every_n_steps", 1)
+TWO_EPOCHS = ("--trainer.max_epochs", 2)
+LAST = ("--ckpt_path", "last")
 
 
 def run_cli(*arguments: Any) -> int:
@@ -73,3 +79,16 @@ def numbers(output: Path, stage: str = "train") -> list[dict[str, float]]:
 def weights(output: Path) -> dict[str, Tensor]:
     """Weights of the exported model."""
     return load_file(output / "model" / "model.safetensors")
+
+
+def checkpoint_tensors(output: Path) -> dict[int, dict[str, Tensor]]:
+    """Weights and optimizer state of every checkpoint, by step."""
+    found = {}
+    for step, path in list_checkpoints(output):
+        checkpoint = torch.load(path, weights_only=True)
+        found[step] = checkpoint["state_dict"] | {
+            f"{index}.{name}": torch.as_tensor(value)
+            for index, state in checkpoint["optimizer_states"][0]["state"].items()
+            for name, value in state.items()
+        }
+    return found

@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -208,6 +209,36 @@ def save_model(
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return Path(directory)
+
+
+def add_adapter(model: Any, **settings: Any) -> Any:
+    """A LoRA adapter far from zero, the same for the same settings.
+
+    Args:
+        model: takes the adapter in place.
+        settings: fields of `LoraConfig`.
+    """
+    config = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return get_peft_model(model, LoraConfig(init_lora_weights=False, **(config | settings)))
+
+
+def save_adapter(directory: Path, model_dir: Path) -> Path:
+    """A LoRA adapter that already changes its base, so that the base alone is a wrong reference."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        fan_in_fan_out=model.config.model_type == "gpt2",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        get_peft_model(model, config).save_pretrained(str(directory))
+    return directory
 
 
 def plain_records(n: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -12,10 +12,16 @@ import torch
 from kto_lightning.cli import lightning_cli as cli
 from kto_lightning.module import KTOModule
 from kto_lightning.training.checkpoints import is_whole, list_checkpoints
-from tests.support.cli import fit, fit_arguments, rows, run_cli, small_data, weights
-
-LAST = ("--ckpt_path", "last")
-EVERY_STEP = ("--checkpoint.every_n_steps", 1)
+from tests.support.cli import (
+    EVERY_STEP,
+    LAST,
+    fit,
+    fit_arguments,
+    rows,
+    run_cli,
+    small_data,
+    weights,
+)
 
 
 @pytest.fixture(scope="module")

@@ -16,47 +16,24 @@ from kto_lightning.models.policy import Policy
 from kto_lightning.models.tokenizer import load_tokenizer
 from kto_lightning.training.checkpoints import list_checkpoints
 from kto_lightning.training.guards import MOST_IN_A_ROW, by_file
-from tests.support.cli import fit, numbers, rows, run_cli, small_model, weights
+from tests.support.cli import (
+    EVERY_STEP,
+    checkpoint_tensors,
+    fit,
+    numbers,
+    rows,
+    run_cli,
+    small_model,
+    weights,
+)
+from tests.support.faults import corrupt_policy
 
-EVERY_STEP = ("--checkpoint.every_n_steps", 1)
 SKIP = ("--model.non_finite", "skip")
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_model(tmp_path_factory.mktemp("policy"), "gpt2")
-
-
-def spoil(monkeypatch: pytest.MonkeyPatch, example: int, value: float, *, gradient: bool) -> None:
-    """Make the policy's log-prob of one example, or its gradient, `value`."""
-    forward = Policy.forward
-
-    def spoiled(self: Policy, batch: PackedBatch, **options: Any) -> Logps:
-        logps = forward(self, batch, **options)
-        trains = torch.is_grad_enabled() and logps.matched is not None
-        if trains and example in batch.indices and not batch.is_filler.any():
-            mask = torch.zeros(len(batch), dtype=torch.bool)
-            mask[batch.indices.index(example)] = True
-            if gradient:
-                logps.matched.register_hook(lambda grad: torch.where(mask, value, grad))
-            else:
-                logps.matched = torch.where(mask, value, logps.matched)
-        return logps
-
-    monkeypatch.setattr(Policy, "forward", spoiled)
-
-
-def trained_weights(output: Path) -> dict[int, dict[str, Any]]:
-    """Of every checkpoint: weights and the optimizer's state, by step."""
-    found = {}
-    for step, path in list_checkpoints(output):
-        checkpoint = torch.load(path, weights_only=True)
-        found[step] = checkpoint["state_dict"] | {
-            f"{index}.{name}": torch.as_tensor(value)
-            for index, state in checkpoint["optimizer_states"][0]["state"].items()
-            for name, value in state.items()
-        }
-    return found
 
 
 @pytest.mark.parametrize(
@@ -74,7 +51,7 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it_is_taken(
     options = ("--data.shuffle", "false", *options)
     whole = fit(policy, train, tmp_path / "whole", *options)
     with pytest.MonkeyPatch.context() as patch:
-        spoil(patch, 9, math.nan, gradient=gradient)
+        corrupt_policy(patch, 9, math.nan, gradient=gradient)
         output = fit(policy, train, tmp_path / "run", *options, status=1)
     error = capsys.readouterr().err
     assert "step 3 is not finite" in error
@@ -84,7 +61,7 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it_is_taken(
     assert "Traceback" not in error
     assert [row["step"] for row in rows(output)] == ["1", "2"]
     assert not (output / "model").exists()
-    (saved,) = trained_weights(output).values()
+    (saved,) = checkpoint_tensors(output).values()
     assert all(value.isfinite().all() for value in saved.values())
     # Once the cause is gone, the run goes on as if nothing had been.
     fit(policy, train, output, *options, "--ckpt_path", "last")
@@ -96,10 +73,10 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it_is_taken(
 def test_such_a_step_can_be_skipped(
     optimizer: str, policy: Path, train: Path, tmp_path: Path, capsys, monkeypatch
 ):
-    spoil(monkeypatch, 9, math.nan, gradient=True)
+    corrupt_policy(monkeypatch, 9, math.nan, gradient=True)
     options = (*SKIP, "--data.shuffle", "false", "--model.optimizer", optimizer)
     output = fit(policy, train, tmp_path, *options, *EVERY_STEP, "--trainer.max_steps", 3)
-    before, after = trained_weights(output).values()
+    before, after = checkpoint_tensors(output).values()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert before.keys() == after.keys()
     fit(policy, train, output, *options, "--ckpt_path", "last")
@@ -120,7 +97,7 @@ def test_few_warnings_of_many_skipped_steps_and_then_an_end(
     policy: Path, train: Path, tmp_path: Path, capsys, monkeypatch
 ):
     for example in range(24):
-        spoil(monkeypatch, example, math.nan, gradient=False)
+        corrupt_policy(monkeypatch, example, math.nan, gradient=False)
     output = fit(policy, train, tmp_path, *SKIP, "--trainer.max_epochs", 4, status=1)
     assert len(rows(output)) == MOST_IN_A_ROW - 1
     error = capsys.readouterr().err

@@ -25,12 +25,13 @@ from kto_lightning.training.metrics import (
     sample_std,
 )
 from kto_lightning.training.metrics_csv import COLUMNS, DETAIL_METRICS, MetricsFile
-from tests.test_module import LENGTHS, Examples, Rows, fit, module_of, step_batch
+from tests.support.loggers import RowLogger
+from tests.support.steps import LENGTHS, Examples, fit_steps, make_module, step_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 
 REWARDS = [1.0, 2.0, 4.0, 3.0, 9.0]
-DESIRABLE = [True, False, False, True, False]
+DESIRABLE_WEIGHT = [True, False, False, True, False]
 LOGPS = [-10.0, -20.0, -30.0, -50.0, -70.0]
 LEFT = [1.0, 0.5, 0.25, 0.5, 0.0]
 MISMATCHED = [0.0, 2.0, 4.0, 6.0, -2.0]
@@ -48,7 +49,7 @@ def added(sums: BatchSums, chosen: list[int], *, is_filler: bool = False) -> Non
         reward=pick(REWARDS),
         logps=pick(LOGPS),
         gradient_left=pick(LEFT),
-        desirable=pick(DESIRABLE),
+        desirable=pick(DESIRABLE_WEIGHT),
         is_filler=count,
     )
     sums.add_mismatched(pick(MISMATCHED), count)
@@ -152,12 +153,12 @@ def recorded(policy: Policy) -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize("max_tokens", [10**6, 30], ids=["one", "several"])
 def test_a_real_steps_spread(max_tokens: int) -> None:
     """From the log-probs that policy and reference gave, in one vector each."""
-    module = module_of(beta=0.2)
+    module = make_module(beta=0.2)
     assert module.policy is not None
     assert isinstance(module.reference, FrozenReference)
     new, old = recorded(module.policy), recorded(module.reference.policy)
     batch = step_batch(max_tokens=max_tokens)
-    row = fit(module, batch).row
+    row = fit_steps(module, batch).row
     ratios = {name: (torch.cat(new[name]) - torch.cat(old[name])).double() for name in new}
     assert {len(ratio) for ratio in ratios.values()} == {6}
     labels = torch.cat([micro_batch.desirable for micro_batch in batch.micro_batches])
@@ -173,7 +174,7 @@ def test_a_real_steps_spread(max_tokens: int) -> None:
 
 
 def test_apo_zero_has_no_spread_of_a_reference_point() -> None:
-    row = fit(module_of(loss="apo_zero_unpaired"), step_batch(paired=False)).row
+    row = fit_steps(make_module(loss="apo_zero_unpaired"), step_batch(paired=False)).row
     assert "train/z0_se" not in row
     assert "train/reward/desirable_std" in row
 
@@ -190,7 +191,7 @@ def test_held_out_spread_is_over_the_whole_set() -> None:
 
 
 def validated(copies: int) -> dict[str, float]:
-    rows = Rows()
+    rows = RowLogger()
     trainer = Trainer(
         accelerator="cpu",
         logger=rows,
@@ -199,7 +200,7 @@ def validated(copies: int) -> dict[str, float]:
         use_distributed_sampler=False,
     )
     steps = DataLoader([step_batch(max_tokens=30)] * copies, batch_size=None)  # pyright: ignore
-    trainer.validate(module_of(), dataloaders=steps, verbose=False)
+    trainer.validate(make_module(), dataloaders=steps, verbose=False)
     (row,) = rows.rows
     return row
 
@@ -208,7 +209,7 @@ def test_the_file_has_new_columns_after_all_others(tmp_path: Path) -> None:
     few = step_batch(Examples(LENGTHS[:2], [True, False]))
     file = MetricsFile(tmp_path)
     file.begin(after_step=0)
-    fit(module_of(), few, logger=file)
+    fit_steps(make_module(), few, logger=file)
     with (tmp_path / "metrics.csv").open(newline="") as opened:
         (row,) = csv.DictReader(opened)
     names = list(row)

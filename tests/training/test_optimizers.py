@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from kto_lightning.cli.trainer import main
-from kto_lightning.distributed import gradient_norm
-from kto_lightning.errors import ConfigError, check_number
+from kto_lightning.errors import ConfigError
 from kto_lightning.training.optimizers import (
     SCHEDULES,
     Optimization,
@@ -224,20 +223,3 @@ def rates_of(name: str, *, warmup_ratio: float, num_steps: int) -> list[float]:
 def optimizer_of_rate_one() -> torch.optim.Optimizer:
     parameter = nn.Parameter(torch.zeros(1))
     return make_optimizer("sgd", [("p", parameter)], learning_rate=1.0, weight_decay=0.0)
-
-
-@pytest.mark.parametrize("clip_norm", [None, 1.0, 100.0])
-def test_the_norm_is_that_before_clipping(clip_norm: float | None) -> None:
-    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1)), nn.Parameter()]
-    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
-    assert gradient_norm(parameters, clip_norm).item() == pytest.approx(5.0)
-    left = torch.cat([p.grad for p in parameters if p.grad is not None]).norm()
-    assert left.item() == pytest.approx(1.0 if clip_norm == 1.0 else 5.0)
-
-
-def test_the_bounds_of_numbers() -> None:
-    check_number("x", 0.0)
-    check_number("x", 1.0, most=1.0)
-    for value, limits in ((-1.0, {}), (0.0, {"above": 0.0}), (2.0, {"most": 1.0})):
-        with pytest.raises(ConfigError, match=r"--model\.x must be"):
-            check_number("x", value, **limits)

@@ -12,14 +12,22 @@ from typing import Any
 import pytest
 import torch
 
-from kto_lightning.callbacks.checkpoints import Checkpoints
 from kto_lightning.module import KTOModule
 from kto_lightning.training import checkpoints as checkpoint_io
 from kto_lightning.training.checkpoints import list_checkpoints
-from tests.support.cli import ROOT, fit, rows, run_cli, small_data, small_model, weights
+from tests.support.cli import (
+    EVERY_STEP,
+    ROOT,
+    TWO_EPOCHS,
+    fit,
+    rows,
+    run_cli,
+    small_data,
+    small_model,
+)
+from tests.support.comparison import assert_runs_equal
+from tests.support.faults import Killed, fit_until
 
-EVERY_STEP = ("--checkpoint.every_n_steps", 1)
-TWO_EPOCHS = ("--trainer.max_epochs", 2)
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "adamw, cosine": ("--model.lr_schedule", "cosine", "--model.warmup_ratio", 0.3),
     "sgd, file order": ("--model.optimizer", "sgd", "--data.shuffle", "false"),
@@ -33,10 +41,6 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
         *("--trainer.check_val_every_n_epoch", "null"),
     ),
 }
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing after it is written."""
 
 
 @pytest.fixture(scope="module")
@@ -58,36 +62,6 @@ def whole_runs(policy: Path, train: Path, tmp_path_factory: pytest.TempPathFacto
     return run
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, *, after_checkpoint: bool) -> None:
-    """End at a step: when its row is written, or when its checkpoint is."""
-    name = "_save" if after_checkpoint else "on_train_batch_end"
-    method = getattr(Checkpoints, name)
-
-    def end(self: Checkpoints, trainer: Any, *args: Any, **kwargs: Any) -> None:
-        if after_checkpoint:
-            method(self, trainer, *args, **kwargs)
-        if trainer.global_step == step:
-            raise Killed
-        if not after_checkpoint:
-            method(self, trainer, *args, **kwargs)
-
-    monkeypatch.setattr(Checkpoints, name, end)
-
-
-def fit_until(step: int, *arguments: Any, after_checkpoint: bool = True) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, step, after_checkpoint=after_checkpoint)
-        with pytest.raises(Killed):
-            fit(*arguments)
-
-
-def assert_equal_runs(one: Path, other: Path) -> None:
-    assert rows(one) == rows(other)
-    expected = weights(other)
-    for name, value in weights(one).items():
-        assert torch.equal(value, expected[name]), name
-
-
 @pytest.mark.parametrize(
     ("name", "step", "after_checkpoint"),  # an epoch has six steps
     [
@@ -106,7 +80,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     fit_until(step, policy, train, tmp_path, *options, after_checkpoint=after_checkpoint)
     assert not (tmp_path / "model").exists()
     fit(policy, train, tmp_path, *options, "--ckpt_path", "last")
-    assert_equal_runs(tmp_path, whole_runs(name))
+    assert_runs_equal(tmp_path, whole_runs(name))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +100,7 @@ def test_so_it_does_with_other_settings(
     options = (*TWO_EPOCHS, *SETTINGS[name], *EVERY_STEP)
     fit_until(step, policy, train, tmp_path, *options)
     fit(policy, train, tmp_path, *options, "--ckpt_path", "last")
-    assert_equal_runs(tmp_path, whole_runs(name))
+    assert_runs_equal(tmp_path, whole_runs(name))
 
 
 @pytest.mark.parametrize("steps", [(2, 6, 10), (6, 12, 13)])
@@ -141,7 +115,7 @@ def test_a_run_killed_again_and_again_goes_on(
         fit_until(step, policy, train, tmp_path / "killed", *options, *resume)
         resume = ("--ckpt_path", "last")
     fit(policy, train, tmp_path / "killed", *options, *resume)
-    assert_equal_runs(tmp_path / "killed", whole)
+    assert_runs_equal(tmp_path / "killed", whole)
 
 
 @pytest.mark.parametrize("every", [(), ("--checkpoint.every_n_steps", 2)])
@@ -160,7 +134,7 @@ def test_a_run_made_in_parts_is_the_same(
         limit = ("--trainer.max_steps", step)
         fit(policy, train, tmp_path, *limit, *every, *SETTINGS[name], *resume)
         resume = ("--ckpt_path", "last")
-    assert_equal_runs(tmp_path, whole_runs(name))
+    assert_runs_equal(tmp_path, whole_runs(name))
 
 
 @pytest.mark.parametrize("step", [4, 5])  # in an epoch of five steps, and at its end
@@ -183,7 +157,7 @@ def test_a_validation_that_was_cut_off_is_made_again_in_the_same_row(
             fit(policy, train, tmp_path / "cut", *options)
     assert not rows(tmp_path / "cut")[-1]["val/loss"]
     fit(policy, train, tmp_path / "cut", *options, "--ckpt_path", "last")
-    assert_equal_runs(tmp_path / "cut", whole)
+    assert_runs_equal(tmp_path / "cut", whole)
 
 
 def test_a_finished_run_can_be_gone_on_with(policy: Path, train: Path, whole_runs, tmp_path: Path):
@@ -192,7 +166,7 @@ def test_a_finished_run_can_be_gone_on_with(policy: Path, train: Path, whole_run
     fit(policy, train, output, *SETTINGS[name], "--ckpt_path", "last")
     assert len(rows(output)) == 6
     fit(policy, train, output, *TWO_EPOCHS, *SETTINGS[name], "--ckpt_path", "last")
-    assert_equal_runs(output, whole_runs(name))
+    assert_runs_equal(output, whole_runs(name))
 
 
 def test_an_earlier_checkpoint_takes_the_place_of_later_ones(
@@ -208,7 +182,7 @@ def test_an_earlier_checkpoint_takes_the_place_of_later_ones(
     assert [step for step, _ in list_checkpoints(tmp_path)] == [8]
     assert len(rows(tmp_path)) == 10
     fit(policy, train, tmp_path, *options, "--ckpt_path", "last")
-    assert_equal_runs(tmp_path, whole_runs(name))
+    assert_runs_equal(tmp_path, whole_runs(name))
 
 
 def test_a_checkpoint_holds_plain_values_and_what_is_trained(
@@ -249,7 +223,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["step=2.ckpt", "step=3.ckpt"]
     fit(policy, train, tmp_path, *options, "--ckpt_path", "last")
-    assert_equal_runs(tmp_path, whole_runs(name))
+    assert_runs_equal(tmp_path, whole_runs(name))
 
 
 def _truncate(path: Path) -> None:
@@ -277,7 +251,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
     damage(tmp_path / "checkpoints" / "step=8.ckpt")
     fit(policy, train, tmp_path, *options, "--ckpt_path", "last")
     assert "step=8.ckpt is damaged" in capsys.readouterr().err
-    assert_equal_runs(tmp_path, whole_runs(name))
+    assert_runs_equal(tmp_path, whole_runs(name))
 
 
 def refused(policy: Path, train: Path, output: Path, *options: Any, status: int) -> None:
@@ -369,4 +343,4 @@ def test_kill_minus_nine_at_random_moments(
         resume = ("--ckpt_path", "last")
     assert not (output / "model").exists()
     fit(policy, train, output, *options, *resume)
-    assert_equal_runs(output, whole)
+    assert_runs_equal(output, whole)

@@ -7,9 +7,18 @@ from typing import Any
 import pytest
 
 from kto_lightning.models.reference import FrozenReference
-from tests.support.cli import fit, rows, run_cli, small_data, small_model
+from tests.support.cli import (
+    EVERY_STEP,
+    TWO_EPOCHS,
+    fit,
+    rows,
+    run_cli,
+    small_data,
+    small_model,
+)
+from tests.support.comparison import assert_runs_equal
 from tests.support.factories import chat_records, plain_records, write_jsonl
-from tests.training.test_resume import EVERY_STEP, TWO_EPOCHS, assert_equal_runs, fit_until
+from tests.support.faults import fit_until
 
 WEIGHTS = ("--model.desirable_weight", 1.0, "--model.undesirable_weight", 1.5)
 STREAM = ("--data.streaming", "true", *WEIGHTS)
@@ -43,7 +52,7 @@ def test_a_stream_in_one_buffer_is_the_data_set(
 ):
     kept = fit(policy, train, tmp_path / "kept", *WEIGHTS, *options)
     streamed = fit(policy, train, tmp_path / "streamed", *STREAM, *options)
-    assert_equal_runs(streamed, kept)
+    assert_runs_equal(streamed, kept)
     assert len(rows(streamed)) in (7, 14)
 
 
@@ -52,7 +61,7 @@ def test_rotated_blocks_do_not_depend_on_the_buffers(policy: Path, train: Path, 
     options = ("--data.pairing", "rotate", "--data.shuffle", "false")
     kept = fit(policy, train, tmp_path / "kept", *WEIGHTS, *options)
     streamed = fit(policy, train, tmp_path / "streamed", *SMALL_BUFFERS, *options)
-    assert_equal_runs(streamed, kept)
+    assert_runs_equal(streamed, kept)
 
 
 SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -103,7 +112,7 @@ def test_a_killed_run_resumes_bit_for_bit(
     whole = whole_runs(name, options)
     fit_until(step, policy, train, tmp_path, *options, *EVERY_STEP)
     fit(policy, train, tmp_path, *options, *EVERY_STEP, "--ckpt_path", "last")
-    assert_equal_runs(tmp_path, whole)
+    assert_runs_equal(tmp_path, whole)
 
 
 def test_resuming_on_other_records_is_an_error(

@@ -1,10 +1,20 @@
-"""Runs that differ only in how they were computed, by how many ranks or under which strategy."""
+"""Comparison of two runs that must give the same numbers: bit for bit, or up to rounding."""
 
 import math
 from pathlib import Path
 
-from tests.support.cli import numbers, weights
+import torch
+
+from tests.support.cli import numbers, rows, weights
 from tests.support.tolerances import RELATIVE, assert_same_numbers, logp_rounding
+
+
+def assert_runs_equal(one: Path, other: Path) -> None:
+    """The same rows in `metrics.csv` and the same exported weights, bit for bit."""
+    assert rows(one) == rows(other)
+    expected = weights(other)
+    for name, value in weights(one).items():
+        assert torch.equal(value, expected[name]), name
 
 
 def assert_numbers_agree(

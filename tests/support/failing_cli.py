@@ -1,6 +1,6 @@
 """The command line as a process of its own, to whose ranks something happens in step 3.
 
-python -m tests.support.acting_ranks 0=fail,1=hang fit …
+python -m tests.support.failing_cli 0=fail,1=hang fit …
 """
 
 import os
