@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.errors import ConfigError
@@ -19,7 +19,6 @@ from kto_lightning.models.reference import AdapterReference, FrozenReference
 from kto_lightning.module import KTOModule
 from kto_lightning.parity.agreement import LATER
 from tests.support.factories import (
-    make_model,
     make_tokenizer,
     plain_records,
     save_adapter,
@@ -34,7 +33,6 @@ from tests.support.steps import (
     MIXED,
     RECORD_WEIGHTS,
     UNDESIRABLE_WEIGHT,
-    VOCABULARY,
     Examples,
     assert_same_step,
     fit_steps,
@@ -42,7 +40,7 @@ from tests.support.steps import (
     make_policy_and_reference,
     step_batch,
 )
-from tests.support.tolerances import EPS, FACTOR, RELATIVE, assert_same_numbers
+from tests.support.tolerances import EPS, FACTOR, assert_same_numbers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 
@@ -134,21 +132,17 @@ def test_z0_is_positive_in_these_tests_and_can_be_clamped() -> None:
     assert row["train/z0"] == 0.0 > -0.5 > row["train/z0_raw"]
 
 
-def total_tokens(examples: Examples = MIXED) -> int:
-    return int((examples.prompt_lengths + examples.completion_lengths).sum())
-
-
 @pytest.mark.parametrize("kind", ["llama", "lora", "gemma2"])
 def test_no_cut_changes_the_step(kind: str) -> None:
     packed = make_policy_and_reference(kind)[0].packed
     assert packed is (kind != "gemma2")
     whole = fit_steps(make_module(kind), step_batch(packed=packed))
-    assert whole.row["train/tokens"] == total_tokens()
+    assert whole.row["train/tokens"] == MIXED.num_tokens
     assert whole.row["step"] == 1
 
     @settings(max_examples=6, deadline=None)
     @given(
-        max_tokens=st.integers(1, 2 * total_tokens()),
+        max_tokens=st.integers(1, 2 * MIXED.num_tokens),
         order=st.permutations(range(len(MIXED))),
         num_ranks=st.integers(1, 4),
     )
@@ -211,35 +205,6 @@ def test_activation_checkpointing_changes_nothing(max_tokens: int) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("loss", "max_tokens", "num_policy_runs", "num_reference_runs"),
-    [("kto", 10**6, 1, 1), ("kto", 40, 2, 1), ("apo_zero_unpaired", 40, 1, 1)],
-)
-def test_nothing_is_run_twice(
-    loss: str, max_tokens: int, num_policy_runs: int, num_reference_runs: int
-) -> None:
-    module = make_module(loss=loss)
-    runs: dict[str, list[Any]] = {"policy": [], "reference": []}
-    assert isinstance(module.reference, FrozenReference)
-    for name, policy in (("policy", module.policy), ("reference", module.reference.policy)):
-        assert policy is not None
-        policy.register_forward_hook(lambda _, a, logps, n=name: runs[n].append(logps))
-    batch = step_batch(max_tokens=max_tokens, paired=loss == "kto")
-    fit_steps(module, batch)
-    cut = len(batch.micro_batches)
-    assert len(runs["policy"]) == num_policy_runs * cut
-    assert len(runs["reference"]) == num_reference_runs * cut
-    if loss != "kto":
-        assert all(logps.mismatched is None for name in runs for logps in runs[name])
-
-
-def test_batches_made_for_the_other_loss_are_refused() -> None:
-    with pytest.raises(ConfigError, match="not made for kto"):
-        fit_steps(make_module(loss="kto"), step_batch(paired=False))
-    with pytest.raises(ConfigError, match="not made for apo_zero_unpaired"):
-        fit_steps(make_module(loss="apo_zero_unpaired"), step_batch())
-
-
 def test_weights_of_records_and_classes_multiply() -> None:
     weights = torch.cat([m.weight for m in step_batch().micro_batches])
     expected = [
@@ -247,34 +212,6 @@ def test_weights_of_records_and_classes_multiply() -> None:
         for weight, desirable in zip(RECORD_WEIGHTS, MIXED.desirable, strict=True)
     ]
     assert weights.tolist() == expected
-
-
-@pytest.mark.parametrize("max_tokens", [10**6, 30], ids=["one", "several"])
-def test_the_auxiliary_loss_is_a_token_weighted_mean(max_tokens: int) -> None:
-    batch = step_batch(max_tokens=max_tokens, num_ranks=4 if max_tokens == 30 else 1)
-    module = make_module("qwen2_moe")
-    assert module.policy is not None
-    coefficient = module.policy.auxiliary_coefficient
-    assert coefficient > 0
-    plain = make_model("qwen2_moe", vocab_size=VOCABULARY)
-    expected = 0.0
-    for micro_batch in batch.micro_batches:
-        if micro_batch.is_filler[0]:
-            continue
-        rows = list(micro_batch.matched.input_ids.split(micro_batch.matched.lengths))
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        output = plain(ids, attention_mask=mask, output_router_logits=True)
-        expected += output.aux_loss.item() * int(mask.sum()) / total_tokens()
-    result = fit_steps(module, batch)
-    without = make_module("qwen2_moe")
-    assert without.policy is not None
-    without.policy.auxiliary_coefficient = 0.0
-    pure = fit_steps(without, batch)
-    added = result.row["train/loss"] - pure.row["train/loss"]
-    rounding = 2 * EPS * result.row["train/loss"]  # it is a difference of two losses
-    assert added == pytest.approx(coefficient * expected, rel=RELATIVE, abs=rounding)
-    assert result.row["train/grad_norm"] != pure.row["train/grad_norm"]
 
 
 @pytest.mark.parametrize("factor", [0.1, 10.0], ids=["clipped", "not clipped"])
@@ -287,33 +224,6 @@ def test_the_norm_reported_is_that_before_clipping(max_tokens: int, factor: floa
     moved = torch.stack([m.square().sum() for m in clipped.movements.values()]).sum().sqrt()
     expected = 0.05 * min(limit, free.row["train/grad_norm"])
     assert float(moved) == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "warmup_ratio", "trainer", "factors"),
-    [
-        ("constant", 0.0, {}, [1, 1, 1, 1]),
-        ("constant", 0.5, {}, [0, 0.5, 1, 1]),
-        ("linear", 0.0, {}, [1, 0.75, 0.5, 0.25]),
-        ("linear", 0.25, {}, [0, 1, 2 / 3, 1 / 3]),
-        ("cosine", 0.0, {}, [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]),
-        ("linear", 0.0, {"max_steps": 2}, [1, 0.5]),
-        ("linear", 0.0, {"max_steps": 5, "max_epochs": -1}, [1, 0.8, 0.6, 0.4, 0.2]),
-        ("linear", 0.0, {"limit_train_batches": 2}, [1, 0.5]),
-        ("linear", 0.0, {"limit_train_batches": 0.5, "max_epochs": 2}, [1, 0.75, 0.5, 0.25]),
-    ],
-)
-def test_a_schedule_ends_with_the_run(
-    schedule: str, warmup_ratio: float, trainer: dict[str, Any], factors: list[float]
-) -> None:
-    few = step_batch(Examples(LENGTHS[:2], [True, False]))
-    module = make_module(lr_schedule=schedule, warmup_ratio=warmup_ratio)
-    result = fit_steps(module, *[few] * 4, **trainer)
-    expected = [0.05 * factor for factor in factors]
-    assert [row["train/lr"] for row in result.rows] == pytest.approx(expected)
-    # The rate of a row is the one its step was made with.
-    if factors[0] == 0:
-        assert result.rows[1]["train/loss"] == result.rows[0]["train/loss"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "lora"])

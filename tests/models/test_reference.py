@@ -13,7 +13,7 @@ from kto_lightning.models.loading import REFERENCE_ADAPTER, LoadedModel, LoRA, l
 from kto_lightning.models.packing_probe import make_policy
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.reference import AdapterReference, FrozenReference, Reference
-from tests.support.factories import save_adapter
+from tests.support.factories import make_tokenizer, save_adapter, save_model
 from tests.support.plain_forwards import Plain, make_triples, pack_triples
 from tests.support.tolerances import assert_same_logps
 

@@ -58,6 +58,11 @@ class Examples:
         self.weights = np.resize(np.array(RECORD_WEIGHTS, dtype=np.float32), len(lengths))
         self._ids = [[random.integers(3, VOCABULARY, part) for part in pair] for pair in lengths]
 
+    @property
+    def num_tokens(self) -> int:
+        """Of all prompts and their own completions."""
+        return int((self.prompt_lengths + self.completion_lengths).sum())
+
     def __len__(self) -> int:
         return len(self.weights)
 

@@ -1,17 +1,13 @@
 """A row's numbers: worked by hand, from a real step, and under any cut."""
 
-import csv
 import math
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from kto_lightning.batches.types import Logps
 from kto_lightning.loss import gradient_left, kto_loss
@@ -24,9 +20,8 @@ from kto_lightning.training.metrics import (
     peak_memory_mib,
     sample_std,
 )
-from kto_lightning.training.metrics_csv import COLUMNS, DETAIL_METRICS, MetricsFile
-from tests.support.loggers import RowLogger
-from tests.support.steps import LENGTHS, Examples, fit_steps, make_module, step_batch
+from kto_lightning.training.metrics_csv import DETAIL_METRICS
+from tests.support.steps import fit_steps, make_module, step_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 
@@ -177,50 +172,6 @@ def test_apo_zero_has_no_spread_of_a_reference_point() -> None:
     row = fit_steps(make_module(loss="apo_zero_unpaired"), step_batch(paired=False)).row
     assert "train/z0_se" not in row
     assert "train/reward/desirable_std" in row
-
-
-def test_held_out_spread_is_over_the_whole_set() -> None:
-    """Two copies of a set: the same sums of squares twice, and twice the examples."""
-    once, twice = (validated(copies) for copies in (1, 2))
-    few, many = 6, 12
-    factor = math.sqrt((few - 1) / (many - 1))  # of the error, as of its root over n
-    assert twice["val/z0_se"] == pytest.approx(once["val/z0_se"] * factor, rel=1e-5)
-    for name in ("val/gradient_left/desirable", "val/reward/desirable", "val/z0_raw"):
-        assert twice[name] == pytest.approx(once[name], rel=1e-6)
-    assert "val/tokens_per_second" not in once
-
-
-def validated(copies: int) -> dict[str, float]:
-    rows = RowLogger()
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=rows,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    steps = DataLoader([step_batch(max_tokens=30)] * copies, batch_size=None)  # pyright: ignore
-    trainer.validate(make_module(), dataloaders=steps, verbose=False)
-    (row,) = rows.rows
-    return row
-
-
-def test_the_file_has_new_columns_after_all_others(tmp_path: Path) -> None:
-    few = step_batch(Examples(LENGTHS[:2], [True, False]))
-    file = MetricsFile(tmp_path)
-    file.begin(after_step=0)
-    fit_steps(make_module(), few, logger=file)
-    with (tmp_path / "metrics.csv").open(newline="") as opened:
-        (row,) = csv.DictReader(opened)
-    names = list(row)
-    assert names == list(COLUMNS)
-    train = [f"train/{name}" for name in DETAIL_METRICS]
-    measured = ["train/tokens_per_second", "train/peak_memory_mib"]
-    assert names[-12:] == [*train, *measured, *(f"val/{name}" for name in DETAIL_METRICS)]
-    assert row["train/reward/desirable_std"] == ""  # of one
-    assert float(row["train/z0_se"]) > 0
-    assert float(row["train/tokens_per_second"]) > 0
-    assert 50 < float(row["train/peak_memory_mib"]) < 10**6
 
 
 def test_the_clock_leaves_out_what_lies_before_its_start(monkeypatch: pytest.MonkeyPatch) -> None:

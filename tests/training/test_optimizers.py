@@ -1,7 +1,9 @@
 """Optimizers and what decays, which schedules can be used, and the gradient's norm."""
 
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,9 @@ from kto_lightning.training.optimizers import (
     make_scheduler,
 )
 from tests.support.factories import make_model
+from tests.support.steps import LENGTHS, Examples, fit_steps, make_module, step_batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 
 
 def decayed(model: nn.Module) -> set[str]:
@@ -223,3 +228,30 @@ def rates_of(name: str, *, warmup_ratio: float, num_steps: int) -> list[float]:
 def optimizer_of_rate_one() -> torch.optim.Optimizer:
     parameter = nn.Parameter(torch.zeros(1))
     return make_optimizer("sgd", [("p", parameter)], learning_rate=1.0, weight_decay=0.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_ratio", "trainer", "factors"),
+    [
+        ("constant", 0.0, {}, [1, 1, 1, 1]),
+        ("constant", 0.5, {}, [0, 0.5, 1, 1]),
+        ("linear", 0.0, {}, [1, 0.75, 0.5, 0.25]),
+        ("linear", 0.25, {}, [0, 1, 2 / 3, 1 / 3]),
+        ("cosine", 0.0, {}, [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]),
+        ("linear", 0.0, {"max_steps": 2}, [1, 0.5]),
+        ("linear", 0.0, {"max_steps": 5, "max_epochs": -1}, [1, 0.8, 0.6, 0.4, 0.2]),
+        ("linear", 0.0, {"limit_train_batches": 2}, [1, 0.5]),
+        ("linear", 0.0, {"limit_train_batches": 0.5, "max_epochs": 2}, [1, 0.75, 0.5, 0.25]),
+    ],
+)
+def test_a_schedule_ends_with_the_run(
+    schedule: str, warmup_ratio: float, trainer: dict[str, Any], factors: list[float]
+) -> None:
+    few = step_batch(Examples(LENGTHS[:2], [True, False]))
+    module = make_module(lr_schedule=schedule, warmup_ratio=warmup_ratio)
+    result = fit_steps(module, *[few] * 4, **trainer)
+    expected = [0.05 * factor for factor in factors]
+    assert [row["train/lr"] for row in result.rows] == pytest.approx(expected)
+    # The rate of a row is the one its step was made with.
+    if factors[0] == 0:
+        assert result.rows[1]["train/loss"] == result.rows[0]["train/loss"]

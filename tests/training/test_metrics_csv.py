@@ -1,5 +1,6 @@
-"""Lightning's loggers beside `metrics.csv`: the same numbers at the same steps, or a reason."""
+"""`metrics.csv` and Lightning's loggers beside it: the same numbers at the same steps."""
 
+import csv
 import importlib.util
 import logging
 import math
@@ -7,7 +8,28 @@ from pathlib import Path
 
 import pytest
 
+from kto_lightning.training.metrics_csv import COLUMNS, DETAIL_METRICS, MetricsFile
 from tests.support.cli import fit, numbers, rows
+from tests.support.steps import LENGTHS, Examples, fit_steps, make_module, step_batch
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
+def test_the_file_has_new_columns_after_all_others(tmp_path: Path) -> None:
+    few = step_batch(Examples(LENGTHS[:2], [True, False]))
+    file = MetricsFile(tmp_path)
+    file.begin(after_step=0)
+    fit_steps(make_module(), few, logger=file)
+    with (tmp_path / "metrics.csv").open(newline="") as opened:
+        (row,) = csv.DictReader(opened)
+    names = list(row)
+    assert names == list(COLUMNS)
+    train = [f"train/{name}" for name in DETAIL_METRICS]
+    measured = ["train/tokens_per_second", "train/peak_memory_mib"]
+    assert names[-12:] == [*train, *measured, *(f"val/{name}" for name in DETAIL_METRICS)]
+    assert row["train/reward/desirable_std"] == ""  # of one
+    assert float(row["train/z0_se"]) > 0
+    assert float(row["train/tokens_per_second"]) > 0
+    assert 50 < float(row["train/peak_memory_mib"]) < 10**6
 
 
 def test_tensorboard_gets_every_metric_with_its_step(
