@@ -1,4 +1,4 @@
-"""What the processes of one job say, to each other beside tensors of a step and to the user."""
+"""Collectives beside those of PyTorch's strategies, and messages that respect ranks."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ from kto_lightning.errors import KTOError
 T = TypeVar("T")
 _NO_LIMIT = timedelta(days=1000)
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-"""How gloo puts it when the rank at the other end is no more; NCCL waits until it is killed."""
+"""Gloo's messages when the peer has ended; NCCL waits until it is killed."""
 
 
 def gathered(own: list[T]) -> list[T]:
@@ -31,16 +31,16 @@ def gathered(own: list[T]) -> list[T]:
 
 
 def on_any_rank(flags: Sequence[bool]) -> list[bool]:
-    """Which of the flags are set on this rank or another; each rank has as many."""
+    """Which of the flags are set on any rank; every rank passes equally many."""
     return [any(column) for column in zip(*gathered([list(flags)]), strict=True)]
 
 
 @contextmanager
 def wait_for_each_other() -> Iterator[None]:
-    """No rank leaves the block before all have reached its end, however long one takes.
+    """A barrier at the end of the block, without a time limit.
 
-    For what the first rank alone does at the end of a run: a launcher may take a rank that leaves
-    early for the end of the job, and a barrier of the usual kind gives up after half an hour.
+    For work of rank 0 alone at the end of a run: a launcher may take an early exit of another rank
+    for the end of the job, and a usual barrier times out after half an hour.
     """
     group: Any = dist.new_group(backend="gloo", timeout=_NO_LIMIT) if _several() else None
     try:
@@ -53,10 +53,10 @@ def wait_for_each_other() -> Iterator[None]:
 
 @contextmanager
 def explain_lost_rank() -> Iterator[None]:
-    """Turn what a rank meets whose peer ends in the midst of things into a message.
+    """Turn the error of a collective whose peer has ended into a message.
 
     Raises:
-        KTOError: for that; what the block raises otherwise is left as it is.
+        KTOError: for that error; others pass unchanged.
     """
     try:
         yield
@@ -64,14 +64,14 @@ def explain_lost_rank() -> Iterator[None]:
         if not _several() or not any(words in str(error) for words in _LOST):
             raise
         raise KTOError(
-            "another rank has ended while this one waited for it. Look at what that rank says, or "
-            "at what killed it; go on with --ckpt_path last."
+            "another rank has ended while this one waited for it. Look at its output, or at what "
+            "killed it; then resume with --ckpt_path last."
         ) from error
 
 
 def by_rank(value: float, rank: int, num_ranks: int) -> Float[Tensor, " ranks"]:
-    """A vector whose sum over the ranks holds every rank's value, so that a value rides along in a
-    reduction that there is anyway."""
+    """This rank's value in a vector whose sum over the ranks holds every rank's value, so that it
+    can be part of a reduction that is needed anyway."""
     vector = torch.zeros(num_ranks, dtype=torch.float64)
     vector[rank] = value
     return vector
@@ -87,7 +87,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], clip_norm: float | None) -
 
 
 def warn(trainer: Trainer, message: str) -> None:
-    """A warning on stderr, once for all ranks; a progress bar makes way for it."""
+    """Print a warning on stderr, on rank 0 only, above a progress bar if there is one."""
     if trainer.is_global_zero:
         bar = trainer.progress_bar_callback
         say = print if bar is None else bar.print

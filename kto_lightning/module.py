@@ -50,11 +50,11 @@ class KTOModule(LightningModule):
 
     Args:
         policy: the model to train: a Hugging Face directory, a hub id or an adapter directory.
-        reference: the model that rewards are measured against; null: the policy as it was.
-        beta: how strongly the policy is held to the reference.
+        reference: the model that rewards are measured against; null: the policy before training.
+        beta: how strongly deviations from the reference are penalised.
         loss: kto, or apo_zero_unpaired (arXiv:2408.06266), which has no reference point.
-        desirable_weight: λ_D; auto makes both classes weigh the same.
-        undesirable_weight: λ_U; auto makes both classes weigh the same.
+        desirable_weight: λ_D; auto balances the classes.
+        undesirable_weight: λ_U; auto balances the classes.
         learning_rate: the highest learning rate of the schedule.
         weight_decay: on matrices; never on biases and norms.
         warmup_ratio: share of all steps over which the learning rate rises from 0.
@@ -64,20 +64,20 @@ class KTOModule(LightningModule):
         optimizer: adamw (betas 0.9 and 0.999, eps 1e-8), sgd, adafactor (fixed learning rate), or
             adamw_8bit (needs bitsandbytes and a CUDA device).
         gradient_clip_norm: largest global L2 norm of the gradient; null: no clipping.
-        non_finite: what a loss or gradient that is not finite does before its step is taken: stop
-            the run, or skip the step.
+        non_finite: on a loss or gradient that is not finite, before its step is taken: stop the run
+            or skip the step.
         dtype: of a frozen base's weights: float32 or bfloat16; null: float32.
         quantization: 4bit loads a frozen base in NormalFloat4 (QLoRA, arXiv:2305.14314; needs
-            bitsandbytes) and what is left of it in dtype, by default then bfloat16; null: none.
+            bitsandbytes), its other weights in dtype, by default then bfloat16; null: none.
         lora: train a new low-rank adapter on the frozen policy instead of all its weights.
         dropout: keep the model's dropout on in training.
-        activation_checkpointing: compute activations again in backward instead of keeping them.
-        activation_offloading: keep what backward needs of them in the host's memory until then.
+        activation_checkpointing: recompute activations in backward instead of keeping them.
+        activation_offloading: keep activations in host memory until backward.
         reference_cache: a directory that keeps the reference's log-probs from run to run.
         follow: let the reference follow the policy (TR-DPO, arXiv:2404.09656); full fine-tuning
-            only; null: it stays what it is.
-        offload_reference: keep a second model in the host's memory while it is not asked.
-        trust_remote_code: run code that comes with a model from a hub.
+            only; null: it stays frozen.
+        offload_reference: keep a second model in host memory except while it scores.
+        trust_remote_code: allow code that comes with a model to run.
 
     Raises:
         ConfigError: if a setting is outside what it may be, or two contradict each other.
@@ -201,7 +201,7 @@ class KTOModule(LightningModule):
         )
 
     def num_training_steps(self) -> int | None:
-        """Optimizer steps of the whole run, over which a schedule stretches; None: not known.
+        """Optimizer steps of the whole run, over which a schedule stretches; None: unknown.
 
         Counted here because `trainer.estimated_stepping_batches` builds the loaders too early for a
         resumed run.
@@ -325,11 +325,11 @@ class KTOModule(LightningModule):
         return self.trainer.strategy.reduce(values, reduce_op="sum")  # pyright: ignore[reportReturnType]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained: under LoRA the frozen base stays where it came from."""
+        """Save the trained weights only: under LoRA the frozen base is loaded from its origin."""
         add_policy_state(checkpoint, self, self.reference, self.origin())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another model's weights, and settings that a restored optimizer would override."""
+        """Refuse other models' weights, and settings that the restored optimizer would override."""
         trains = self.trainer.state.fn == "fit"
         check_weights_fit(checkpoint, self)
         if trains:
@@ -340,7 +340,7 @@ class KTOModule(LightningModule):
         restore_reference(checkpoint, self.reference, requested=requested, resuming=trains)
 
     def origin(self) -> dict[str, Any]:
-        """Where this policy came from, in plain values: what `export` needs to build it again."""
+        """The policy's origin in plain values, see `policy_origin`."""
         facts = getattr(self._data, "facts", dict)  # a data module of another kind has none
         return policy_origin(
             self.model_settings,

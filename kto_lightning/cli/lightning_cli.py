@@ -44,7 +44,7 @@ from kto_lightning.strategies.launcher import terminate_ranks_together
 from kto_lightning.strategies.protocol import training_strategy
 from kto_lightning.training.checkpoints import (
     AtomicCheckpointIO,
-    check_not_read,
+    check_not_overwritten,
     check_unused,
     find_checkpoint,
 )
@@ -114,7 +114,7 @@ class KTOCLI(LightningCLI):
         check_strategy(trainer.strategy, config.model)
         config.output_dir = os.path.expanduser(config.output_dir) or "."
         if self.subcommand == "fit":
-            check_not_read(config.output_dir, config.model)
+            check_not_overwritten(config.output_dir, config.model)
         else:
             self.save_config_callback = None  # config.yaml stays that of the training
         if trainer.precision is None:
@@ -135,7 +135,7 @@ class KTOCLI(LightningCLI):
                 "--output_dir, or give a checkpoint file."
             )
         if trains:
-            check_unused(config.output_dir, checkpoint, goes_on=path is not None)
+            check_unused(config.output_dir, checkpoint, resumes=path is not None)
         config.ckpt_path = None if checkpoint is None else str(checkpoint)
 
     def instantiate_classes(self) -> None:

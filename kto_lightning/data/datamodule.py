@@ -23,8 +23,8 @@ from kto_lightning.errors import ConfigError, KTOError, pick_settings
 class KTODataModule(LightningDataModule):
     """Records, tokenized, paired with mismatched completions and cut into steps.
 
-    What depends on the model (its tokenizer, the loss, class weights, whether it shares prompts) is
-    asked of the module that the trainer runs.
+    Settings of the model (its tokenizer, the loss, class weights, whether it shares prompts) are
+    read from the trainer's `KTOModule`.
 
     Args:
         train: records to train on: a file (jsonl, json, csv, parquet), a glob of them, several, or
@@ -44,8 +44,8 @@ class KTODataModule(LightningDataModule):
         chat_template: a file with a Jinja chat template instead of the tokenizer's.
         num_workers: loader processes per device.
         preprocessing_workers: processes that tokenize; null: as many as there are cores, up to 8.
-        streaming: read `train` anew in every epoch instead of keeping it on disk. Needs given class
-            weights; bad records are left out with a warning.
+        streaming: read `train` again in every epoch instead of keeping it on disk. Needs explicit
+            class weights; bad records are skipped with a warning.
         buffer_size: under streaming, the examples from among which partners come and which are
             shuffled together; rounded up to whole batches.
 

@@ -1,8 +1,7 @@
-"""Ranks that Lightning starts itself, without torchrun or a scheduler: all of them end, whichever
-of them fails.
+"""Ranks that Lightning itself starts, without torchrun or a scheduler: when one fails, all end.
 
-Lightning's launcher kills all when one that it started fails. One that fails in the process that
-started them leaves the others waiting for it, for as long as the strategy's timeout is.
+Lightning's launcher kills all ranks when one that it started fails. When the process that started
+them fails, the others wait for it until the strategy's timeout.
 """
 
 import os
@@ -19,21 +18,20 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from kto_lightning.errors import KTOError
 
 _STARTED_BY = "KTO_LIGHTNING_STARTED_BY"
-"""The environment variable that tells a rank which process it is not to outlive."""
+"""Environment variable with the id of the process that a rank must not outlive."""
 _GRACE = 5.0
-"""Seconds in which ranks that meet the same error, or are done as well, end by themselves."""
+"""Seconds for ranks that meet the same error, or have finished too, to end by themselves."""
 
 
 @contextmanager
 def terminate_ranks_together(trainer: Trainer) -> Iterator[None]:
-    """Train, validate or predict in this block: what Lightning starts in it ends with it, or with
-    this process.
+    """End the ranks that Lightning starts within the block when the block or this process ends.
 
     Args:
-        trainer: the run's, which has started nothing yet.
+        trainer: the run's, before it has started any.
 
     Raises:
-        KTOError: in a rank that was started by a process that has ended since.
+        KTOError: in a rank whose parent process has ended already.
     """
     launcher = trainer.strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher):
@@ -48,12 +46,12 @@ def terminate_ranks_together(trainer: Trainer) -> Iterator[None]:
         finally:
             del os.environ[_STARTED_BY]
             started = list(launcher.procs)
-            launcher.procs.clear()  # else the launcher kills this process for what they return
+            launcher.procs.clear()  # else the launcher kills this process for their exit status
             _wait_or_kill(started)
 
 
 def _wait_or_kill(processes: list[Popen[bytes]]) -> None:
-    """A rank that waits for another in a collective does not answer SIGTERM."""
+    """Wait for `_GRACE`, then kill: a rank inside a collective does not react to SIGTERM."""
     until = time.monotonic() + _GRACE
     try:
         for process in processes:
@@ -68,7 +66,7 @@ def _wait_or_kill(processes: list[Popen[bytes]]) -> None:
 
 def _end_with_starter() -> None:
     starter = int(os.environ.get(_STARTED_BY, 0))
-    if not starter or os.environ.get("LOCAL_RANK") == "0":  # torchrun's or a scheduler's
+    if not starter or os.environ.get("LOCAL_RANK") == "0":  # started by torchrun or a scheduler
         return
     if os.getppid() != starter:
         raise KTOError("the process that started this rank has ended.")
@@ -79,4 +77,4 @@ def _exit_with_parent(starter: int) -> None:
     while os.getppid() == starter:
         time.sleep(1.0)
     print("error: the process that started this rank has ended.", file=sys.stderr, flush=True)
-    os._exit(1)  # the main thread may wait for a rank that does not come any more
+    os._exit(1)  # the main thread may be waiting in a collective for a rank that has ended

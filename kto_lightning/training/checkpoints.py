@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there at all."""
+"""Checkpoint files and the OUTPUT directory of a run: written whole, found, checked."""
 
 import os
 import re
@@ -29,10 +29,10 @@ _NAME = re.compile(r"step=(\d+)\.ckpt")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs, renames.
+    """Writes a file beside the target, syncs it to disk and renames it.
 
-    Lightning's own writes to the default temporary directory and moves, which is not atomic across
-    file systems.
+    Lightning's own writes to the default temporary directory and moves the file, which is not
+    atomic across file systems.
     """
 
     def save_checkpoint(
@@ -51,8 +51,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:
             part.unlink(missing_ok=True)
             raise KTOError(
-                f"the checkpoint {target} cannot be written: {error}. Checkpoints before it are "
-                "whole; make room or choose another --output_dir, then go on with --ckpt_path last."
+                f"the checkpoint {target} cannot be written: {error}. Earlier checkpoints are "
+                "whole; free some space, then resume with --ckpt_path last."
             ) from error
 
     def load_checkpoint(
@@ -61,22 +61,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable | None = lambda storage, _: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Load tensors and plain values only: a checkpoint from elsewhere cannot run code."""
+        """Load tensors and plain values only, so that a foreign checkpoint cannot run code."""
         try:
             return super().load_checkpoint(path, map_location, weights_only=True)
         except (UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
             raise KTOError(
-                f"{path} is no checkpoint that can be read, or it is damaged. Give one that `fit` "
+                f"{path} is not a readable checkpoint, or it is damaged. Give one that `fit` "
                 "wrote, or --ckpt_path last."
             ) from error
 
 
 def is_whole(path: Path) -> bool:
-    """Whether every byte of a checkpoint file is as it was written; a sharded one's is not read."""
+    """Whether every byte of a checkpoint file matches its checksum; directories are not read."""
     if path.is_dir():
         return True
     try:
-        with ZipFile(path) as archive:  # which `torch.save` writes, with a checksum per entry
+        with ZipFile(path) as archive:  # the format of `torch.save`, with a checksum per entry
             return archive.testzip() is None
     except (BadZipFile, OSError, EOFError, zlib.error):
         return False
@@ -85,16 +85,16 @@ def is_whole(path: Path) -> bool:
 def normalize_loop_progress(
     fit_loop: dict[str, Any], *, num_epochs: int, num_in_epoch: int
 ) -> None:
-    """Write where a run is in the one form from which Lightning 2.6 goes on rightly: within an
-    epoch, its steps so far complete; after an epoch's last step, within the next, before its first.
+    """Write a run's position in the one form that Lightning 2.6 resumes correctly: within an epoch,
+    its steps so far complete; after an epoch's last step, the start of the next epoch.
 
-    As it counts by itself, what it makes of a checkpoint depends on the hook that wrote it and on
-    `max_steps`, and a run resumed at an epoch's edge writes counts that begin the epoch anew.
+    Lightning's own counts depend on the hook that saved the checkpoint and on `max_steps`, and a
+    run resumed at the end of an epoch repeats that epoch.
 
     Args:
-        fit_loop: the state of the loops in a checkpoint.
-        num_epochs: whole epochs that are done.
-        num_in_epoch: steps of the next one that are done, fewer than it has.
+        fit_loop: the state of the loops in a checkpoint, changed in place.
+        num_epochs: completed epochs.
+        num_in_epoch: completed steps of the next epoch, fewer than it has.
     """
     batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
     num_steps = batches["total"]["processed"]
@@ -107,16 +107,16 @@ def normalize_loop_progress(
 
 
 def check_epochs_left(checkpoint: dict[str, Any], max_epochs: int | None) -> None:
-    """Refuse to go on from behind where a run is to end.
+    """Refuse to resume a run beyond its last epoch.
 
     Raises:
-        ConfigError: if more epochs are done than `max_epochs`; None or negative: unbounded.
+        ConfigError: if more epochs are completed than `max_epochs`; None or negative: no limit.
     """
     done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     if max_epochs is not None and 0 <= max_epochs < done:
         raise ConfigError(
-            f"{done} epochs are done where this checkpoint was saved, more than "
-            f"--trainer.max_epochs {max_epochs}. Raise it, or go on from an earlier checkpoint."
+            f"{done} epochs are completed in this checkpoint, more than --trainer.max_epochs "
+            f"{max_epochs}. Raise it, or resume from an earlier checkpoint."
         )
 
 
@@ -124,7 +124,7 @@ def add_policy_state(
     checkpoint: dict[str, Any], module: nn.Module, reference: Reference | None, origin: dict
 ) -> None:
     """Complete a checkpoint: trained weights only, the state of a reference that follows the
-    policy, and under `kto` where the policy came from (`policy_origin`)."""
+    policy, and the policy's origin under `kto` (`policy_origin`)."""
     checkpoint["state_dict"] = drop_frozen(checkpoint["state_dict"], module)
     checkpoint |= reference_state(reference)
     checkpoint["kto"] = origin
@@ -139,12 +139,12 @@ def policy_origin(
     results: Mapping[str, float],
     data: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Where a policy came from, in plain values: what `export` needs to build it again.
+    """The origin of a policy in plain values, from which `export` builds it again.
 
     Args:
         step: optimizer steps that are completed.
         results: its latest metrics.
-        data: what the data module says of its records.
+        data: facts about the records, from the data module.
     """
     return {
         "policy": resolve_name(models.policy),
@@ -172,7 +172,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def checkpoints_of(output_dir: str | Path) -> Path:
-    """Where a run keeps them."""
+    """The directory of a run's checkpoints."""
     return Path(output_dir) / "checkpoints"
 
 
@@ -187,20 +187,20 @@ def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
 
 
 def find_checkpoint(path: str, output_dir: str) -> Path | None:
-    """What `--ckpt_path` means.
+    """The checkpoint that `--ckpt_path` names.
 
     Args:
-        path: of a checkpoint; `last`: the latest whole one of `output_dir`.
-        output_dir: of the run that goes on.
+        path: a checkpoint's path; `last`: the latest whole checkpoint in `output_dir`.
+        output_dir: of the run that is resumed.
 
     Returns:
-        None for the `last` of a run that was killed before its first: it begins anew.
+        None for `last` if the run was killed before its first checkpoint, and so starts over.
 
     Raises:
-        KTOError: if there is none, or the one given is damaged.
+        KTOError: if there is no checkpoint, or the one given is damaged.
     """
     if path == "last" and results_of(output_dir) == ["metrics.csv"]:
-        print(f"warning: {output_dir} has no checkpoint yet: beginning anew.", file=sys.stderr)
+        print(f"warning: {output_dir} has no checkpoint yet: starting over.", file=sys.stderr)
         return None
     if path == "last":
         return _last_checkpoint(output_dir)
@@ -213,8 +213,8 @@ def find_checkpoint(path: str, output_dir: str) -> Path | None:
         )
     if not is_whole(Path(path)):
         raise KTOError(
-            f"--ckpt_path {path} is no checkpoint that can be read, or it is damaged. Give one "
-            "that `fit` wrote, or --ckpt_path last."
+            f"--ckpt_path {path} is not a readable checkpoint, or it is damaged. Give one that "
+            "`fit` wrote, or --ckpt_path last."
         )
     return Path(path)
 
@@ -226,19 +226,19 @@ def _last_checkpoint(output_dir: str) -> Path:
         print(f"warning: {found} is damaged; looking for the one before it.", file=sys.stderr)
     raise KTOError(
         f"--ckpt_path last: there is no whole checkpoint in {checkpoints_of(output_dir)}. "
-        "Check --output_dir, or leave --ckpt_path out to begin anew."
+        "Check --output_dir, or remove --ckpt_path to start over."
     )
 
 
-def check_not_read(output_dir: str, model: Any) -> None:
-    """Refuse to end a run by overwriting what it begins with.
+def check_not_overwritten(output_dir: str, model: Any) -> None:
+    """Refuse a run that would overwrite its own policy or reference with its result.
 
     Args:
-        output_dir: of the run that begins.
+        output_dir: of the run.
         model: the settings under `model`.
 
     Raises:
-        ConfigError: if the policy or its reference lies where the run writes its own.
+        ConfigError: if one of them lies where the run writes its model.
     """
     output = Path(output_dir)
     if output.exists() and not output.is_dir():
@@ -253,29 +253,29 @@ def check_not_read(output_dir: str, model: Any) -> None:
             )
 
 
-def check_unused(output_dir: str, checkpoint: Path | None, *, goes_on: bool) -> None:
-    """Refuse to begin a run where another one's results lie; to go on with that one is allowed.
+def check_unused(output_dir: str, checkpoint: Path | None, *, resumes: bool) -> None:
+    """Refuse a new run in a directory with the results of an earlier one; resuming is allowed.
 
-    What a run leaves that ended before its first step is no result.
+    Files of a run that ended before its first step do not count as results.
 
     Args:
-        output_dir: of the run that begins.
-        checkpoint: what it goes on from; None: from nothing.
-        goes_on: whether it was asked to go on.
+        output_dir: of the run.
+        checkpoint: what it resumes from; None: it starts from the beginning.
+        resumes: whether `--ckpt_path` was given.
 
     Raises:
-        ConfigError: with what was found, and what to do.
+        ConfigError: with the results found, and what to do.
     """
     if checkpoint is not None and checkpoint.resolve().parent == _resolved(output_dir):
         return
     found = results_of(output_dir)
-    if not found or (goes_on and checkpoint is None):
+    if not found or (resumes and checkpoint is None):
         return
-    can_go_on = list_checkpoints(output_dir) or found == ["metrics.csv"]
-    go_on = "go on with it by --ckpt_path last, " if can_go_on else ""
+    can_resume = list_checkpoints(output_dir) or found == ["metrics.csv"]
+    resume = "resume it with --ckpt_path last, " if can_resume else ""
     raise ConfigError(
         f"--output_dir {output_dir} holds an earlier run: {', '.join(found)}. Give another "
-        f"--output_dir, {go_on}or remove {output_dir} first."
+        f"--output_dir, {resume}or remove {output_dir} first."
     )
 
 
@@ -284,7 +284,7 @@ def _resolved(output_dir: str) -> Path:
 
 
 def results_of(output_dir: str | Path) -> list[str]:
-    """What a run has left in a directory: rows of metrics, checkpoints, models."""
+    """The results of a run in a directory: rows of metrics, its latest checkpoint, models."""
     output, found = Path(output_dir), []
     if _has_rows(output / "metrics.csv"):
         found.append("metrics.csv")

@@ -444,7 +444,7 @@ def test_a_checkpoint_past_max_epochs(
     output = fit(policy, train, tmp_path / "run", "--trainer.max_epochs", 2)
     capsys.readouterr()
     fit(policy, train, output, "--ckpt_path", "last", status=2)
-    assert "2 epochs are done where this checkpoint was saved, more than" in message(capsys)
+    assert "2 epochs are completed in this checkpoint, more than" in message(capsys)
 
 
 @pytest.mark.parametrize(

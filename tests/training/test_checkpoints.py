@@ -41,9 +41,9 @@ def test_a_new_run_into_a_used_directory_is_refused(
     fit(policy, train, whole, status=2)
     error = capsys.readouterr().err
     assert f"{whole} holds an earlier run: metrics.csv, checkpoints/step=6.ckpt, model." in error
-    assert "go on with it by --ckpt_path last" in error
+    assert "resume it with --ckpt_path last" in error
     assert f"or remove {whole} first" in error
-    # So is a run that goes on from elsewhere.
+    # So is a run that resumes from elsewhere.
     other = fit(policy, train, tmp_path / "other", "--trainer.max_steps", 1)
     fit(policy, train, whole, "--ckpt_path", other / "checkpoints" / "step=1.ckpt", status=2)
     assert listing(whole) == before
@@ -71,7 +71,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(
     assert run_cli("validate", *fit_arguments(policy, train, tmp_path, *LAST)) == 1
     assert "there is no checkpoint in" in capsys.readouterr().err
     fit(policy, train, tmp_path, *LAST)
-    assert f"warning: {tmp_path} has no checkpoint yet: beginning anew." in capsys.readouterr().err
+    assert f"warning: {tmp_path} has no checkpoint yet: starting over." in capsys.readouterr().err
     assert rows(tmp_path) == rows(whole)
 
 

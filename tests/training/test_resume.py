@@ -281,7 +281,7 @@ def test_what_cannot_be_gone_on_with_is_refused(
         ((policy, train, output, *last, "--seed_everything", 1), 2, "seed was 0"),
         ((policy, train, output, *last, "--model.learning_rate", 1.0), 2, "learning_rate is 1.0"),
         ((policy, train, output, *last, "--model.optimizer", "sgd"), 2, "optimizer is sgd"),
-        ((policy, train, output, "--ckpt_path", train), 1, "is no checkpoint that can be read"),
+        ((policy, train, output, "--ckpt_path", train), 1, "is not a readable checkpoint"),
         ((policy, train, output, "--ckpt_path", "missing"), 1, "there is no such checkpoint"),
     ):
         refused(*arguments, status=status)
