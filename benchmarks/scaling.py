@@ -122,9 +122,9 @@ def kto_step(scorer: BatchScorer, step: StepBatch) -> None:
     """Forward and backward of KTO, as in `KTOModule.training_step`."""
     (batch,) = step.micro_batches
     sums = BatchSums.zero(batch.weight.device)
-    known = scorer.all_logps(batch)
+    known = scorer.score(batch)
     _, z0 = scorer.reference_point(step, [known], sums)
-    (scorer.add_losses(batch, known, z0, sums).sum() / step.num_examples).backward()
+    (scorer.compute_losses(batch, known, z0, sums).sum() / step.num_examples).backward()
 
 
 def contestants(policy: Policy, step: StepBatch) -> dict[str, Callable[[], None]]:

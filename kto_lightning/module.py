@@ -261,15 +261,15 @@ class KTOModule(LightningModule):
         """One optimizer step: z0 over the whole batch, then micro-batch by micro-batch."""
         scorer, micro_batches = self._scorer(), batch.micro_batches
         with explain_out_of_memory(scorer, self.trainer):
-            known = scorer.logps_before_backward(micro_batches)
+            scored = scorer.score_for_reference_point(micro_batches)
             sums = BatchSums.zero(self._compute_device)
-            z0_raw, z0 = scorer.reference_point(batch, known, sums)
+            z0_raw, z0 = scorer.reference_point(batch, scored, sums)
             auxiliary = torch.zeros((), device=self._compute_device)
             for index, micro_batch in enumerate(micro_batches):
                 last = index == len(micro_batches) - 1
                 with self._strategy.synchronize_gradients(last=last):
-                    logps = known[index] = scorer.with_matched(micro_batch, known[index])
-                    losses = scorer.add_losses(micro_batch, logps, z0, sums)
+                    logps = scored[index] = scorer.score_matched(micro_batch, scored[index])
+                    losses = scorer.compute_losses(micro_batch, logps, z0, sums)
                     balance = scorer.auxiliary_loss(micro_batch, logps.policy, batch.num_tokens)
                     loss = losses.sum() / batch.num_examples + balance
                     # DDP and FSDP2 average gradients over ranks, and `num_examples` counts the
@@ -291,10 +291,10 @@ class KTOModule(LightningModule):
             num_ranks=self.trainer.world_size,
             sum_over_ranks=self._sum_over_ranks,
         )
-        if not self._guard.allows(self.trainer, metrics, batch, known):
+        if not self._guard.allows(self.trainer, metrics, batch, scored):
             self._strategy.drop_gradients(self)
         metrics["lr"] = self._update()
-        measured = self._clock.measures(batch.num_tokens, peaks)
+        measured = self._clock.measure(batch.num_tokens, peaks)
         self.published.publish(self.trainer, "train", metrics | measured)
 
     def _gradient_norm(self) -> Tensor:
@@ -318,7 +318,7 @@ class KTOModule(LightningModule):
         return learning_rate
 
     def on_train_end(self) -> None:
-        self._guard.conclude(self.trainer)
+        self._guard.warn_of_skipped(self.trainer)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         # Declared by Lightning as a tensor or whatever it was given.

@@ -150,7 +150,7 @@ class KTODataModule(LightningDataModule):
             data.load_validation(self._source("validation"))
         if stage == "fit" and self.streaming:
             if data.stream is None:
-                self._module.optimization.check_length(self._module.num_training_steps())
+                self._module.optimization.check_num_steps(self._module.num_training_steps())
                 data.load_stream(source, self.validation, self._run, buffer_size=self.buffer_size)
         elif from_train and data.train_set is None:
             data.load_train(source, self.validation, self._run)

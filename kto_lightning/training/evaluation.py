@@ -1,5 +1,6 @@
-"""What held-out records say of a policy, over the whole set and all ranks."""
+"""Evaluation: metrics of held-out records, and rewards record by record."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from kto_lightning.training.scoring import BatchScorer
 
 
 class RewardAUC(Metric):
-    """How well rewards tell desirable from undesirable completions: 1 always, .5 not at all.
+    """Area under the ROC curve of rewards: the share of pairs of a desirable and an undesirable
+    completion in which the desirable one has the higher reward, ties counted half.
 
-    The area under the ROC curve, ties counted half. None-like (NaN) while a class is absent.
+    NaN while a class is absent.
     """
 
     higher_is_better = True
@@ -34,8 +36,8 @@ class RewardAUC(Metric):
         self.desirable.append(desirable)
 
     def compute(self) -> Float[Tensor, ""]:
-        rewards = _joined(self.rewards)
-        desirable = _joined(self.desirable).bool()
+        rewards = _concatenate(self.rewards)
+        desirable = _concatenate(self.desirable).bool()
         if not len(rewards) or desirable.all() or not desirable.any():
             return torch.tensor(torch.nan)
         # torchmetrics would squash scores outside [0, 1] with a sigmoid, in which large rewards
@@ -44,18 +46,18 @@ class RewardAUC(Metric):
         return binary_auroc(ranks.double() / max(1, int(ranks.max())), desirable.long())
 
 
-def _joined(parts: list[Tensor] | Tensor) -> Tensor:
-    """After a reduction over ranks a state is one tensor already."""
+def _concatenate(parts: list[Tensor] | Tensor) -> Tensor:
+    # A list until torchmetrics has reduced the state over ranks, which makes it one tensor.
     if isinstance(parts, Tensor):
         return parts
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
 class ValidationSums:
-    """Sums over a pass through the held-out records."""
+    """Sums over the batches of a validation."""
 
     def __init__(self, device: torch.device) -> None:
-        self.batches = BatchSums.zero(device)
+        self.batch_sums = BatchSums.zero(device)
         self.auc = RewardAUC().to(device)
         self._z0 = torch.zeros(2, dtype=BatchSums.dtype(device), device=device)
         self._auxiliary = torch.zeros((), dtype=BatchSums.dtype(device), device=device)
@@ -71,15 +73,20 @@ class ValidationSums:
         num_examples: int,
         num_tokens: int,
     ) -> None:
-        """A batch's reference point, which is the same on all ranks, weighted by its examples."""
+        """Add what is one number per batch, weighted by the batch's examples.
+
+        Args:
+            z0_raw: before its clamp; the same on all ranks, as are z0 and the two counts.
+            auxiliary: this rank's share.
+        """
         self._z0 += torch.stack([z0_raw, z0]) * num_examples
         self._auxiliary += auxiliary * num_examples
         self._num_examples += num_examples
         self._num_tokens += num_tokens
 
-    def metrics(self, sum_over_ranks: Any) -> dict[str, float | None]:
-        """The row of `val/…`."""
-        sums = torch.cat([self.batches.values, self._auxiliary[None]])
+    def metrics(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float | None]:
+        """The metrics of the stage `val`; None for those whose class is absent."""
+        sums = torch.cat([self.batch_sums.values, self._auxiliary[None]])
         *totals, auxiliary = sum_over_ranks(sums).tolist()
         z0_raw, z0 = (self._z0 / max(1, self._num_examples)).tolist()
         auc = float(self.auc.compute())
@@ -92,12 +99,12 @@ class ValidationSums:
 
 
 def validate_batch(scorer: BatchScorer, batch: StepBatch, sums: ValidationSums) -> None:
-    """Add the numbers of a held-out batch, the same as a training step's, to `sums`."""
-    known = [scorer.all_logps(micro_batch) for micro_batch in batch.micro_batches]
-    z0_raw, z0 = scorer.reference_point(batch, known, sums.batches)
+    """Add a held-out batch to `sums`, with z0 and losses as in a training step on it."""
+    scored = [scorer.score(micro_batch) for micro_batch in batch.micro_batches]
+    z0_raw, z0 = scorer.reference_point(batch, scored, sums.batch_sums)
     auxiliary = torch.zeros((), device=z0.device)
-    for micro_batch, logps in zip(batch.micro_batches, known, strict=True):
-        scorer.add_losses(micro_batch, logps, z0, sums.batches)
+    for micro_batch, logps in zip(batch.micro_batches, scored, strict=True):
+        scorer.compute_losses(micro_batch, logps, z0, sums.batch_sums)
         auxiliary += scorer.auxiliary_loss(micro_batch, logps.policy, batch.num_tokens)
         reward, is_real = scorer.rewards(logps), ~micro_batch.is_filler
         sums.auc.update(reward[is_real], micro_batch.desirable[is_real])
@@ -111,10 +118,10 @@ def validate_batch(scorer: BatchScorer, batch: StepBatch, sums: ValidationSums) 
 
 
 def predict_batch(scorer: BatchScorer, batch: StepBatch) -> list[Prediction]:
-    """Reward and log-probs of every example that this rank counts."""
+    """Reward and log-probs of every example of this rank's part of a batch."""
     predictions = []
     for micro_batch in batch.micro_batches:
-        logps = scorer.all_logps(micro_batch)
+        logps = scorer.score(micro_batch)
         assert logps.policy.matched is not None
         assert logps.reference.matched is not None
         numbers = zip(

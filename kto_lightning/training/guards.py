@@ -1,10 +1,11 @@
-"""Guard rails of a step: numbers that are not finite, and memory that runs out."""
+"""Guards of a step: numbers that are not finite, and running out of memory."""
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from lightning import Trainer
@@ -12,63 +13,72 @@ from lightning import Trainer
 from kto_lightning.batches.types import PackedBatch, StepBatch
 from kto_lightning.distributed import gathered, warn
 from kto_lightning.errors import ModelError, StoppedRun, check_one_of
-from kto_lightning.training.scoring import BatchScorer, MicroLogps
+from kto_lightning.training.scoring import BatchScorer, MicroBatchLogps
 
 NON_FINITE = ("stop", "skip")
-GUARDED = {"loss": "loss", "z0_raw": "raw z0", "grad_norm": "gradient norm"}
-"""What decides whether a step is taken. An infinite z0 gives a finite loss without a gradient."""
-MOST_IN_A_ROW = 10
-"""Skipped steps in a row after which a run stops: then it is not a few records any more."""
-_MOST_WARNED = 3
-_MOST_SHOWN = 64
+GUARDED_METRICS = {"loss": "loss", "z0_raw": "raw z0", "grad_norm": "gradient norm"}
+"""Metrics that must be finite, and their names in messages; z0 among them, as an infinite one makes
+the gradient 0 and leaves the loss finite."""
+MAX_SKIPPED_IN_A_ROW = 10
+"""The run stops when so many steps in a row are skipped: a few bad records do not explain that."""
+_MAX_WARNINGS = 3
+_MAX_SHOWN = 64
 
-Finding = tuple[int, str, str]
-"""An example, its place (`file:line`) and what of it is not finite; empty where all is."""
+
+class ExampleCheck(NamedTuple):
+    """An example of the step's batch, and its log-probs that are not finite."""
+
+    index: int
+    location: str
+    """`file:line`"""
+    non_finite: str
+    """For a message; empty where all are finite."""
 
 
 def is_finite(metrics: Mapping[str, float | None]) -> bool:
-    """Whether an optimizer step may be taken on these numbers (`GUARDED`)."""
-    return all(math.isfinite(metrics[name] or 0.0) for name in GUARDED)
+    """Whether the optimizer step may be taken: all `GUARDED_METRICS` are finite."""
+    return all(math.isfinite(metrics[name] or 0.0) for name in GUARDED_METRICS)
 
 
-def examine(
-    batch: StepBatch, scored: Sequence[MicroLogps | None], location: Callable[[int], str]
-) -> list[Finding]:
-    """This rank's examples, and which of their log-probs are not finite.
+def find_non_finite(
+    batch: StepBatch, scored: Sequence[MicroBatchLogps | None], location: Callable[[int], str]
+) -> list[ExampleCheck]:
+    """This rank's examples, each with its log-probs that are not finite.
 
     Args:
         batch: the step's.
         scored: the log-probs of its micro-batches.
         location: tells `file:line` of an example.
     """
-    findings: list[Finding] = []
+    checks: list[ExampleCheck] = []
     for micro_batch, logps in zip(batch.micro_batches, scored, strict=True):
         is_filler = micro_batch.is_filler.tolist()
-        wrong = _wrong_logps(logps) if logps is not None else {}
-        for place, index in enumerate(micro_batch.indices):
-            if not is_filler[place]:
-                findings.append((index, location(index), ", ".join(wrong.get(place, []))))
-    return findings
+        non_finite = _non_finite_logps(logps) if logps is not None else {}
+        for position, index in enumerate(micro_batch.indices):
+            if not is_filler[position]:
+                names = ", ".join(non_finite.get(position, []))
+                checks.append(ExampleCheck(index, location(index), names))
+    return checks
 
 
-def _wrong_logps(logps: MicroLogps) -> dict[int, list[str]]:
-    """Of a micro-batch: place of an example → its log-probs that are not finite."""
-    wrong: dict[int, list[str]] = defaultdict(list)
-    for whose, known in (("policy", logps.policy), ("reference", logps.reference)):
-        for which, values in (
-            ("", known.matched),
-            (" with its partner's answer", known.mismatched),
+def _non_finite_logps(logps: MicroBatchLogps) -> dict[int, list[str]]:
+    """Names of the log-probs that are not finite, by position in the micro-batch."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for model, scored in (("policy", logps.policy), ("reference", logps.reference)):
+        for suffix, values in (
+            ("", scored.matched),
+            (" with its partner's answer", scored.mismatched),
         ):
             if values is not None:
-                for place in (~torch.isfinite(values)).nonzero().flatten().tolist():
-                    wrong[place].append(f"{whose}{which}")
-    return wrong
+                for position in (~torch.isfinite(values)).nonzero().flatten().tolist():
+                    names[position].append(f"{model}{suffix}")
+    return names
 
 
 class NonFiniteGuard:
     """Stops a run, or skips a step, whose loss, z0 or gradient is not finite.
 
-    It judges numbers that are sums over all ranks, so that all decide alike.
+    The numbers are sums over all ranks, so that all ranks decide alike.
 
     Args:
         action: stop or skip.
@@ -80,65 +90,66 @@ class NonFiniteGuard:
     def __init__(self, action: str) -> None:
         check_one_of("non_finite", action, NON_FINITE)
         self._action = action
-        self._num_skipped = self._num_in_a_row = 0
+        self._num_skipped = self._num_skipped_in_a_row = 0
 
     def allows(
         self,
         trainer: Trainer,
         metrics: Mapping[str, float | None],
         batch: StepBatch,
-        scored: Sequence[MicroLogps | None],
+        scored: Sequence[MicroBatchLogps | None],
     ) -> bool:
-        """Whether the step may be taken; warns of the first few that may not.
+        """Whether the step may be taken; warns of the first few skipped steps.
 
         Args:
-            trainer: the run's, before the step.
-            metrics: the step's numbers, `GUARDED` among them, the same on all ranks.
+            trainer: of the run, before the step.
+            metrics: of the step, `GUARDED_METRICS` among them, the same on all ranks.
             batch: this rank's part of the step's batch.
             scored: the log-probs of its micro-batches.
 
         Raises:
-            StoppedRun: if a step may not be taken and the guard was asked to stop, or after
-                `MOST_IN_A_ROW` skipped steps. On all ranks alike.
+            StoppedRun: on all ranks alike, if a step may not be taken and the action is stop, or
+                after `MAX_SKIPPED_IN_A_ROW` skipped steps in a row.
         """
         if is_finite(metrics):
-            self._num_in_a_row = 0
+            self._num_skipped_in_a_row = 0
             return True
-        findings = sorted(gathered(examine(batch, scored, partial(_location, trainer))))
-        warning = self._judge(trainer.global_step + 1, metrics, findings)
+        own = find_non_finite(batch, scored, partial(_location, trainer))
+        warning = self._stop_or_warn(trainer.global_step + 1, metrics, sorted(gathered(own)))
         if warning is not None:
             warn(trainer, warning)
         return False
 
-    def _judge(
-        self, step: int, metrics: Mapping[str, float | None], findings: Sequence[Finding]
+    def _stop_or_warn(
+        self, step: int, metrics: Mapping[str, float | None], examples: Sequence[ExampleCheck]
     ) -> str | None:
-        what = _describe(step, metrics, findings)
+        problem = _describe(step, metrics, examples)
         if self._action == "stop":
             raise StoppedRun(
-                f"{what} The step was not taken: the weights are those of step {step - 1}. Look at "
-                "these records, lower --model.learning_rate, set --model.gradient_clip_norm, or "
-                "leave such steps out with --model.non_finite skip."
+                f"{problem} The step was not taken: the weights are those of step {step - 1}. Look "
+                "at these records, lower --model.learning_rate, set --model.gradient_clip_norm, or "
+                "skip such steps with --model.non_finite skip."
             )
         self._num_skipped += 1
-        self._num_in_a_row += 1
-        if self._num_in_a_row == MOST_IN_A_ROW:
+        self._num_skipped_in_a_row += 1
+        if self._num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise StoppedRun(
-                f"{what} {MOST_IN_A_ROW} steps in a row were skipped, so these are not a few "
-                "records any more. Check the model's own weights, or lower --model.learning_rate."
+                f"{problem} {MAX_SKIPPED_IN_A_ROW} steps in a row were skipped, which a few bad "
+                "records do not explain. Check the model's own weights, or lower --model.learning_rate."
             )
-        if self._num_skipped > _MOST_WARNED:
+        if self._num_skipped > _MAX_WARNINGS:
             return None
-        last = " More of them are only counted." if self._num_skipped == _MOST_WARNED else ""
-        return f"{what} The step is skipped.{last}"
+        is_last = self._num_skipped == _MAX_WARNINGS
+        note = " Further skipped steps are only counted." if is_last else ""
+        return f"{problem} The step is skipped.{note}"
 
-    def conclude(self, trainer: Trainer) -> None:
-        """Say how many steps were skipped, if any."""
+    def warn_of_skipped(self, trainer: Trainer) -> None:
+        """Warn of the number of skipped steps, if any."""
         if self._num_skipped:
             warn(
                 trainer,
                 f"{self._num_skipped} steps were skipped because their loss or gradient was not "
-                "finite; metrics.csv tells which.",
+                "finite; metrics.csv shows which.",
             )
 
 
@@ -147,42 +158,45 @@ def _location(trainer: Trainer, index: int) -> str:
     return locate(index) if locate is not None else f"example:{index}"
 
 
-def _describe(step: int, metrics: Mapping[str, float | None], findings: Sequence[Finding]) -> str:
-    numbers = [f"{shown} {metrics[name]:.6g}" for name, shown in GUARDED.items() if metrics[name]]
-    wrong = [f"{place} ({what})" for _, place, what in findings if what]
+def _describe(
+    step: int, metrics: Mapping[str, float | None], examples: Sequence[ExampleCheck]
+) -> str:
+    values = [(label, metrics[name]) for name, label in GUARDED_METRICS.items()]
+    numbers = [f"{label} {value:.6g}" for label, value in values if value]
+    bad = [f"{one.location} ({one.non_finite})" for one in examples if one.non_finite]
     cause = "All its log-probs are finite, so the gradient alone is not."
-    if wrong:
-        more = f" and {len(wrong) - _MOST_SHOWN} more" if len(wrong) > _MOST_SHOWN else ""
-        cause = f"Log-probs that are not finite: {'; '.join(wrong[:_MOST_SHOWN])}{more}."
+    if bad:
+        more = f" and {len(bad) - _MAX_SHOWN} more" if len(bad) > _MAX_SHOWN else ""
+        cause = f"Log-probs that are not finite: {'; '.join(bad[:_MAX_SHOWN])}{more}."
     elif any(not math.isfinite(metrics[name] or 0.0) for name in ("loss", "z0_raw")):
         cause = "All its log-probs are finite, but not what is computed from them."
-    places = by_file(place for _, place, _ in findings)
+    places = group_by_file(example.location for example in examples)
     return f"step {step} is not finite: {', '.join(numbers)}. {cause} Its batch: {places}."
 
 
-def by_file(places: Iterable[str]) -> str:
-    """`train.jsonl:3,7` for `train.jsonl:3` and `train.jsonl:7`; at most `_MOST_SHOWN` of them."""
+def group_by_file(locations: Iterable[str]) -> str:
+    """`train.jsonl:3,7` for `train.jsonl:3` and `train.jsonl:7`; at most `_MAX_SHOWN` of them."""
     lines: dict[str, list[str]] = defaultdict(list)
-    places = list(places)
-    for place in places[:_MOST_SHOWN]:
-        file, _, line = place.rpartition(":")
+    locations = list(locations)
+    for location in locations[:_MAX_SHOWN]:
+        file, _, line = location.rpartition(":")
         lines[file].append(line)
     shown = "; ".join(f"{file}:{','.join(numbers)}" for file, numbers in lines.items())
-    more = len(places) - _MOST_SHOWN
+    more = len(locations) - _MAX_SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
 
 
 @contextmanager
 def explain_out_of_memory(scorer: BatchScorer, trainer: Trainer) -> Iterator[None]:
-    """Turn running out of memory into an error that names the micro-batch and what to try.
+    """Turn an out-of-memory error into one that names the size of the micro-batch and what to try.
 
     Args:
-        scorer: knows the micro-batch at hand.
-        trainer: the run's.
+        scorer: has the current micro-batch.
+        trainer: of the run.
 
     Raises:
-        StoppedRun: on one rank, which can still save what it has.
-        ModelError: on several: the others wait for this one.
+        StoppedRun: on a single rank, so that the run is saved.
+        ModelError: on several, of which the others wait for this one, so that none can save.
     """
     try:
         yield
@@ -197,7 +211,7 @@ def explain_out_of_memory(scorer: BatchScorer, trainer: Trainer) -> Iterator[Non
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a device, or of the CPU, whose allocator raises a plain RuntimeError."""
+    """Whether a device or the host is out of memory; the host's allocator raises a RuntimeError."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

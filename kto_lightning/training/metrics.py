@@ -1,4 +1,4 @@
-"""What a step says of itself: sums over its micro-batches and ranks, then one row of numbers."""
+"""Step metrics, summed over micro-batches and ranks; time and memory of a step."""
 
 import math
 import sys
@@ -22,17 +22,20 @@ _NUM_CLASS_SUMS = 5
 _NUM_MATCHED_SUMS = 2 * _NUM_CLASS_SUMS + 1
 NUM_SUMS = _NUM_MATCHED_SUMS + 3
 MEASURED = ("tokens_per_second", "peak_memory_mib")
+"""Metrics that differ from run to run, unlike all others."""
 _BYTES_PER_MIB = 2**20
 
 
 @dataclass(kw_only=True, slots=True)
 class BatchSums:
-    """Sums over the examples of a batch, in float64, so that the order of adding shows nowhere.
+    """Sums over the examples of a batch without its fillers.
 
-    A vector, so that all ranks' are added in one reduction: of each class `_ClassSums`, the losses'
-    sum, and count, sum and sum of squares of the mismatched log-ratios. Fillers are in
-    none. Squares are of float32 values as they are, not of differences to a mean that no
-    rank knows yet: in float64 a spread of a millionth of the mean is still exact to 1e-4.
+    One vector, so that the sums of all ranks take one reduction: `_ClassSums` of each class, the
+    sum of losses, and count, sum and sum of squares of the mismatched log-ratios.
+
+    In float64, so that the order of summation does not show in the metrics. Squares are of the
+    values themselves, not of differences to a mean, which is not known before the reduction: in
+    float64 a standard deviation of a millionth of the mean is still exact to 1e-4.
     """
 
     values: Float[Tensor, " sums"]
@@ -43,7 +46,7 @@ class BatchSums:
 
     @staticmethod
     def dtype(device: torch.device) -> torch.dtype:
-        """float64, which costs nothing at this size; Apple's devices have none."""
+        """float64; float32 on Apple's devices, which have no float64."""
         return torch.float32 if device.type == "mps" else torch.float64
 
     def add(
@@ -56,9 +59,10 @@ class BatchSums:
         desirable: Bool[Tensor, " batch"],
         is_filler: Bool[Tensor, " batch"],
     ) -> None:
-        good = (desirable & ~is_filler).to(self.values.dtype)
-        bad = (~desirable & ~is_filler).to(self.values.dtype)
-        per_class = torch.stack([good, bad])  # [2, batch]
+        """Add the matched completions of a micro-batch."""
+        is_desirable = (desirable & ~is_filler).to(self.values.dtype)
+        is_undesirable = (~desirable & ~is_filler).to(self.values.dtype)
+        per_class = torch.stack([is_desirable, is_undesirable])  # [2, batch]
         ones = torch.ones_like(loss)
         terms = torch.stack([ones, reward, logps, gradient_left]).detach().to(self.values.dtype)
         terms = torch.cat([terms, terms[1:2].square()])  # [5, batch]
@@ -69,7 +73,7 @@ class BatchSums:
     def add_mismatched(
         self, log_ratio: Float[Tensor, " batch"], is_filler: Bool[Tensor, " batch"]
     ) -> None:
-        """Mismatched log-ratios in nats, of which z0 is the mean."""
+        """Add the mismatched log-ratios of a micro-batch, in nats; z0 is their mean."""
         terms = (log_ratio.detach() * ~is_filler).to(self.values.dtype)
         sums = torch.stack([(~is_filler).sum().to(terms), terms.sum(), terms.square().sum()])
         self.values[_NUM_MATCHED_SUMS:] += sums
@@ -85,25 +89,28 @@ class _ClassSums:
 
 
 def batch_metrics(sums: list[float]) -> dict[str, float | None]:
-    """`loss`, `z0_se`, the margin, and of each class the means of rewards, log-probs and gradient
-    left and the rewards' standard deviation. None for what there are too few examples for.
+    """Metrics of a batch: loss, standard error of z0, margin, and of each class the means of
+    rewards, log-probs and gradient left and the standard deviation of rewards.
 
     Args:
         sums: `BatchSums.values` over all micro-batches and ranks.
+
+    Returns:
+        By name without the stage; None for a metric with too few examples.
     """
-    good = _ClassSums(*sums[:_NUM_CLASS_SUMS])
-    bad = _ClassSums(*sums[_NUM_CLASS_SUMS : 2 * _NUM_CLASS_SUMS])
+    desirable = _ClassSums(*sums[:_NUM_CLASS_SUMS])
+    undesirable = _ClassSums(*sums[_NUM_CLASS_SUMS : 2 * _NUM_CLASS_SUMS])
     loss, num_mismatched, *mismatched = sums[2 * _NUM_CLASS_SUMS :]
-    metrics = {"loss": _mean(loss, good.count + bad.count)}
-    for name, one in (("desirable", good), ("undesirable", bad)):
+    metrics = {"loss": _mean(loss, desirable.count + undesirable.count)}
+    for name, one in (("desirable", desirable), ("undesirable", undesirable)):
         metrics[f"reward/{name}"] = _mean(one.reward, one.count)
         metrics[f"logps/{name}"] = _mean(one.logps, one.count)
         metrics[f"gradient_left/{name}"] = _mean(one.gradient_left, one.count)
         metrics[f"reward/{name}_std"] = sample_std(one.count, one.reward, one.squared_reward)
-    desirable, undesirable = metrics["reward/desirable"], metrics["reward/undesirable"]
+    rewards = metrics["reward/desirable"], metrics["reward/undesirable"]
     metrics["reward/margin"] = None
-    if desirable is not None and undesirable is not None:
-        metrics["reward/margin"] = desirable - undesirable
+    if rewards[0] is not None and rewards[1] is not None:
+        metrics["reward/margin"] = rewards[0] - rewards[1]
     std = sample_std(num_mismatched, *mismatched)
     metrics["z0_se"] = None if std is None else std / math.sqrt(num_mismatched)
     return metrics
@@ -114,29 +121,32 @@ def _mean(total: float, count: float) -> float | None:
 
 
 def sample_std(count: float, total: float, squares: float) -> float | None:
-    r"""$\sqrt{(\sum_i x_i^2 - (\sum_i x_i)^2 / n) / (n - 1)}$; None of fewer than two."""
+    r"""Sample standard deviation from sums; None for fewer than two values.
+
+    $\sqrt{(\sum_i x_i^2 - (\sum_i x_i)^2 / n) / (n - 1)}$
+    """
     if count < 2:
         return None
     variance = (squares - total * total / count) / (count - 1)
-    return math.sqrt(max(variance, 0.0))  # rounding may leave less; a NaN stays one in this order
+    return math.sqrt(max(variance, 0.0))  # rounding may make it negative; this order keeps a NaN
 
 
 class StepClock:
-    """Seconds from the end of one step to the end of the next, waiting for data included; whatever
-    lies between them without being training (validation, a checkpoint) is left out by `start`."""
+    """Times steps from the end of one to the end of the next, waiting for data included. `start`
+    excludes what lies between without being training: a validation, a checkpoint."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
 
     def start(self) -> None:
-        """From now on the next step is timed."""
+        """Time the next step from now on."""
         self._started = time.perf_counter()
 
-    def measures(self, num_tokens: int, peaks_mib: Sequence[float]) -> dict[str, float | None]:
-        """`MEASURED` of a step that just ended, its device already waited for.
+    def measure(self, num_tokens: int, peaks_mib: Sequence[float]) -> dict[str, float | None]:
+        """The metrics `MEASURED` of a step that has ended, on its device too.
 
         Args:
-            num_tokens: real matched tokens of the step, over all ranks.
+            num_tokens: matched tokens of the step without fillers, over all ranks.
             peaks_mib: `peak_memory_mib` of every rank, 0 where it is not known.
         """
         seconds = time.perf_counter() - self._started
@@ -147,13 +157,13 @@ class StepClock:
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """The most memory that this process has held so far, of one device and in MiB: what PyTorch
-    allocated on a CUDA device, else resident memory. None where the system does not tell."""
+    """Peak memory of this process so far: allocated by PyTorch on a CUDA device, else resident in
+    host memory. None where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _BYTES_PER_MIB
     if resource is None:
         return None
-    unit = 1 if sys.platform == "darwin" else 1024  # of getrusage: bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _BYTES_PER_MIB
 
 

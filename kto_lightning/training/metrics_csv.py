@@ -54,14 +54,16 @@ COLUMNS = (
     *(f"val/{name}" for name in DETAIL_METRICS),
 )
 MONITORABLE_METRICS = tuple(name for name in COLUMNS if name.startswith("val/"))
-"""What a callback can wait for: EarlyStopping, say."""
+"""Metrics that a callback such as EarlyStopping can monitor."""
 
 
 class MetricsFile(Logger):
-    """Writes `OUTPUT/metrics.csv`.
+    """Writes `OUTPUT/metrics.csv`, one row per optimizer step.
 
-    Validation at a step adds to that step's row, so that there is one row a step. What a batch
-    cannot give stays an empty cell.
+    A validation adds to the row of its step. A metric without a value is an empty cell.
+
+    Raises:
+        KTOError: from `begin` and `log_metrics`, if the file cannot be written.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -89,40 +91,40 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def begin(self, after_step: int) -> None:
-        """Open the file for the steps after `after_step`; rows of later ones are cut off."""
+        """Open the file for the steps after `after_step`, and drop the rows of these from it."""
         kept: list[dict[str, str]] = []
         if after_step and self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
                 kept = [row for row in csv.DictReader(file) if _is_kept(row, after_step)]
-        with self._written():
+        with self._explain_write_errors():
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._begin_with(kept)
+            self._overwrite(kept)
             self._open()
 
-    def _begin_with(self, kept: list[dict[str, str]]) -> None:
+    def _overwrite(self, kept: list[dict[str, str]]) -> None:
         part = self.path.with_suffix(".csv.part")
         with part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(kept[:-1])
             self._row, self._row_start = {}, file.tell()
-            if kept:  # a validation of that very step, which was cut off, belongs to its row
+            if kept:  # the last step is validated again if its validation was interrupted
                 writer.writerow(kept[-1])
                 self._row = kept[-1] | {"step": int(kept[-1]["step"])}
         os.replace(part, self.path)
 
     @contextmanager
-    def _written(self) -> Iterator[None]:
-        """Turn what the disk says into an error that says which file and what to do."""
+    def _explain_write_errors(self) -> Iterator[None]:
+        """Turn an error of the disk into one that names the file and what to do."""
         try:
             yield
         except OSError as error:
             file, self._file = self._file, None
             if file is not None:
-                with suppress(OSError):  # the same once more
+                with suppress(OSError):  # closing writes again what could not be written
                     file.close()
             raise KTOError(
-                f"{self.path} cannot be written: {error}. Make room, then go on with "
+                f"{self.path} cannot be written: {error}. Make room, then resume with "
                 "--ckpt_path last."
             ) from error
 
@@ -134,13 +136,13 @@ class MetricsFile(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         metrics = {name: value for name, value in metrics.items() if name in COLUMNS}
         if not metrics:
-            return  # of a callback that counts steps its own way, such as LearningRateMonitor
+            return  # from a callback that counts steps in its own way, such as LearningRateMonitor
         if self._file is None:
             if not self._row:
-                return  # no run has begun: `validate` and `predict` write no steps
+                return  # not opened by `begin`: `validate` and `predict` have no steps
             self._open()
         assert self._file is not None
-        with self._written():
+        with self._explain_write_errors():
             if self._row.get("step") == step:
                 self._row.update(metrics)
             else:
@@ -153,7 +155,7 @@ class MetricsFile(Logger):
             self._file.flush()
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Settings are in `config.yaml`."""
+        """Do nothing: settings are in `config.yaml`."""
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -166,6 +168,6 @@ class MetricsFile(Logger):
 
 
 def _is_kept(row: dict[str, str], after_step: int) -> bool:
-    """Whole rows up to the checkpoint's step; a killed run may have left half a row."""
+    """Whether a row is complete and not of a later step; a killed run may leave an incomplete one."""
     step = row.get("step") or ""
     return step.isdigit() and int(step) <= after_step and None not in row.values()

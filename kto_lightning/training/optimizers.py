@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by key."""
+"""Optimizers and learning-rate schedules by name, and the number of a run's steps."""
 
 import importlib.util
 import inspect
@@ -20,7 +20,7 @@ from kto_lightning.errors import ConfigError, check_number, check_one_of
 _PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16")
 
 _FUSED_ON = ("cuda", "cpu")
-"""Where all of AdamW is one kernel: a pass over the weights instead of a dozen."""
+"""Devices on which all of AdamW is one kernel: one pass over the weights instead of a dozen."""
 
 
 def _adamw(groups: list[dict], learning_rate: float) -> Optimizer:
@@ -33,9 +33,10 @@ def _sgd(groups: list[dict], learning_rate: float) -> Optimizer:
 
 
 def _adafactor(groups: list[dict], learning_rate: float) -> Optimizer:
-    """Set as by transformers' Trainer, so that the learning rate means what it does there.
+    """Adafactor with a fixed learning rate, as transformers' Trainer sets it.
 
-    `torch.optim.Adafactor` cannot be: it scales each rate by the weights' root mean square.
+    `torch.optim.Adafactor` has no such setting: it scales the rate of each parameter by the root
+    mean square of its weights.
     """
     return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
 
@@ -53,20 +54,20 @@ OPTIMIZERS: dict[str, Callable[[list[dict], float], Optimizer]] = {
     "adamw_8bit": _adamw_8bit,
 }
 SCHEDULES = [kind.value for kind in SchedulerType]
-_DECAY_SHARE = 0.1
-"""Of all steps, the last ones, in which `warmup_stable_decay` decays: as in arXiv:2404.06395."""
-_LEAST_SHARE = 0.1
-"""Of the learning rate, where a cosine with a minimum ends: as in arXiv:2203.15556."""
-# Beside all vectors: an expert's biases and norms by head are matrices, one row an expert or head.
+_DECAY_RATIO = 0.1
+"""Share of all steps, at their end, in which `warmup_stable_decay` decays (arXiv:2404.06395)."""
+_MIN_LR_RATIO = 0.1
+"""Share of the learning rate at which a cosine with a minimum ends (arXiv:2203.15556)."""
+# Vectors never decay; this is for matrices: biases of experts, norms per head, one row for each.
 _NEVER_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|[._])norm(\.|$)", re.IGNORECASE)
 
 
 @dataclass(kw_only=True, slots=True)
 class Optimization:
-    """How the weights are moved, under the names of `KTOModule`'s arguments.
+    """Optimizer and schedule, under the names of `KTOModule`'s arguments.
 
     Raises:
-        ConfigError: for what would otherwise fail only after data and model are loaded.
+        ConfigError: for settings that would otherwise fail only once data and model are loaded.
     """
 
     optimizer: str
@@ -94,7 +95,7 @@ class Optimization:
         self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, num_steps: int | None
     ) -> dict[str, Any]:
         """Optimizer and schedule, as Lightning's `configure_optimizers` returns them."""
-        self.check_length(num_steps)
+        self.check_num_steps(num_steps)
         optimizer = make_optimizer(
             self.optimizer,
             named_parameters,
@@ -103,17 +104,17 @@ class Optimization:
         )
         return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer, num_steps)}
 
-    def check_length(self, num_steps: int | None) -> None:
-        """Refuse a schedule that stretches over the whole run where its length is not known.
+    def check_num_steps(self, num_steps: int | None) -> None:
+        """Refuse a schedule over the whole run where the number of steps is not known.
 
         Raises:
-            ConfigError: if `num_steps` is None and the learning rate is to change.
+            ConfigError: if `num_steps` is None and the learning rate is not constant.
         """
         if num_steps is not None or (self.lr_schedule == "constant" and not self.warmup_ratio):
             return
         raise ConfigError(
             f"--model.lr_schedule {self.lr_schedule} with --model.warmup_ratio "
-            f"{self.warmup_ratio:g} stretches over all steps, whose number is not known before a "
+            f"{self.warmup_ratio:g} depends on the number of steps, which is not known before a "
             "stream ends. Give --trainer.max_steps, or leave the learning rate constant."
         )
 
@@ -137,11 +138,11 @@ def _check_bitsandbytes() -> None:
 
 
 def check_same_optimizer(then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse settings that the optimizer of a run that is gone on with would override.
+    """Refuse settings that the restored optimizer of a resumed run would override.
 
     Args:
-        then: `KTOModule.origin` of the run so far.
-        now: that of the run that goes on.
+        then: `KTOModule.origin` of the checkpoint.
+        now: that of the resumed run.
 
     Raises:
         ConfigError: if the two differ.
@@ -149,14 +150,14 @@ def check_same_optimizer(then: dict[str, Any], now: dict[str, Any]) -> None:
     for name in ("optimizer", "learning_rate", "weight_decay"):
         if then.get(name, now[name]) != now[name]:
             raise ConfigError(
-                f"--model.{name} is {now[name]}, and was {then[name]} in the run that "
-                "--ckpt_path goes on with, which keeps its optimizer. Give the same, or start "
-                "a new run from the exported model."
+                f"--model.{name} is {now[name]}, and was {then[name]} in the run of --ckpt_path, "
+                "whose optimizer is restored. Give the same, or start a new run from the exported "
+                "model."
             )
 
 
 def check_precision(precision: int | str | None) -> None:
-    """Refuse what would train another model than the one that is asked for.
+    """Refuse a precision under which the model or its metrics would not be what was asked for.
 
     Raises:
         ConfigError: with what to use instead.
@@ -186,20 +187,20 @@ def count_steps(
     """Optimizer steps of a whole run, from its data and the trainer's limits; None: not known.
 
     Args:
-        steps_per_epoch: that the data give; None: not known, because they are streamed.
-        limit_train_batches: of them those that are made: a share as a float, a number as an int.
+        steps_per_epoch: of the data; None: not known, because they are streamed.
+        limit_train_batches: how many of these are made: a share as a float, a number as an int.
         max_steps: not positive: unbounded.
         max_epochs: None or negative: unbounded.
 
     Raises:
-        ConfigError: if nothing ends the run.
+        ConfigError: if nothing limits the run.
     """
-    share = limit_train_batches
     per_epoch = steps_per_epoch
-    if not isinstance(share, float):
-        per_epoch = share if steps_per_epoch is None else min(steps_per_epoch, share)
+    if isinstance(limit_train_batches, int):
+        limits = (limit_train_batches, steps_per_epoch)
+        per_epoch = min(limit for limit in limits if limit is not None)
     elif steps_per_epoch is not None:
-        per_epoch = int(steps_per_epoch * share)
+        per_epoch = int(steps_per_epoch * limit_train_batches)
     limit = max_steps if max_steps > 0 else None
     if max_epochs is None or max_epochs < 0:
         if limit is None:
@@ -219,14 +220,14 @@ def make_optimizer(
 ) -> Optimizer:
     """The optimizer of that name (`OPTIMIZERS`); weight decay on matrices only, never on biases
     and norms."""
-    decayed, kept = [], []
+    decayed, not_decayed = [], []
     for parameter_name, parameter in named_parameters:
         if parameter.requires_grad:
             never = parameter.ndim < 2 or _NEVER_DECAYED.search(parameter_name)
-            (kept if never else decayed).append(parameter)
+            (not_decayed if never else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        {"params": not_decayed, "weight_decay": 0.0},
     ]
     return OPTIMIZERS[name]([group for group in groups if group["params"]], learning_rate)
 
@@ -236,22 +237,22 @@ def make_scheduler(
 ) -> LRScheduler:
     """A schedule of `transformers.get_scheduler`, over `num_steps` optimizer steps.
 
-    Those that ask for more get the usual: `warmup_stable_decay` decays over the last tenth of all
-    steps, a cosine with a minimum ends at a tenth of the learning rate.
+    `warmup_stable_decay` decays over the last tenth of all steps, a cosine with a minimum ends at a
+    tenth of the learning rate.
 
     Raises:
         ConfigError: if the schedule (one of `SCHEDULES`) cannot be used with these settings.
     """
     warmup_steps = math.ceil(warmup_ratio * num_steps)
-    all_warm_up = warmup_steps >= num_steps  # polynomial divides by the steps that are left
+    all_warm_up = warmup_steps >= num_steps  # polynomial divides by the steps after the warm-up
     if warmup_steps and (name == "constant" or (name == "polynomial" and all_warm_up)):
         name = "constant_with_warmup"
     details: dict[str, Any] = {}
     if name == "warmup_stable_decay":
-        decay_steps = min(math.ceil(_DECAY_SHARE * num_steps), num_steps - warmup_steps)
+        decay_steps = min(math.ceil(_DECAY_RATIO * num_steps), num_steps - warmup_steps)
         details["num_decay_steps"] = decay_steps
     elif name.endswith("with_min_lr"):
-        details["min_lr_rate"] = _LEAST_SHARE
+        details["min_lr_rate"] = _MIN_LR_RATIO
     try:
         scheduler: Any = get_scheduler(name, optimizer, warmup_steps, num_steps, details)
     except (TypeError, ValueError) as error:

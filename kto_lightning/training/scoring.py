@@ -1,4 +1,4 @@
-"""The numbers of one batch: log-probs, the reference point, losses. What a step is made of."""
+"""Scoring of a batch: log-probs of policy and reference, the reference point, losses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from kto_lightning.training.metrics import BatchSums
 
 
 @dataclass(slots=True)
-class MicroLogps:
-    """What is known of a micro-batch so far."""
+class MicroBatchLogps:
+    """Log-probs of a micro-batch, as far as they are computed."""
 
     policy: Logps
     reference: Logps
 
     def detach_(self) -> None:
-        """Keep the numbers alone: the graph behind them may hold activations even after its
-        backward, of layers that nothing trained comes before."""
+        """Detach the policy's log-probs. Even after its backward the graph may hold activations:
+        those of layers that no trainable parameter precedes."""
         if self.policy.matched is not None:
             self.policy.matched = self.policy.matched.detach()
         if self.policy.auxiliary_loss is not None:
@@ -32,14 +32,14 @@ class MicroLogps:
 
 
 class BatchScorer:
-    """Scores a step's micro-batches against the reference.
+    """Scores the micro-batches of a step with policy and reference.
 
     Args:
-        policy: with gradient where it is trained.
-        reference: without.
+        policy: runs with gradients where the caller has enabled them.
+        reference: never runs with gradients.
         beta: β of the loss.
         loss_name: kto or apo_zero_unpaired.
-        sum_over_ranks: adds a tensor over all devices.
+        sum_over_ranks: sums a tensor over all ranks.
     """
 
     def __init__(
@@ -55,11 +55,20 @@ class BatchScorer:
         self._beta, self._loss = beta, loss_name
         self._sum_over_ranks = sum_over_ranks
         self.current_micro_batch: PackedBatch | None = None
-        """The micro-batch that was scored last, or is being scored."""
+        """The latest that was passed to the models: the one to name when memory runs out."""
 
-    def logps_before_backward(self, micro_batches: list[PackedBatch]) -> list[MicroLogps | None]:
-        """What z0 needs. One micro-batch runs once, with gradient, for everything; several run
-        their mismatched completions first, without one, and keep the reference's answers."""
+    def score_for_reference_point(
+        self, micro_batches: list[PackedBatch]
+    ) -> list[MicroBatchLogps | None]:
+        """The log-probs that z0 needs, per micro-batch; None where it needs none.
+
+        z0 depends on the whole batch, so it must be known before the first backward. A single
+        micro-batch is scored completely, with gradients. Of several, only the mismatched
+        completions run through the policy here, without gradients; the reference scores everything.
+
+        Raises:
+            ConfigError: if the batches were made for the other loss.
+        """
         if (micro_batches[0].mismatched is None) != (self._loss == "apo_zero_unpaired"):
             raise ConfigError(
                 "The loss kto needs mismatched completions in its batches and apo_zero_unpaired "
@@ -67,44 +76,47 @@ class BatchScorer:
                 "same loss."
             )
         if len(micro_batches) == 1:
-            return [self.all_logps(micro_batches[0])]
+            return [self.score(micro_batches[0])]
         if micro_batches[0].mismatched is None:
             return [None] * len(micro_batches)
-        return [self._logps_without_gradient(micro_batch) for micro_batch in micro_batches]
+        return [self._score_mismatched(micro_batch) for micro_batch in micro_batches]
 
-    def all_logps(self, micro_batch: PackedBatch) -> MicroLogps:
-        """Everything that can be known of a micro-batch, in one run of policy and reference.
+    def score(self, micro_batch: PackedBatch) -> MicroBatchLogps:
+        """All log-probs of a micro-batch, in one run of reference and policy.
 
-        The reference goes first: what it needs while it runs is free again before the policy's
-        activations begin to wait for backward.
+        The reference runs first: its memory is free again before the policy's activations are kept
+        for the backward.
         """
         self.current_micro_batch = micro_batch
         reference = self._reference.logps(micro_batch)
-        return MicroLogps(self._policy(micro_batch), reference)
+        return MicroBatchLogps(self._policy(micro_batch), reference)
 
     @torch.no_grad()
-    def _logps_without_gradient(self, micro_batch: PackedBatch) -> MicroLogps:
+    def _score_mismatched(self, micro_batch: PackedBatch) -> MicroBatchLogps:
         self.current_micro_batch = micro_batch
         policy = self._policy(micro_batch, matched=False)
-        return MicroLogps(policy, self._reference.logps(micro_batch))
+        return MicroBatchLogps(policy, self._reference.logps(micro_batch))
 
-    def with_matched(self, micro_batch: PackedBatch, known: MicroLogps | None) -> MicroLogps:
-        """What is known, and the policy's matched log-probs with gradient."""
-        if known is None:
-            return self.all_logps(micro_batch)
-        if known.policy.matched is None:
+    def score_matched(
+        self, micro_batch: PackedBatch, logps: MicroBatchLogps | None
+    ) -> MicroBatchLogps:
+        """The log-probs that the loss needs: `logps` of `score_for_reference_point`, with the
+        policy's matched ones added, with gradients."""
+        if logps is None:
+            return self.score(micro_batch)
+        if logps.policy.matched is None:
             self.current_micro_batch = micro_batch
-            known.policy = self._policy(micro_batch, mismatched=False)
-        return known
+            logps.policy = self._policy(micro_batch, mismatched=False)
+        return logps
 
     def reference_point(
-        self, batch: StepBatch, known: Sequence[MicroLogps | None], sums: BatchSums
+        self, batch: StepBatch, scored: Sequence[MicroBatchLogps | None], sums: BatchSums
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """z0 before and after its clamp: one number over the whole batch and all ranks. How far it
-        scatters goes into `sums`."""
+        """z0 before and after its clamp, over the whole batch and all ranks. Adds the mismatched
+        log-ratios to `sums`, for its standard error."""
         device = sums.values.device
         total = torch.zeros((), dtype=BatchSums.dtype(device), device=device)
-        for micro_batch, logps in zip(batch.micro_batches, known, strict=True):
+        for micro_batch, logps in zip(batch.micro_batches, scored, strict=True):
             if logps is None or logps.policy.mismatched is None:
                 continue
             assert logps.reference.mismatched is not None
@@ -114,14 +126,14 @@ class BatchScorer:
         total = self._sum_over_ranks(total)
         return total / batch.num_examples, loss.reference_point(total, batch.num_examples)
 
-    def add_losses(
+    def compute_losses(
         self,
         micro_batch: PackedBatch,
-        logps: MicroLogps,
+        logps: MicroBatchLogps,
         z0: Float[Tensor, ""],
         sums: BatchSums,
     ) -> Float[Tensor, " batch"]:
-        """Per-example losses, 0 for fillers; their sums and the rewards' go into `sums`."""
+        """Per-example losses, 0 for fillers. Adds losses, rewards and log-probs to `sums`."""
         policy, reference = logps.policy.matched, logps.reference.matched
         assert policy is not None
         assert reference is not None
@@ -143,15 +155,16 @@ class BatchScorer:
     def auxiliary_loss(
         self, micro_batch: PackedBatch, logps: Logps, num_tokens: int
     ) -> Float[Tensor, ""]:
-        """A Mixture of Experts' share of the auxiliary loss: a token-weighted mean over the step's
-        micro-batches, times the model's own coefficient. 0 for other models."""
+        """The micro-batch's share of the auxiliary loss of a Mixture of Experts: its loss weighted
+        by its share of the step's `num_tokens`, times the model's coefficient. 0 for other models.
+        """
         if logps.auxiliary_loss is None:
             return torch.zeros((), device=micro_batch.weight.device)
         share = sum(micro_batch.matched.lengths) / num_tokens
         is_real = ~micro_batch.is_filler[0]  # a filler is a micro-batch of its own
         return self._policy.auxiliary_coefficient * logps.auxiliary_loss * share * is_real
 
-    def rewards(self, logps: MicroLogps) -> Float[Tensor, " batch"]:
+    def rewards(self, logps: MicroBatchLogps) -> Float[Tensor, " batch"]:
         """β · log-ratio of the matched completions."""
         assert logps.policy.matched is not None
         assert logps.reference.matched is not None

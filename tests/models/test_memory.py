@@ -99,12 +99,12 @@ def test_no_forward_exceeds_max_tokens(
         for model in (policy, other)
     ]
     try:
-        known = scorer.logps_before_backward(batch.micro_batches)
+        known = scorer.score_for_reference_point(batch.micro_batches)
         before = list(seen)
         for micro_batch, logps in zip(batch.micro_batches, known, strict=True):
             alone = int(costs[micro_batch.indices].max()) if len(micro_batch) == 1 else 0
             seen.clear()
-            scorer.with_matched(micro_batch, logps)
+            scorer.score_matched(micro_batch, logps)
             assert max(seen, default=0) <= max(max_tokens, alone, 1)
             scorer._logps_without_gradient(micro_batch)
             assert max(seen) <= max(max_tokens, alone, 1)

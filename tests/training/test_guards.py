@@ -15,7 +15,7 @@ from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.tokenizer import load_tokenizer
 from kto_lightning.training.checkpoints import list_checkpoints
-from kto_lightning.training.guards import MOST_IN_A_ROW, by_file
+from kto_lightning.training.guards import MAX_SKIPPED_IN_A_ROW, group_by_file
 from tests.support.cli import (
     EVERY_STEP,
     checkpoint_tensors,
@@ -99,10 +99,10 @@ def test_few_warnings_of_many_skipped_steps_and_then_an_end(
     for example in range(24):
         corrupt_policy(monkeypatch, example, math.nan, gradient=False)
     output = fit(policy, train, tmp_path, *SKIP, "--trainer.max_epochs", 4, status=1)
-    assert len(rows(output)) == MOST_IN_A_ROW - 1
+    assert len(rows(output)) == MAX_SKIPPED_IN_A_ROW - 1
     error = capsys.readouterr().err
     assert error.count("The step is skipped.") == 3
-    assert f"{MOST_IN_A_ROW} steps in a row were skipped" in error
+    assert f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped" in error
 
 
 def test_another_action_is_refused(policy: Path, train: Path, tmp_path: Path, capsys):
@@ -112,8 +112,8 @@ def test_another_action_is_refused(policy: Path, train: Path, tmp_path: Path, ca
 
 def test_places_are_told_by_file():
     places = ["a.jsonl:3", "b:c.jsonl:1", "a.jsonl:7"]
-    assert by_file(places) == "a.jsonl:3,7; b:c.jsonl:1"
-    assert by_file(f"a:{line}" for line in range(70)).endswith(",62,63 and 6 more")
+    assert group_by_file(places) == "a.jsonl:3,7; b:c.jsonl:1"
+    assert group_by_file(f"a:{line}" for line in range(70)).endswith(",62,63 and 6 more")
 
 
 class NoMemory:

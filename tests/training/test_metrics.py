@@ -181,8 +181,8 @@ def test_the_clock_leaves_out_what_lies_before_its_start(monkeypatch: pytest.Mon
     now = 160.0  # a validation
     clock.start()
     now = 162.0
-    assert clock.measures(500, [1.0])["tokens_per_second"] == 250.0
-    assert clock.measures(500, [1.0, 3.0, 2.0])["peak_memory_mib"] == 3.0
+    assert clock.measure(500, [1.0])["tokens_per_second"] == 250.0
+    assert clock.measure(500, [1.0, 3.0, 2.0])["peak_memory_mib"] == 3.0
 
 
 def test_peak_memory_only_grows() -> None:
