@@ -135,7 +135,8 @@ class NonFiniteGuard:
         if self._num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise StoppedRun(
                 f"{problem} {MAX_SKIPPED_IN_A_ROW} steps in a row were skipped, which a few bad "
-                "records do not explain. Check the model's own weights, or lower --model.learning_rate."
+                "records do not explain. Check the model's own weights, or lower "
+                "--model.learning_rate."
             )
         if self._num_skipped > _MAX_WARNINGS:
             return None

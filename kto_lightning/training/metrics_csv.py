@@ -168,6 +168,6 @@ class MetricsFile(Logger):
 
 
 def _is_kept(row: dict[str, str], after_step: int) -> bool:
-    """Whether a row is complete and not of a later step; a killed run may leave an incomplete one."""
+    """Whether a row is complete, as the last of a killed run may not be, and of no later step."""
     step = row.get("step") or ""
     return step.isdigit() and int(step) <= after_step and None not in row.values()
