@@ -1,4 +1,4 @@
-"""What happens around the steps: checkpoints, progress, files that tell of them."""
+"""Checkpoints of a run, and random numbers that a resumed run draws again."""
 
 import os
 import sys
@@ -9,6 +9,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from kto_lightning.callbacks.lightning_state import kto_data, validates_now
 from kto_lightning.errors import ConfigError, StoppedRun
 from kto_lightning.training.checkpoints import (
     checkpoints_of,
@@ -33,7 +34,8 @@ class Checkpoints(Checkpoint):
         self._saved_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set aside what lies behind the checkpoint that was gone on from: `last` is ours."""
+        """Rename checkpoints of later steps than the one resumed from, so that `last` never means
+        one of them."""
         if not trainer.is_global_zero:
             return
         for step, path in list_checkpoints(trainer.default_root_dir):
@@ -48,7 +50,7 @@ class Checkpoints(Checkpoint):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A step that is validated is saved afterwards: a resumed run would leave that out."""
+        """Save a validated step only now: a run resumed from it would skip its validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_due(trainer):
             self._save(trainer)
 
@@ -58,15 +60,15 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        loops, per_epoch = checkpoint["loops"]["fit_loop"], trainer.num_training_batches
-        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        place = data.stream_position()
-        if place is not None:
-            normalize_loop_progress(loops, num_epochs=place.epoch, num_in_epoch=place.step)
+        """Count epochs and steps by the data: of a stream, how far it has been read."""
+        loops = checkpoint["loops"]["fit_loop"]
+        position = kto_data(trainer).stream_position()
+        if position is not None:
+            num_epochs, num_in_epoch = position.epoch, position.step
         else:
             num_steps = loops["epoch_loop.batch_progress"]["total"]["processed"]
-            num_epochs, num_in_epoch = divmod(num_steps, int(per_epoch))
-            normalize_loop_progress(loops, num_epochs=num_epochs, num_in_epoch=num_in_epoch)
+            num_epochs, num_in_epoch = divmod(num_steps, int(trainer.num_training_batches))
+        normalize_loop_progress(loops, num_epochs=num_epochs, num_in_epoch=num_in_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
@@ -74,7 +76,7 @@ class Checkpoints(Checkpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Save what a run has that stops between two steps, on all ranks alike."""
+        """Save a run that stops between two steps, on all ranks alike."""
         if isinstance(exception, StoppedRun) and trainer.state.fn == "fit" and trainer.global_step:
             self._save(trainer)
 
@@ -90,15 +92,9 @@ class Checkpoints(Checkpoint):
                 trainer.strategy.remove_checkpoint(old)
 
 
-def validates_now(trainer: Trainer) -> bool:
-    """Whether Lightning runs a validation between this optimizer step and the next."""
-    loop = trainer.fit_loop.epoch_loop
-    return loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # pyright: ignore[reportArgumentType]
-
-
 class StepSeed(Callback):
-    """Draws every step's dropout from the run's seed and the step, so that a resumed run goes on
-    with the numbers that the killed one would have drawn."""
+    """Seeds every step from the run's seed, the step and the rank, so that a resumed run draws the
+    dropout masks that the uninterrupted one would have drawn."""
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any

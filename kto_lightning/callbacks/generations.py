@@ -1,39 +1,36 @@
-"""`OUTPUT/generations.json`: what the policy answers before and after, on a few fixed prompts."""
+"""`OUTPUT/generations.json`: the policy's answers to fixed prompts, before and after training."""
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Int64
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import (
-    FSDPStrategy,
-    ModelParallelStrategy,
-    Strategy,
-)
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from transformers import GenerationConfig
 
-from kto_lightning.data.examples import ExampleSet
+from kto_lightning.callbacks.lightning_state import kto_data, kto_module
 from kto_lightning.errors import ConfigError
 from kto_lightning.files import write_whole
+from kto_lightning.models.policy import Policy
 
-SHARDED = (FSDPStrategy, ModelParallelStrategy)
+_SHARDED = (FSDPStrategy, ModelParallelStrategy)
 
 
 class Generations(Callback):
     """Lets the policy answer fixed prompts before the first step and after the last, for the
-    report. Greedy: no random number is drawn, so that the run is the same without it.
+    report. Decoding is greedy: it draws no random numbers and so does not change the run.
 
     Args:
         generate: how many prompts, of held-out records if there are some; 0: none.
         max_new_tokens: the most tokens of an answer.
 
     Raises:
-        ConfigError: if a number is outside what it may be.
+        ConfigError: if a number is out of its range.
     """
 
     def __init__(self, generate: int = 0, max_new_tokens: int = 64) -> None:
@@ -48,43 +45,47 @@ class Generations(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.generate and stage == "fit":
             check_whole_model(trainer.strategy)
-            data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-            if data.prepared.stream is not None and data.prepared.validation_set is None:
+            data = kto_data(trainer).prepared
+            if data.stream is not None and data.validation_set is None:
                 raise ConfigError(
                     "--report.generate takes prompts from records that are kept, and with "
                     "--data.streaming true there are none. Give --data.validation FILE."
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == 0:  # a resumed run keeps what was answered before its first step
-            self._record(trainer, pl_module, "before", {})
+        if trainer.global_step == 0:  # a resumed run keeps the answers of before its first step
+            self._write(trainer, pl_module, "before", {})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._record(trainer, pl_module, "after", _answered_before(trainer))
+        self._write(trainer, pl_module, "after", _read_answers_before(trainer))
 
-    def _record(
-        self, trainer: Trainer, module: Any, moment: str, before: dict[str, str | None]
+    def _write(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        moment: Literal["before", "after"],
+        before: dict[str, str | None],
     ) -> None:
-        """Answer all prompts and write the file anew, with what was answered `before` to each."""
+        """Answer all prompts and overwrite the file, with earlier answers by prompt in `before`."""
         if not self.generate or not trainer.is_global_zero:
             return
-        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        held_out = data.prepared.validation_set is not None
-        examples: ExampleSet = data.prepared.validation_set if held_out else data.prepared.train_set
+        data, policy = kto_data(trainer).prepared, kto_module(module).policy
+        examples = data.train_set if data.validation_set is None else data.validation_set
+        tokenizer: Any = data.tokenizer  # whose `decode` has no useful type
+        assert examples is not None
+        assert policy is not None
+        chosen = choose_prompts(examples.prompt_keys, examples.prompt_lengths, self.generate)
         samples = []
-        with _answering(module.policy) as model, trainer.precision_plugin.forward_context():
-            for index in chosen(
-                examples.prompt_keys, examples.prompt_lengths, self.generate
-            ).tolist():
+        with _generating(policy) as model, trainer.precision_plugin.forward_context():
+            for index in chosen.tolist():
                 example = examples[index]
-                prompt = data.prepared.tokenizer.decode(example.prompt_ids)
-                answer = self._answer(model, data.prepared.tokenizer, example.prompt_ids)
+                prompt = tokenizer.decode(example.prompt_ids)
+                answer = self._answer(model, tokenizer, example.prompt_ids)
+                completion = tokenizer.decode(example.completion_ids, skip_special_tokens=True)
                 samples.append(
                     {
                         "prompt": prompt,
-                        "completion": data.prepared.tokenizer.decode(
-                            example.completion_ids, skip_special_tokens=True
-                        ),
+                        "completion": completion,
                         "desirable": example.desirable,
                         "before": before.get(prompt),
                         "after": None,
@@ -92,22 +93,20 @@ class Generations(Callback):
                     }
                 )
         content = {
-            "source": "validation" if held_out else "train",
+            "source": "train" if data.validation_set is None else "validation",
             "max_new_tokens": self.max_new_tokens,
             "samples": samples,
         }
         write_whole(_path(trainer), json.dumps(content, indent=2) + "\n", what="the answers")
 
     def _answer(self, model: Any, tokenizer: Any, prompt_ids: np.ndarray) -> str:
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
+        own = model.generation_config.eos_token_id
+        ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
         settings = GenerationConfig(
             do_sample=False,
             num_beams=1,
             max_new_tokens=self.max_new_tokens,
-            eos_token_id=sorted(
-                {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
-            ),
+            eos_token_id=sorted(ends),
             pad_token_id=tokenizer.eos_token_id,
         )
         ids = torch.tensor(prompt_ids.tolist(), device=model.device)[None]  # [1, prompt]
@@ -117,12 +116,13 @@ class Generations(Callback):
         return tokenizer.decode(answered[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def chosen(
+def choose_prompts(
     prompt_keys: Int64[np.ndarray, " examples"],
     prompt_lengths: Int64[np.ndarray, " examples"],
     count: int,
 ) -> Int64[np.ndarray, " chosen"]:
-    """Examples with prompts that differ, spread evenly over the set: the same in every run."""
+    """Indices of examples with different prompts, spread evenly over the set: the same in every
+    run."""
     _, first = np.unique(prompt_keys, return_index=True)
     first = np.sort(first)
     first = first[prompt_lengths[first] > 0]
@@ -131,22 +131,22 @@ def chosen(
 
 
 def check_whole_model(strategy: Strategy) -> None:
-    """Refuse a strategy under which no device has the whole model.
+    """Refuse a strategy under which no device holds the whole model.
 
     Raises:
-        ConfigError: if it cuts weights into parts.
+        ConfigError: if it shards weights.
     """
-    if isinstance(strategy, SHARDED) or getattr(strategy, "shard", None) is not None:
+    if isinstance(strategy, _SHARDED) or getattr(strategy, "shard", None) is not None:
         raise ConfigError(
             "--report.generate needs the whole model on one device, and "
-            f"{type(strategy).__name__} cuts it into parts. Leave it out, or use "
+            f"{type(strategy).__name__} shards it. Drop --report.generate, or use "
             "--trainer.strategy ddp."
         )
 
 
 @contextmanager
-def _answering(policy: Any) -> Iterator[Any]:
-    """The policy's model with its own attention, in evaluation mode, and afterwards as it was."""
+def _generating(policy: Policy) -> Iterator[Any]:
+    """The policy's model with its own attention and in evaluation mode; restored afterwards."""
     modes = {module: module.training for module in policy.modules()}
     try:
         with policy.use_original_attention() as model, torch.no_grad():
@@ -160,8 +160,8 @@ def _path(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir) / "generations.json"
 
 
-def _answered_before(trainer: Trainer) -> dict[str, str | None]:
-    """Answers before the first step by their prompts; none where a run was asked for them late."""
+def _read_answers_before(trainer: Trainer) -> dict[str, str | None]:
+    """Answers of before the first step, by prompt; empty where the run began without `generate`."""
     try:
         samples = json.loads(_path(trainer).read_text(encoding="utf-8"))["samples"]
         return {sample["prompt"]: sample["before"] for sample in samples}

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kto_lightning.callbacks.generations import check_whole_model, chosen
+from kto_lightning.callbacks.generations import check_whole_model, choose_prompts
 from kto_lightning.errors import ConfigError
 from tests.support import cli
 from tests.support.pages import read_page
@@ -98,9 +98,9 @@ def test_a_resumed_run_keeps_what_was_answered_before(inputs: Path, tmp_path: Pa
 
 def test_prompts_are_spread_and_differ() -> None:
     keys, lengths = np.array([5, 5, 1, 2, 2, 9, 7]), np.array([3, 3, 3, 0, 0, 3, 3])
-    assert chosen(keys, lengths, 2).tolist() == [0, 6]
-    assert chosen(keys, lengths, 1).tolist() == [0]
-    assert chosen(keys, lengths, 99).tolist() == [0, 2, 5, 6]
+    assert choose_prompts(keys, lengths, 2).tolist() == [0, 6]
+    assert choose_prompts(keys, lengths, 1).tolist() == [0]
+    assert choose_prompts(keys, lengths, 99).tolist() == [0, 2, 5, 6]
 
 
 def test_wrong_numbers_exit_2(inputs: Path, tmp_path: Path, capsys) -> None:

@@ -105,7 +105,7 @@ def test_a_second_ctrl_c_stops_at_once_and_names_the_last_checkpoint(
     )
     error = capfd.readouterr().err
     assert "Press Ctrl-C again to stop at once" in error
-    assert f"the last checkpoint is {tmp_path / 'checkpoints' / 'step=2.ckpt'}. Go on" in error
+    assert f"the last checkpoint is {tmp_path / 'checkpoints' / 'step=2.ckpt'}. Resume" in error
     assert "Traceback" not in error
     assert not (tmp_path / "model").exists()
 
