@@ -132,5 +132,5 @@ def test_offloading_is_rejected_on_a_cpu(
     policy, train = small_model(tmp_path / "policy"), small_data(tmp_path / "train.jsonl")
     fit(policy, train, tmp_path / "output", f"--model.{name}", "true", status=2)
     error = capsys.readouterr().err
-    assert f"--model.{name} frees memory of a device by using the host's" in error
-    assert "Leave it out" in error
+    assert f"--model.{name} moves data from a GPU to host memory" in error
+    assert "Remove it" in error
