@@ -64,7 +64,7 @@ def test_held_out_prompts_before_and_after(inputs: Path, tmp_path: Path) -> None
         assert sample["before"] == greedy(inputs / "policy", sample["prompt"])
         assert sample["after"] == greedy(output / "model", sample["prompt"])
     page = read_page((output / "report.html").read_text(encoding="utf-8"))
-    assert "Of held-out prompts" in page.text
+    assert "For held-out prompts" in page.text
     for sample in found["samples"]:
         for text in (sample["prompt"], sample["after"]):
             assert " ".join(text.split()) in page.text
