@@ -7,7 +7,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from kto_lightning.batches.objective import Objective
+from kto_lightning.batches.objective import LossName, Objective
 from kto_lightning.batches.types import Prediction, StepBatch
 from kto_lightning.errors import ConfigError, pick_settings
 from kto_lightning.models.architecture import check_positions
@@ -88,7 +88,7 @@ class KTOModule(LightningModule):
         policy: str,
         reference: str | None = None,
         beta: float = 0.1,
-        loss: Literal["kto", "apo_zero_unpaired"] = "kto",
+        loss: LossName = "kto",
         desirable_weight: Literal["auto"] | float = "auto",
         undesirable_weight: Literal["auto"] | float = "auto",
         learning_rate: float = 1e-6,

@@ -9,8 +9,9 @@ import json
 import re
 import sys
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, get_args
 
+from kto_lightning.batches.objective import LossName
 from kto_lightning.errors import ConfigError, KTOError
 
 _WEIGHTS = ("desirable_weight", "undesirable_weight")
@@ -81,7 +82,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_length", type=int, default=1024, metavar="N", help="in tokens (default: 1024)"
     )
-    parser.add_argument("--loss", choices=["kto", "apo_zero_unpaired"], default="kto")
+    parser.add_argument("--loss", choices=get_args(LossName), default="kto")
     parser.add_argument("--beta", type=float, default=0.1, metavar="F", help="(default: 0.1)")
     for name in _WEIGHTS:
         parser.add_argument(

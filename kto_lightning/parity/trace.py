@@ -8,7 +8,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-Loss = Literal["kto", "apo_zero_unpaired"]
+from kto_lightning.batches.objective import LossName
+
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -20,7 +21,7 @@ class Settings:
     steps: int
     batch_size: int
     """Examples per optimizer step; TRL uses one micro-batch, `fit` as many as `max_tokens` asks."""
-    loss: Loss = "kto"
+    loss: LossName = "kto"
     beta: float = 0.1
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0

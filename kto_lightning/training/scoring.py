@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kto_lightning import loss
+from kto_lightning.batches.objective import has_reference_point
 from kto_lightning.batches.types import Logps, PackedBatch, StepBatch
 from kto_lightning.errors import ConfigError
 from kto_lightning.models.policy import Policy
@@ -69,7 +70,7 @@ class BatchScorer:
         Raises:
             ConfigError: if the batches were made for the other loss.
         """
-        if (micro_batches[0].mismatched is None) != (self._loss == "apo_zero_unpaired"):
+        if (micro_batches[0].mismatched is None) == has_reference_point(self._loss):
             raise ConfigError(
                 "The loss kto needs mismatched completions in its batches and apo_zero_unpaired "
                 f"has none, but these were not made for {self._loss}. Give loader and module the "

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from kto_lightning.batches.objective import has_reference_point
 from kto_lightning.reports.diagnosis import (
     MIN_FALL,
     STUCK_STEPS,
@@ -97,7 +98,8 @@ def _progress(run: Run) -> Iterator[Finding]:
 
 def _reference_point(run: Run) -> Iterator[Finding]:
     raw, clamped = run.measured("train/z0_raw"), run.measured("train/z0")
-    if run.setting("model", "loss") == "apo_zero_unpaired" or not len(raw) or not len(clamped):
+    loss = str(run.setting("model", "loss"))
+    if not has_reference_point(loss) or not len(raw) or not len(clamped):
         return
     above = np.flatnonzero(raw >= 0)
     trailing = len(raw) if not len(above) else len(raw) - 1 - int(above[-1])
