@@ -1,4 +1,4 @@
-"""One optimizer step through a real Trainer: the batch decides its result, never the cut."""
+"""One optimizer step by a real Trainer: the same however its batch is cut into micro-batches."""
 
 import copy
 import math
@@ -120,8 +120,8 @@ def test_a_step_is_that_of_plain_pytorch(desirable: list[bool], max_tokens: int,
         assert float(difference) <= FACTOR * errs + rounding, name
 
 
-def test_z0_is_positive_in_these_tests_and_can_be_clamped() -> None:
-    """Otherwise they would say little of it."""
+def test_z0_is_positive_in_these_tests_and_is_clamped() -> None:
+    """Otherwise they would not test it."""
     row = fit_steps(make_module(), step_batch()).row
     assert row["train/z0"] == row["train/z0_raw"] > 0.5
     module = make_module()
@@ -133,7 +133,7 @@ def test_z0_is_positive_in_these_tests_and_can_be_clamped() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "lora", "gemma2"])
-def test_no_cut_changes_the_step(kind: str) -> None:
+def test_micro_batches_and_ranks_do_not_change_the_step(kind: str) -> None:
     packed = make_policy_and_reference(kind)[0].packed
     assert packed is (kind != "gemma2")
     whole = fit_steps(make_module(kind), step_batch(packed=packed))
@@ -153,7 +153,7 @@ def test_no_cut_changes_the_step(kind: str) -> None:
     any_cut()
 
 
-def test_fillers_count_for_nothing() -> None:
+def test_fillers_change_nothing() -> None:
     few = Examples(LENGTHS[:2], [True, False])
     batch = step_batch(few, num_ranks=5)
     is_real = [not micro_batch.is_filler.any() for micro_batch in batch.micro_batches]
@@ -180,7 +180,7 @@ def test_a_smaller_last_batch_is_divided_by_its_own_size() -> None:
     assert both.rows[1] == {**fit_steps(alone, step_batch(few)).row, "step": 2}
 
 
-def test_several_steps_are_the_same_under_any_cut() -> None:
+def test_micro_batches_do_not_change_several_steps() -> None:
     steps = [step_batch(), step_batch(Examples(LENGTHS[::-1], [True, False] * 3))]
     cut = [
         step_batch(max_tokens=25),
@@ -227,7 +227,7 @@ def test_the_norm_reported_is_that_before_clipping(max_tokens: int, factor: floa
 
 
 @pytest.mark.parametrize("kind", ["llama", "lora"])
-def test_the_reference_is_in_no_state_and_no_optimizer(kind: str) -> None:
+def test_checkpoint_and_optimizer_do_not_hold_the_reference(kind: str) -> None:
     module = make_module(kind)
     assert isinstance(module.reference, FrozenReference)
     assert all(name.startswith("policy.") for name in module.state_dict())

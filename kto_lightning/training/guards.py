@@ -155,6 +155,7 @@ class NonFiniteGuard:
 
 
 def _location(trainer: Trainer, index: int) -> str:
+    # Lightning sets `datamodule` without declaring it; one of another kind has no `location`.
     locate = getattr(trainer.datamodule, "location", None)  # pyright: ignore[reportAttributeAccessIssue]
     return locate(index) if locate is not None else f"example:{index}"
 

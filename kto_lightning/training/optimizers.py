@@ -42,7 +42,8 @@ def _adafactor(groups: list[dict], learning_rate: float) -> Optimizer:
 
 
 def _adamw_8bit(groups: list[dict], learning_rate: float) -> Optimizer:
-    from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # optional
+    # An optional dependency.
+    from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
     return AdamW8bit(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8)
 
@@ -254,6 +255,7 @@ def make_scheduler(
     elif name.endswith("with_min_lr"):
         details["min_lr_rate"] = _MIN_LR_RATIO
     try:
+        # `step` of some takes a metric, which the declared type does not say.
         scheduler: Any = get_scheduler(name, optimizer, warmup_steps, num_steps, details)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"--model.lr_schedule {name} cannot be used here: {error}") from error

@@ -1,4 +1,4 @@
-"""Answers before and after: on which prompts, what they leave alone, and what they refuse."""
+"""Answers before and after training: their prompts, an unchanged run, refused settings."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def answers(output: Path) -> dict[str, Any]:
 
 
 def greedy(directory: Path, prompt: str) -> str:
-    """What a saved model answers by itself."""
+    """A saved model's greedy answer, decoded token by token."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -71,7 +71,7 @@ def test_held_out_prompts_before_and_after(inputs: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("options", [(), ("--model.lora.r", 4, "--model.dropout", "true")])
-def test_the_run_is_the_same_without_it(
+def test_generating_does_not_change_the_run(
     inputs: Path, tmp_path: Path, options: tuple[Any, ...]
 ) -> None:
     with_it = fit(inputs, tmp_path / "with", *options, *ASKED)
@@ -83,7 +83,7 @@ def test_the_run_is_the_same_without_it(
     assert answers(with_it)["source"] == "train"
 
 
-def test_a_resumed_run_keeps_what_was_answered_before(inputs: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_answers_of_before(inputs: Path, tmp_path: Path) -> None:
     output = fit(inputs, tmp_path / "output", "--trainer.max_steps", 2, *ASKED)
     first = answers(output)["samples"]
     fit(inputs, output, "--trainer.max_steps", 4, "--ckpt_path", "last", *ASKED)
@@ -103,7 +103,7 @@ def test_prompts_are_spread_and_differ() -> None:
     assert choose_prompts(keys, lengths, 99).tolist() == [0, 2, 5, 6]
 
 
-def test_wrong_numbers_exit_2(inputs: Path, tmp_path: Path, capsys) -> None:
+def test_numbers_out_of_range_exit_2(inputs: Path, tmp_path: Path, capsys) -> None:
     for key, value in (("generate", -1), ("max_new_tokens", 0)):
         assert (
             cli.run_cli(

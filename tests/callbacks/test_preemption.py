@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves what it has, says how to go on, and goes on bit for bit."""
+"""Preemption: a signalled run saves a checkpoint, says how to resume, and resumes bit for bit."""
 
 import os
 import signal
@@ -40,18 +40,18 @@ def whole_runs(policy: Path, train: Path, tmp_path_factory) -> Callable[..., Pat
     return run
 
 
-def fit_asked_to_stop(
+def fit_signalled(
     signum: int, step: int, method: str, *arguments: Any, times: int = 1, status: int
 ) -> None:
-    """A run whose process gets a signal while a step or a validation is under way."""
+    """A run whose process gets a signal during a step or a validation."""
 
-    def ask() -> None:
+    def send() -> None:
         for _ in range(times):
             os.kill(os.getpid(), signum)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(KTOModule, method, getattr(KTOModule, method))  # put back at the end
-        call_in_step(ask, step, method)
+        patch.setattr(KTOModule, method, getattr(KTOModule, method))  # restored at the end
+        call_in_step(send, step, method)
         fit(*arguments, status=status)
 
 
@@ -65,7 +65,7 @@ def fit_asked_to_stop(
         (signal.SIGTERM, 5, "validation_step", ("--data.validation", 0.2)),
     ],
 )
-def test_a_run_that_is_asked_to_stop_is_saved_and_goes_on(
+def test_a_signalled_run_is_saved_and_resumes(
     signum: int,
     step: int,
     method: str,
@@ -77,9 +77,7 @@ def test_a_run_that_is_asked_to_stop_is_saved_and_goes_on(
     capsys: pytest.CaptureFixture[str],
 ):
     before = [signal.getsignal(number) for number in SIGNALS]
-    fit_asked_to_stop(
-        signum, step, method, policy, train, tmp_path, *options, status=128 + int(signum)
-    )
+    fit_signalled(signum, step, method, policy, train, tmp_path, *options, status=128 + int(signum))
     assert [signal.getsignal(number) for number in SIGNALS] == before
     name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
     error = capsys.readouterr().err
@@ -98,7 +96,7 @@ def test_a_second_ctrl_c_stops_at_once_and_names_the_last_checkpoint(
     policy: Path, train: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     options = ("--checkpoint.every_n_steps", 2)
-    fit_asked_to_stop(
+    fit_signalled(
         *(signal.SIGINT, 4, "training_step", policy, train, tmp_path, *options),
         times=2,
         status=130,
@@ -110,8 +108,8 @@ def test_a_second_ctrl_c_stops_at_once_and_names_the_last_checkpoint(
     assert not (tmp_path / "model").exists()
 
 
-def ask_rank(*ranks: int) -> None:
-    """In a process of a job: some of its ranks get SIGTERM in step 3."""
+def signal_ranks(*ranks: int) -> None:
+    """For `prepare` of a job: some of its ranks get SIGTERM in step 3."""
     if int(os.environ["RANK"]) in ranks:
         call_in_step(partial(os.kill, os.getpid(), signal.SIGTERM), 3, "training_step")
 
@@ -133,7 +131,7 @@ def whole_runs_on_two(policy: Path, train: Path, tmp_path_factory) -> Callable[[
 @pytest.mark.parametrize(
     ("strategy", "asked"), [("ddp", (1,)), ("ddp", (0, 1)), ("fsdp2", (0,)), ("fsdp2", (0, 1))]
 )
-def test_ranks_stop_together_whichever_is_asked(
+def test_ranks_stop_together_whichever_is_signalled(
     strategy: str,
     asked: tuple[int, ...],
     policy: Path,
@@ -143,7 +141,7 @@ def test_ranks_stop_together_whichever_is_asked(
 ):
     options = ("--trainer.devices", 2, "--trainer.strategy", strategy)
     arguments = ("fit", *fit_arguments(policy, train, tmp_path, *options))
-    ended = run_ranks(*arguments, prepare=partial(ask_rank, *asked))
+    ended = run_ranks(*arguments, prepare=partial(signal_ranks, *asked))
     assert [rank.status for rank in ended] == [143, 143], "\n".join(rank.err for rank in ended)
     assert "stopped by SIGTERM after step 3" in ended[0].err
     assert [saved for saved, _ in list_checkpoints(tmp_path)] == [3]
@@ -151,24 +149,24 @@ def test_ranks_stop_together_whichever_is_asked(
     assert_runs_equal(tmp_path, whole_runs_on_two(strategy))
 
 
-def ask_the_first_in(method: str, owner: type) -> None:
-    """In a process of a job: the first rank gets SIGTERM in a method, in which it takes a while."""
+def signal_first_rank_in(method: str, owner: type) -> None:
+    """For `prepare` of a job: the first rank gets SIGTERM in a method, in which it then waits."""
     original = getattr(owner, method)
 
-    def asked(*arguments: Any) -> None:
+    def method_with_signal(*arguments: Any) -> None:
         if os.environ["RANK"] == "0":
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1.0)
         original(*arguments)
 
-    setattr(owner, method, asked)
+    setattr(owner, method, method_with_signal)
 
 
-def test_ranks_stop_together_when_asked_before_the_first_step(
+def test_ranks_stop_together_when_signalled_before_the_first_step(
     policy: Path, train: Path, tmp_path: Path
 ):
     arguments = ("fit", *fit_arguments(policy, train, tmp_path, "--trainer.devices", 2))
-    ended = run_ranks(*arguments, prepare=partial(ask_the_first_in, "on_train_start", Summary))
+    ended = run_ranks(*arguments, prepare=partial(signal_first_rank_in, "on_train_start", Summary))
     assert [rank.status for rank in ended] == [143, 143], "\n".join(rank.err for rank in ended)
     assert "stopped by SIGTERM after step 1" in ended[0].err
 
@@ -176,25 +174,25 @@ def test_ranks_stop_together_when_asked_before_the_first_step(
 def test_outside_training_all_ranks_end_at_once(policy: Path, train: Path, tmp_path: Path):
     options = ["--model.policy", policy, "--data.validation", train, "--output_dir", tmp_path]
     options += ["--trainer.accelerator", "cpu", "--trainer.devices", 2]
-    prepare = partial(ask_the_first_in, "validation_step", KTOModule)
+    prepare = partial(signal_first_rank_in, "validation_step", KTOModule)
     first, second = run_ranks("validate", *options, prepare=prepare)
     assert first.status == -signal.SIGTERM
     assert second.status == 1
     assert "another rank has ended" in second.err
 
 
-def ask_the_group() -> None:
-    """In a process of a job: Ctrl-C as a terminal sends it, to the loader's workers as well."""
+def interrupt_process_group() -> None:
+    """For `prepare` of a job: Ctrl-C as a terminal sends it, to the loader's workers as well."""
     os.setpgrp()
     call_in_step(partial(os.killpg, os.getpid(), signal.SIGINT), 3, "training_step")
 
 
-def test_ctrl_c_in_a_terminal_leaves_the_loaders_workers_alone(
+def test_ctrl_c_in_a_terminal_does_not_stop_the_loader_workers(
     policy: Path, train: Path, whole_runs: Callable[..., Path], tmp_path: Path
 ):
     options = ("--data.num_workers", 2)
     arguments = ("fit", *fit_arguments(policy, train, tmp_path, *options))
-    (ended,) = run_ranks(*arguments, ranks=1, prepare=ask_the_group)
+    (ended,) = run_ranks(*arguments, ranks=1, prepare=interrupt_process_group)
     assert ended.status == 130, ended.err
     assert "stopped by Ctrl-C after step 3" in ended.err
     assert "Traceback" not in ended.err

@@ -12,10 +12,10 @@ from tests.support.steps import MIXED, Examples, fit_steps, make_module, step_ba
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 
 
-def test_a_run_warns_on_stderr_once_and_a_resumed_one_afresh(
+def test_each_warning_comes_once_per_run_and_on_stderr(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With β = 50 every |u| is large from the first step on."""
+    """With β = 50 both classes are saturated from the first step on."""
     warnings = DiagnosisWarnings()
     few = Examples([(3, 12), (14, 4), (6, 1), (1, 22)], [True, False, True, False])
     steps = [step_batch(few)] * 25
@@ -29,14 +29,14 @@ def test_a_run_warns_on_stderr_once_and_a_resumed_one_afresh(
         assert "warning" not in printed.out
 
 
-def test_a_short_ordinary_run_warns_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_ordinary_run_has_no_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     fit_steps(
         make_module(learning_rate=0.0), *[step_batch(MIXED)] * 60, callbacks=[DiagnosisWarnings()]
     )
     assert "warning: " not in capsys.readouterr().err
 
 
-def test_the_summary_says_that_length_predicts_the_label(
+def test_the_summary_warns_that_length_predicts_the_label(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     policy = cli.small_model(tmp_path / "policy")

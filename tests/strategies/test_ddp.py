@@ -1,4 +1,4 @@
-"""DDP: two ranks give the numbers of one (invariant 1), and say everything once."""
+"""DDP: two ranks give the numbers of one (invariant 1), and print everything once."""
 
 import csv
 import json
@@ -39,7 +39,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[Any, ...]]] = {
 
 
 def compare(policy: Path, train: Path, directory: Path, *options: Any) -> tuple[Path, Path]:
-    """OUTPUT of two ranks and of one, held against each other."""
+    """Runs on two ranks and on one, compared."""
     two = fit_on_ranks(policy, train, directory / "two", *options)
     one = fit(policy, train, directory / "one", *options)
     assert_numbers_agree(two, one)
@@ -58,13 +58,15 @@ def test_two_ranks_give_the_numbers_of_one(case: str, policy: Path, train: Path,
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_so_they_do_with_other_models(case: str, train: Path, tmp_path: Path):
+def test_two_ranks_give_the_numbers_of_one_with_other_models(
+    case: str, train: Path, tmp_path: Path
+):
     architecture, overrides, options = MODELS[case]
     policy = small_model(tmp_path / "policy", architecture, **overrides)
     compare(policy, train, tmp_path, *options, "--trainer.max_steps", 3)
 
 
-def test_two_ranks_fill_one_cache_and_live_on_it(policy: Path, train: Path, tmp_path: Path):
+def test_two_ranks_fill_and_read_one_cache(policy: Path, train: Path, tmp_path: Path):
     options = (*SGD, "--data.max_tokens", 60, "--data.validation", 0.4)
     one = fit(policy, train, tmp_path / "one", *options)
     cached = (*options, "--model.reference_cache", tmp_path / "cache")
@@ -106,7 +108,7 @@ def test_predict_and_validate_count_every_record_once(policy: Path, tmp_path: Pa
 
 
 def hold_memory() -> None:
-    """The second rank holds 768 MiB for nothing."""
+    """For `prepare` of a job: the second rank allocates 768 MiB."""
     if os.environ["RANK"] == "1":
         held.append(np.ones(768 * 2**20 // 8))
 
@@ -114,7 +116,7 @@ def hold_memory() -> None:
 held: list[Any] = []
 
 
-def test_everything_is_said_and_written_once(policy: Path, train: Path, tmp_path: Path):
+def test_everything_is_printed_and_written_once(policy: Path, train: Path, tmp_path: Path):
     options = ["--model.policy", policy, "--data.train", train, "--output_dir", tmp_path]
     options += ["--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.max_steps", 2]
     first, second = run_ranks("fit", *options, prepare=hold_memory)
@@ -141,7 +143,7 @@ def test_bad_records_end_every_rank(policy: Path, tmp_path: Path):
     assert "Traceback" not in first.err + second.err
 
 
-def test_a_job_that_hangs_is_found_out(policy: Path, train: Path, tmp_path: Path):
+def test_a_hanging_job_fails_its_test(policy: Path, train: Path, tmp_path: Path):
     options = ["--model.policy", policy, "--data.train", train, "--output_dir", tmp_path]
     options += ["--trainer.accelerator", "cpu", "--trainer.devices", 3]
     environment = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}  # the third never comes

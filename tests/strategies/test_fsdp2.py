@@ -1,4 +1,4 @@
-"""FSDP2: two ranks that share one model give the numbers of one, and leave the same files."""
+"""FSDP2: two ranks with a sharded model give the numbers of one, and write the same files."""
 
 import json
 from pathlib import Path
@@ -62,8 +62,8 @@ def test_offloaded_shards_give_the_numbers_of_one_rank(train: Path, tmp_path: Pa
     assert_runs_agree(two, fit(policy, train, tmp_path / "one", *options))
 
 
-def tell_what_is_held() -> None:
-    """Every rank prints which share of the policy's and the reference's weights it holds."""
+def print_weight_shares() -> None:
+    """For `prepare` of a job: every rank prints its share of both models' weights."""
 
     def on_train_start(module: KTOModule) -> None:
         reference: Any = module.reference
@@ -77,17 +77,17 @@ def tell_what_is_held() -> None:
     KTOModule.on_train_start = on_train_start  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_policy_and_reference_are_held_in_halves(policy: Path, train: Path, tmp_path: Path):
+def test_each_rank_holds_half_of_policy_and_reference(policy: Path, train: Path, tmp_path: Path):
     options = ["--model.policy", policy, "--data.train", train, "--output_dir", tmp_path]
     options += ["--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.max_steps", 1]
     options += ["--trainer.strategy", "fsdp2", "--trainer.precision", "bf16-mixed"]
-    for rank in run_ranks("fit", *options, prepare=tell_what_is_held):
+    for rank in run_ranks("fit", *options, prepare=print_weight_shares):
         assert rank.status == 0, rank.err
         assert "policy holds 0.50" in rank.out
         assert "reference holds 0.50" in rank.out
 
 
-def test_a_run_goes_on_under_any_strategy(policy: Path, train: Path, tmp_path: Path):
+def test_a_run_resumes_under_any_strategy(policy: Path, train: Path, tmp_path: Path):
     options = (*ADAMW, "--checkpoint.every_n_steps", 3, "--model.follow.every_n_steps", 2)
     whole = fit(policy, train, tmp_path / "whole", *options)
     sharded = tmp_path / "sharded"
@@ -113,7 +113,7 @@ def test_a_run_goes_on_under_any_strategy(policy: Path, train: Path, tmp_path: P
 
 
 def test_the_cache_is_filled_together(policy: Path, train: Path, tmp_path: Path):
-    """One rank's share alone is in the cache first, so that ranks differ in what they lack."""
+    """The cache first holds one rank's log-probs alone, so that the ranks miss different ones."""
     options = (*SEVERAL, "--trainer.max_steps", 4)
     one = fit(policy, train, tmp_path / "one", *options)
     cached = (*options, "--model.reference_cache", tmp_path / "cache")
@@ -153,7 +153,7 @@ def test_held_out_records_are_scored_together(policy: Path, train: Path, tmp_pat
     ],
     ids=["float32 weights", "a frozen base in bfloat16"],
 )
-def test_half_precision_stays_near(
+def test_half_precision_is_close(
     options: tuple[Any, ...], policy: Path, train: Path, tmp_path: Path
 ):
     options = (*options, "--trainer.max_steps", 3)
@@ -168,7 +168,7 @@ def test_half_precision_stays_near(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--trainer.strategy", "fsdp"), "is FSDP1"),
         (("--trainer.strategy", "ddp_spawn"), "Use ddp"),
@@ -200,9 +200,9 @@ def test_half_precision_stays_near(
         ),
     ],
 )
-def test_what_cannot_work_is_refused_at_once(
-    options: tuple[Any, ...], said: str, policy: Path, train: Path, tmp_path: Path, capsys
+def test_impossible_settings_are_refused_before_loading(
+    options: tuple[Any, ...], message: str, policy: Path, train: Path, tmp_path: Path, capsys
 ):
     fit(policy, train, tmp_path / "output", *options, status=2)
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "output").exists()

@@ -1,5 +1,4 @@
-"""Ranks that end without a word, by `kill -9` or an error of their own: none is left hanging, and
-the run goes on bit for bit."""
+"""Ranks that end alone, by SIGKILL or an error: no other hangs, and the run resumes bit for bit."""
 
 import multiprocessing
 import os
@@ -19,7 +18,7 @@ from kto_lightning.training.checkpoints import list_checkpoints
 from tests.support.cli import EVERY_STEP, LAST, fit_arguments, small_model
 from tests.support.comparison import assert_runs_equal
 from tests.support.faults import call_in_step, kill_ranks_in_step
-from tests.support.ranks import Ended, fit_on_ranks, job, run_ranks
+from tests.support.ranks import RankResult, fit_on_ranks, job, run_ranks
 
 EVERY_OTHER = ("--checkpoint.every_n_steps", 2, "--model.lr_schedule", "cosine")
 MANY_STEPS = ("--trainer.max_epochs", 20, *EVERY_STEP, "--model.lr_schedule", "cosine")
@@ -42,7 +41,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole_runs(policy: Path, train: Path, tmp_path_factory) -> Callable[..., Path]:
-    """Undisturbed runs of two ranks by one of `SETTINGS` and with these options, each made once."""
+    """Uninterrupted runs of two ranks, with one of `SETTINGS` and these options, each made once."""
     made: dict[tuple[Any, ...], Path] = {}
 
     def run(name: str, *options: Any) -> Path:
@@ -60,7 +59,7 @@ def arguments(policy: Path, train: Path, output: Path, strategy: str, *options: 
     return ["fit", *fit_arguments(policy, train, output, *devices, *options)]
 
 
-def assert_says_that_it_lost_another(survivor: Ended) -> None:
+def assert_reports_lost_rank(survivor: RankResult) -> None:
     assert survivor.status == 1
     assert "error: another rank has ended while this one waited for it" in survivor.err
     assert "Traceback" not in survivor.err
@@ -74,7 +73,7 @@ def assert_says_that_it_lost_another(survivor: Ended) -> None:
         ("fsdp2, a reference that follows", (0,)),
     ],
 )
-def test_killed_ranks_leave_none_hanging_and_the_run_goes_on(
+def test_killed_ranks_leave_none_hanging_and_the_run_resumes(
     name: str, ranks: tuple[int, ...], policy: Path, train: Path, whole_runs, tmp_path: Path
 ):
     strategy, settings = SETTINGS[name]
@@ -85,7 +84,7 @@ def test_killed_ranks_leave_none_hanging_and_the_run_goes_on(
         if rank in ranks:
             assert left.status == -signal.SIGKILL
         else:
-            assert_says_that_it_lost_another(left)
+            assert_reports_lost_rank(left)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
     assert not (tmp_path / "model").exists()
     fit_on_ranks(policy, train, tmp_path, *options, *LAST, strategy=strategy)
@@ -98,7 +97,7 @@ def last_step(output: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(len(SETTINGS)))
-def test_kill_minus_nine_at_random_moments(
+def test_sigkill_at_random_moments(
     seed: int, policy: Path, train: Path, whole_runs, tmp_path: Path
 ):
     """Both ranks or one of them, some milliseconds after the first new checkpoint, five times."""
@@ -117,7 +116,7 @@ def test_kill_minus_nine_at_random_moments(
             ended = running.wait()
         assert all(ended[rank].status == -signal.SIGKILL for rank in ranks)
         for rank in {0, 1} - set(ranks):
-            assert_says_that_it_lost_another(ended[rank])
+            assert_reports_lost_rank(ended[rank])
         resume = LAST
     assert not (tmp_path / "model").exists()
     fit_on_ranks(policy, train, tmp_path, *options, *LAST, strategy=strategy)
@@ -125,7 +124,7 @@ def test_kill_minus_nine_at_random_moments(
 
 
 def fail_in_step_three(rank: int) -> None:
-    """In a process of a job: one rank meets what the other does not."""
+    """For `prepare` of a job: one rank fails in step 3."""
     if int(os.environ["RANK"]) == rank:
         call_in_step(_fail, 3, "training_step")
 
@@ -142,11 +141,11 @@ def test_a_rank_that_fails_alone_ends_the_other(
     ended = run_ranks(*command, prepare=partial(fail_in_step_three, rank))
     assert ended[rank].status == 1
     assert "error: this rank alone fails." in ended[rank].err
-    assert_says_that_it_lost_another(ended[1 - rank])
+    assert_reports_lost_rank(ended[1 - rank])
 
 
 def hang_in_step_two(start_method: str) -> None:
-    """In a process of a job: it waits to be killed."""
+    """For `prepare` of a job: every rank waits to be killed in step 2."""
     multiprocessing.set_start_method(start_method, force=True)
     call_in_step(partial(time.sleep, 600.0), 2, "training_step")
 

@@ -1,4 +1,4 @@
-"""Ranks that Lightning or torchrun starts: whichever of them fails, none is left."""
+"""Ranks started by Lightning or torchrun: when one fails, none is left running."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def wait_for(condition: Callable[[], bool], *, seconds: float) -> None:
         time.sleep(0.02)
 
 
-def test_what_was_started_has_a_moment_to_end(monkeypatch: pytest.MonkeyPatch):
+def test_started_ranks_have_a_grace_period(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launched, "_GRACE", 1.0)
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
     launcher = trainer.strategy.launcher
@@ -45,8 +45,8 @@ def test_what_was_started_has_a_moment_to_end(monkeypatch: pytest.MonkeyPatch):
 
 
 def launch_by_lightning(pid_file: Path) -> None:
-    """In a process of a job: take torchrun's variables away, and let Lightning start a rank that
-    never gets so far as to meet this one."""
+    """For `prepare` of a job: remove torchrun's variables, and let Lightning start a rank that
+    never joins this one."""
     for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK"):
         del os.environ[name]
     for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
@@ -57,8 +57,8 @@ def launch_by_lightning(pid_file: Path) -> None:
     launching._basic_subprocess_cmd = lambda: ["sh", "-c", script]
 
 
-def test_a_run_that_cannot_begin_leaves_nothing_behind(policy: Path, train: Path, tmp_path: Path):
-    """The port at which the ranks were to meet is taken, by the job that this process holds."""
+def test_a_run_that_cannot_start_leaves_no_process(policy: Path, train: Path, tmp_path: Path):
+    """The port of the process group is taken, by the job that this process belongs to."""
     arguments = fit_arguments(policy, train, tmp_path / "output", *DEVICES)
     prepare = partial(launch_by_lightning, tmp_path / "pid")
     with job("fit", *arguments, ranks=1, prepare=prepare) as running:
@@ -69,7 +69,7 @@ def test_a_run_that_cannot_begin_leaves_nothing_behind(policy: Path, train: Path
 
 
 def start_a_rank(pid_file: Path) -> None:
-    """What Lightning does, with a fork instead of a new interpreter."""
+    """Start a rank as Lightning does, by a fork instead of a new interpreter."""
     os.environ[launched._STARTED_BY] = str(os.getpid())
     if os.fork() == 0:
         os.environ["LOCAL_RANK"] = "1"
@@ -106,7 +106,7 @@ def start(actions: str, *arguments: Any, by: tuple[str, ...] = ()) -> subprocess
 
 
 def ranks_of(output: Path) -> list[int]:
-    """The processes whose command line names an output directory."""
+    """Ids of processes whose command line names an output directory."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         if str(output) in (process.info["cmdline"] or []):
@@ -116,7 +116,7 @@ def ranks_of(output: Path) -> list[int]:
 
 @pytest.mark.slow  # imports twice, as do those below
 @pytest.mark.parametrize(
-    ("actions", "status", "said"),
+    ("actions", "status", "message"),
     [
         ("0=fail,1=hang", 1, "error: this rank alone fails."),
         ("1=fail,0=hang", -signal.SIGKILL, "[rank 1] error: this rank alone fails."),
@@ -125,23 +125,23 @@ def ranks_of(output: Path) -> list[int]:
     ],
 )
 def test_no_rank_is_left(
-    actions: str, status: int, said: str, policy: Path, train: Path, tmp_path: Path
+    actions: str, status: int, message: str, policy: Path, train: Path, tmp_path: Path
 ):
     options = (*DEVICES, "--data.num_workers", 1)
     process = start(actions, "fit", *fit_arguments(policy, train, tmp_path, *options))
-    _, error = process.communicate(timeout=300)  # which ends when all have closed the pipe
+    _, error = process.communicate(timeout=300)  # returns when all have closed the pipe
     assert process.returncode == status
-    assert said in error
+    assert message in error
     assert "Traceback" not in error
     wait_for(lambda: not ranks_of(tmp_path), seconds=60)
     assert len(rows(tmp_path)) == 2
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_process_that_started_them_saves_and_ends_all(
+def test_sigterm_to_the_launching_rank_saves_and_ends_all(
     policy: Path, train: Path, tmp_path: Path
 ):
-    process = start("0=asked", "fit", *fit_arguments(policy, train, tmp_path, *DEVICES))
+    process = start("0=sigterm", "fit", *fit_arguments(policy, train, tmp_path, *DEVICES))
     _, error = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step 3, which is saved" in error
@@ -156,7 +156,7 @@ def test_torchrun_ends_the_others_of_a_killed_rank(policy: Path, train: Path, tm
     process = start("1=killed", "fit", *arguments, by=TORCHRUN)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "exitcode  : -9" in error  # which torchrun says of the first that failed
+    assert "exitcode  : -9" in error  # printed by torchrun for the first that failed
     assert ranks_of(tmp_path) == []
     assert len(rows(tmp_path)) == 2
 
@@ -165,7 +165,7 @@ def test_torchrun_ends_the_others_of_a_killed_rank(policy: Path, train: Path, tm
 def test_sigterm_to_torchrun_saves_and_ends_all(policy: Path, train: Path, tmp_path: Path):
     options = ("--trainer.max_epochs", 10)
     arguments = fit_arguments(policy, train, tmp_path, *DEVICES, *options)
-    process = start("0=asks", "fit", *arguments, by=TORCHRUN)
+    process = start("0=sigterm_to_parent", "fit", *arguments, by=TORCHRUN)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 1  # torchrun's own, for a signal
     ((step, _),) = list_checkpoints(tmp_path)

@@ -1,4 +1,4 @@
-"""A number that is not finite on one rank alone: all ranks stop, or skip the step, alike."""
+"""A number that is not finite on one rank: all ranks stop, or all skip the step."""
 
 import math
 from functools import partial
@@ -11,11 +11,11 @@ from kto_lightning.module import KTOModule
 from tests.support.cli import checkpoint_tensors, fit, fit_arguments, rows, small_model
 from tests.support.comparison import assert_numbers_agree, assert_weights_agree
 from tests.support.faults import corrupt_policy
-from tests.support.ranks import Ended, run_ranks
+from tests.support.ranks import RankResult, run_ranks
 
 SKIP = ("--model.non_finite", "skip")
 FILE_ORDER = ("--data.shuffle", "false")
-"""In which example 9 (line 10) is in the third batch of four, and so on one of the ranks."""
+"""Example 9 (line 10) is then in the third batch of four, on one of the ranks."""
 
 
 @pytest.fixture(scope="module")
@@ -23,27 +23,27 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_model(tmp_path_factory.mktemp("policy"), "gpt2")
 
 
-def spoil_example_nine(*, gradient: bool) -> None:
-    """In a process of a job: what the policy makes of that example is not a number."""
+def corrupt_example_nine(*, gradient: bool) -> None:
+    """For `prepare` of a job: the policy gives NaN for that example."""
     corrupt_policy(pytest.MonkeyPatch(), 9, math.nan, gradient=gradient)
 
 
-def spoil_and_tell(*, gradient: bool) -> None:
-    """The same; every rank prints a checksum of its weights at the end."""
-    spoil_example_nine(gradient=gradient)
-    conclude = KTOModule.on_train_end
+def corrupt_and_print_weights(*, gradient: bool) -> None:
+    """The same, and every rank prints a checksum of its weights at the end."""
+    corrupt_example_nine(gradient=gradient)
+    on_train_end = KTOModule.on_train_end
 
-    def tell(self: KTOModule) -> None:
-        conclude(self)
+    def print_weights(self: KTOModule) -> None:
+        on_train_end(self)
         total = sum(float(p.detach().double().sum()) for p in self.parameters())
         print(f"weights add up to {total!r}", flush=True)
 
-    KTOModule.on_train_end = tell
+    KTOModule.on_train_end = print_weights
 
 
-def fit_spoilt(
+def fit_corrupted(
     prepare: Any, policy: Path, train: Path, output: Path, *options: Any, strategy: str
-) -> list[Ended]:
+) -> list[RankResult]:
     devices = ("--trainer.devices", 2, "--trainer.strategy", strategy)
     arguments = fit_arguments(policy, train, output, *FILE_ORDER, *devices, *options)
     return run_ranks("fit", *arguments, prepare=prepare)
@@ -53,8 +53,8 @@ def fit_spoilt(
 def test_the_run_stops_on_both_and_names_the_records(
     gradient: bool, strategy: str, policy: Path, train: Path, tmp_path: Path
 ):
-    prepare = partial(spoil_example_nine, gradient=gradient)
-    first, second = fit_spoilt(prepare, policy, train, tmp_path, strategy=strategy)
+    prepare = partial(corrupt_example_nine, gradient=gradient)
+    first, second = fit_corrupted(prepare, policy, train, tmp_path, strategy=strategy)
     assert (first.status, second.status) == (1, 1), first.err + second.err
     assert first.err.startswith("error: step 3 is not finite")
     assert f"Its batch: {train}:9,10,11,12." in first.err  # of both ranks
@@ -71,8 +71,8 @@ def test_the_step_is_skipped_on_both(
     strategy: str, policy: Path, train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     options = (*SKIP, "--model.optimizer", "sgd", "--model.learning_rate", 0.1)
-    prepare, two = partial(spoil_and_tell, gradient=True), tmp_path / "two"
-    first, second = fit_spoilt(prepare, policy, train, two, *options, strategy=strategy)
+    prepare, two = partial(corrupt_and_print_weights, gradient=True), tmp_path / "two"
+    first, second = fit_corrupted(prepare, policy, train, two, *options, strategy=strategy)
     assert (first.status, second.status) == (0, 0), first.err + second.err
     assert "step 3 is not finite" in first.err
     assert "1 steps were skipped" in first.err
@@ -87,5 +87,5 @@ def test_the_step_is_skipped_on_both(
         assert sums_of_weights(first) == sums_of_weights(second)
 
 
-def sums_of_weights(rank: Ended) -> list[str]:
+def sums_of_weights(rank: RankResult) -> list[str]:
     return [line for line in rank.out.splitlines() if "weights add up to" in line]

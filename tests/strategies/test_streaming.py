@@ -1,4 +1,4 @@
-"""A stream on two ranks: the numbers of one, and runs that go on bit for bit."""
+"""A stream on two ranks: the numbers of one, and runs that resume bit for bit."""
 
 import json
 import shutil
@@ -45,8 +45,8 @@ def test_two_ranks_give_the_numbers_of_one(case: str, policy: Path, train: Path,
     assert len(rows(two)) in (7, 14)
 
 
-def test_a_killed_run_goes_on(policy: Path, train: Path, tmp_path: Path):
-    """From within a buffer: on two ranks bit for bit, and on one with the same numbers."""
+def test_a_killed_run_resumes(policy: Path, train: Path, tmp_path: Path):
+    """Killed within a buffer: resumed on two ranks bit for bit, on one with the same numbers."""
     options = (*SMALL_BUFFERS, *SGD, *TWO_EPOCHS, *EVERY_STEP)
     whole = fit_on_ranks(policy, train, tmp_path / "whole", *options)
     killed = tmp_path / "killed"
@@ -62,7 +62,7 @@ def test_a_killed_run_goes_on(policy: Path, train: Path, tmp_path: Path):
     assert_weights_agree(on_one, whole)
 
 
-def test_bad_records_are_told_of_once_and_end_every_rank(policy: Path, tmp_path: Path):
+def test_bad_records_are_reported_once_and_end_every_rank(policy: Path, tmp_path: Path):
     data = tmp_path / "train.jsonl"
     good = "".join(json.dumps(record) + "\n" for record in plain_records(300))
     data.write_text(good + '{"prompt": "a", "completion": "b"}\n' * 400)

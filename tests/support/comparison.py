@@ -20,7 +20,7 @@ def assert_runs_equal(one: Path, other: Path) -> None:
 def assert_numbers_agree(
     found: Path, expected: Path, *, stage: str = "train", beta: float = 0.1
 ) -> None:
-    """Every number of `metrics.csv`, as `assert_same_numbers` has it."""
+    """Every number of `metrics.csv`, up to rounding (`assert_same_numbers`)."""
     pairs = list(zip(numbers(found, stage), numbers(expected, stage), strict=True))
     assert any(not math.isnan(value) for _, row in pairs for value in row.values())
     rounding = logp_rounding(number for _, row in pairs for number in row.items())
@@ -30,7 +30,7 @@ def assert_numbers_agree(
 
 
 def assert_weights_agree(found: Path, expected: Path) -> None:
-    """Every exported weight to 1e-5 of its tensor's largest."""
+    """Every exported weight, to 1e-5 of the largest of its tensor."""
     mine, theirs = weights(found), weights(expected)
     assert mine.keys() == theirs.keys()
     for name, weight in theirs.items():
@@ -39,7 +39,7 @@ def assert_weights_agree(found: Path, expected: Path) -> None:
 
 
 def assert_runs_agree(found: Path, expected: Path, *, held_out: bool = False) -> None:
-    """Numbers of every step, exported weights, and the held-out numbers where there are some."""
+    """Metrics of every step, exported weights and, with `held_out`, metrics of validation."""
     assert_numbers_agree(found, expected)
     assert_weights_agree(found, expected)
     if held_out:

@@ -1,8 +1,8 @@
-"""Tiny tokenizers, models and records, made on the spot: no test needs a network or a file.
+"""Tiny tokenizers, models and records, generated: no test needs a network or a file.
 
 The models are small but not degenerate: weights are drawn with a standard deviation of 0.2, so that
 attention is far from uniform and distributions are peaked, and biases and norm weights, which every
-library initialises to 0 or 1, are disturbed too, so that code which forgets one is found out.
+library initialises to 0 or 1, are perturbed too, so that a test finds code that forgets one.
 """
 
 import json
@@ -25,10 +25,10 @@ from transformers import (
 
 PAD_TOKEN, EOS_TOKEN, BOS_TOKEN = "<|pad|>", "<|endoftext|>", "<|begin|>"
 PAD_ID, EOS_ID, BOS_ID = 0, 1, 2
-"""The ids of the three in every tokenizer made here, and in every model's configuration."""
+"""Ids of these tokens in every tokenizer and every model's configuration."""
 
 _CONTROL_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s{}]+[|\uff5c]>|<(?:start|end)_of_turn>")
-"""How templates write tokens that are never split (DeepSeek with full-width bars, U+FF5C)."""
+"""Control tokens in a template, which are never split (DeepSeek's have full-width bars, U+FF5C)."""
 
 _WORDS = """
 the a my your this that every some small large quiet green early heavy river garden winter letter
@@ -118,7 +118,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": _COMMON | _GROUPED | _EXPERTS | _WINDOW | {"head_dim": 8, "num_local_experts": 4},
 }
-"""What `make_model` can build, and how. Dropout is 0; a test of dropout overrides it."""
+"""Configurations that `make_model` can build. Dropout is 0; a test of dropout overrides it."""
 
 
 def trl_chat_template(name: str) -> str:
@@ -225,7 +225,7 @@ def add_adapter(model: Any, **settings: Any) -> Any:
 
 
 def save_adapter(directory: Path, model_dir: Path) -> Path:
-    """A LoRA adapter that already changes its base, so that the base alone is a wrong reference."""
+    """Save a LoRA adapter far from zero, so that its base alone is another model."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     config = LoraConfig(
         r=4,
@@ -318,7 +318,7 @@ def tool_records(n: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
-    """One record a line, in UTF-8."""
+    """Write one record per line, in UTF-8; returns the path."""
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     path.write_text("".join(lines), encoding="utf-8")
     return path

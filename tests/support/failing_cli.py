@@ -1,4 +1,4 @@
-"""The command line as a process of its own, to whose ranks something happens in step 3.
+"""The command line as a process whose ranks fail, hang or get a signal in step 3.
 
 python -m tests.support.failing_cli 0=fail,1=hang fit …
 """
@@ -18,40 +18,40 @@ def fail() -> None:
 
 
 def hang() -> None:
-    """As in a collective of NCCL: no other rank's end is noticed, and no signal answered."""
+    """As in a collective of NCCL: neither signals nor the end of another rank interrupt it."""
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, signal.SIG_IGN)
     time.sleep(600)
 
 
-def be_killed() -> None:
+def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def be_asked_to_stop() -> None:
+def terminate_self() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def ask_the_launcher() -> None:
+def terminate_parent() -> None:
     os.kill(os.getppid(), signal.SIGTERM)
 
 
 ACTIONS = {
     "fail": fail,
     "hang": hang,
-    "killed": be_killed,
-    "asked": be_asked_to_stop,
-    "asks": ask_the_launcher,
+    "killed": kill_self,
+    "sigterm": terminate_self,
+    "sigterm_to_parent": terminate_parent,
 }
 
 
-def act_in_step_three(given: str) -> None:
-    """Give this process's rank what is meant for it.
+def act_in_step_three(arguments: str) -> None:
+    """Let this process's rank perform its action in step 3.
 
     Args:
-        given: rank and action (`0=fail`), several of them with commas.
+        arguments: rank and action (`0=fail`), separated by commas.
     """
-    actions = dict(part.split("=") for part in given.split(","))
+    actions = dict(part.split("=") for part in arguments.split(","))
     step = KTOModule.training_step
 
     def training_step(self: KTOModule, batch: Any, batch_idx: int) -> None:

@@ -1,14 +1,14 @@
-"""What a page must be, whatever it shows: well-formed, whole in itself, legible to a machine."""
+"""HTML pages: well-formed, self-contained, with labelled charts."""
 
 import re
 from html.parser import HTMLParser
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use", "rect"}
-"""Elements that need no end here; those of SVG have one or close themselves."""
+"""Elements without an end tag; SVG's may also close themselves."""
 
 
 class Reader(HTMLParser):
-    """Elements, their attributes and all text; complains of what is closed wrongly."""
+    """Collects elements, attributes and text; fails on an end tag without its start."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -44,13 +44,13 @@ class Reader(HTMLParser):
 
 
 def read_page(html: str) -> Reader:
-    """Parse a page and hold it to what every page promises."""
+    """Parse a page and check what holds for every page."""
     reader = Reader()
     reader.feed(html)
     reader.close()
     assert reader.open == []
     assert not {"script", "link", "iframe", "img", "object", "embed"} & set(reader.tags)
-    assert not re.search(r"(https?:)?//[\w.]", html), "a page must reach for nothing outside"
+    assert not re.search(r"(https?:)?//[\w.]", html), "a page must not load anything"
     assert "@import" not in html
     for _, name, value in reader.attributes:
         assert not name.startswith("on")
@@ -60,9 +60,9 @@ def read_page(html: str) -> Reader:
     assert len(ids) == len(set(ids))
     references = re.findall(r'(?:href="|url\()#([\w-]+)', html)
     assert set(references) <= set(ids)
-    pictures = [
+    charts = [
         value for tag, name, value in reader.attributes if (tag, name) == ("svg", "aria-label")
     ]
-    assert len(pictures) == reader.tags.count("svg")
-    assert all(pictures)
+    assert len(charts) == reader.tags.count("svg")
+    assert all(charts)
     return reader

@@ -1,7 +1,7 @@
-"""What a process of `tests.support.ranks` does: become one rank of a job, and run the command line.
+"""A process of a job of `tests.support.ranks`: one rank, which runs the command line.
 
-Imported by the fork server before it forks, so that a rank has nothing left to import. Shapes are
-checked as under pytest.
+The fork server imports this module before it forks, so that a rank has nothing left to import.
+Shapes are checked as under pytest.
 """
 
 import multiprocessing
@@ -25,18 +25,18 @@ def run_rank(
     files: tuple[Path, Path],
     prepare: Callable[[], None] | None,
 ) -> None:
-    """Run the command line with its output in two files, and leave with its exit status.
+    """Run the command line with its output in two files, and exit with its status.
 
     Args:
         arguments: of the command line.
-        environment: what a launcher would set for this rank, and whatever else a test wants.
-        files: for what is printed and for what goes to stderr.
-        prepare: called first: what a test has to change inside this process.
+        environment: what a launcher would set for this rank, and what a test adds.
+        files: for stdout and stderr.
+        prepare: called first, to change something inside this process.
     """
     for descriptor, path in zip((1, 2), files, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.update(environment)
-    # A process of a fork server starts others by one, too: a launcher's does as Python does.
+    # A child of a fork server would start its own children by one; a rank of a launcher does not.
     multiprocessing.set_start_method(None, force=True)
     status = 1
     try:

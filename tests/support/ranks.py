@@ -1,4 +1,4 @@
-"""The command line on several CPU ranks, as torchrun would start it, with the imports paid once.
+"""The command line on several CPU ranks, as torchrun would start it, with a single import.
 
 A fork server imports everything when the first job is started and forks every rank of every job.
 """
@@ -21,29 +21,29 @@ from torch.distributed import TCPStore
 from tests.support.cli import ROOT, fit_arguments
 
 TIME_LIMIT = 120.0
-"""Seconds after which a job is taken for one that hangs: a small one takes a few."""
+"""Seconds after which a job is regarded as hanging; the small jobs of the tests take a few."""
 _CONTEXT: Any = multiprocessing.get_context("forkserver")
 
 
 @dataclass(slots=True)
-class Ended:
-    """What is left of a rank."""
+class RankResult:
+    """Exit status and output of a rank."""
 
     status: int
-    """Its exit status; −N where signal N ended it."""
+    """−N if signal N ended it."""
     out: str
     err: str
 
 
 @dataclass(slots=True)
 class Job:
-    """Ranks that run."""
+    """Running ranks."""
 
     processes: list[BaseProcess]
     directory: Path
-    """Where their output goes."""
+    """Contains their output."""
     store: TCPStore = field(repr=False)
-    """Where they find each other; theirs only while somebody holds it."""
+    """Their rendezvous; its port stays theirs as long as this object lives."""
     time_limit: float
 
     def signal(self, signal_number: int, *ranks: int) -> None:
@@ -54,46 +54,46 @@ class Job:
             os.kill(pid, signal_number)
 
     def output(self, rank: int) -> tuple[str, str]:
-        """What a rank has printed so far, and written to stderr."""
+        """Stdout and stderr of a rank so far."""
         files = _files(self.directory, rank)
         return tuple(f.read_text() if f.exists() else "" for f in files)  # pyright: ignore[reportReturnType]
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Wait until something is so, such as a file being there.
+        """Wait until a condition is true.
 
         Raises:
-            AssertionError: if all ranks end before it is, or the time is up.
+            AssertionError: if all ranks end before that, or after the time limit.
         """
         until = time.monotonic() + self.time_limit
         while not condition():
             running = any(process.is_alive() for process in self.processes)
             if not running or time.monotonic() > until:
-                self.fail("it never happened")
+                self.fail("the condition was never true")
             time.sleep(0.01)
 
-    def wait(self) -> list[Ended]:
+    def wait(self) -> list[RankResult]:
         """Wait for all ranks.
 
         Raises:
-            AssertionError: if one is still running when the time is up; all are killed then.
+            AssertionError: if one is still running after the time limit.
         """
         until = time.monotonic() + self.time_limit
         for process in self.processes:
             process.join(max(0.0, until - time.monotonic()))
         if any(process.is_alive() for process in self.processes):
-            self.fail("it hangs")
+            self.fail("the job hangs")
         return [
-            Ended(process.exitcode or 0, *self.output(rank))
+            RankResult(process.exitcode or 0, *self.output(rank))
             for rank, process in enumerate(self.processes)
         ]
 
     def fail(self, why: str) -> None:
-        """Raise AssertionError with what every rank has said."""
-        said = []
+        """Raise AssertionError with the output of every rank."""
+        outputs = []
         for rank, process in enumerate(self.processes):
             out, err = self.output(rank)
-            said.append(f"--- rank {rank}, exit status {process.exitcode}\n{out}\n{err}")
-        raise AssertionError("\n".join([why, *said]))
+            outputs.append(f"--- rank {rank}, exit status {process.exitcode}\n{out}\n{err}")
+        raise AssertionError("\n".join([why, *outputs]))
 
     def kill(self) -> None:
         for process in self.processes:
@@ -110,19 +110,19 @@ def job(
     prepare: Callable[[], None] | None = None,
     time_limit: float = TIME_LIMIT,
 ) -> Iterator[Job]:
-    """Ranks of one job while they run; whatever still runs at the end of the block is killed.
+    """Start the ranks of a job; those still running at the end of the block are killed.
 
     Args:
         arguments: of the command line, the same for all.
         ranks: how many.
-        environment: added to that of every rank.
+        environment: additions to that of every rank.
         prepare: a function of some module, called in every rank first.
         time_limit: seconds.
     """
     _CONTEXT.set_forkserver_preload(["pytest", "tests.support.rank_process"])
-    with chdir(ROOT):  # from where the server finds this package
+    with chdir(ROOT):  # so that the server finds this package
         forkserver.ensure_running()
-    # Held by us as by torchrun's agent: no port has to be free a second time.
+    # Kept open by this process, as by torchrun's agent, so that the port cannot be taken.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with TemporaryDirectory(prefix="kto_lightning_ranks_") as name:
         directory = Path(name)
@@ -140,8 +140,8 @@ def job(
             started.kill()
 
 
-def run_ranks(*arguments: Any, **options: Any) -> list[Ended]:
-    """Run a job to its end; arguments as `job`'s."""
+def run_ranks(*arguments: Any, **options: Any) -> list[RankResult]:
+    """Run a job to its end; the arguments are those of `job`."""
     with job(*arguments, **options) as started:
         return started.wait()
 
@@ -155,7 +155,7 @@ def fit_on_ranks(
     ranks: int = 2,
     **job_options: Any,
 ) -> Path:
-    """`tests.support.cli.fit` on several ranks; returns OUTPUT."""
+    """`tests.support.cli.fit` on several ranks; returns the output directory."""
     devices = ("--trainer.devices", ranks, "--trainer.strategy", strategy)
     arguments = ("fit", *fit_arguments(policy, train, output, *devices, *options))
     ended = run_ranks(*arguments, ranks=ranks, **job_options)

@@ -1,4 +1,4 @@
-"""The tiny models and tokenizers the other tests stand on must themselves be sound."""
+"""Factories of the other tests: models that attend, tokenizers and records that are varied."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""OUTPUT belongs to one run: another is refused, and a full disk is no end of one."""
+"""The output directory: a used one is refused, and a full disk leaves a run that resumes."""
 
 import resource
 from collections.abc import Callable, Iterator
@@ -43,7 +43,7 @@ def test_a_new_run_into_a_used_directory_is_refused(
     assert f"{whole} holds an earlier run: metrics.csv, checkpoints/step=6.ckpt, model." in error
     assert "resume it with --ckpt_path last" in error
     assert f"or remove {whole} first" in error
-    # So is a run that resumes from elsewhere.
+    # So is a run resumed from elsewhere.
     other = fit(policy, train, tmp_path / "other", "--trainer.max_steps", 1)
     fit(policy, train, whole, "--ckpt_path", other / "checkpoints" / "step=1.ckpt", status=2)
     assert listing(whole) == before
@@ -64,7 +64,7 @@ def test_any_part_of_a_run_makes_a_directory_used(
     assert ("--ckpt_path last" in error) == (left == "metrics.csv")
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew(
+def test_a_run_killed_before_its_first_checkpoint_starts_over(
     policy: Path, train: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "metrics.csv").write_text("step,train/loss\n1,0.5\n")
@@ -91,7 +91,7 @@ def test_a_run_that_ended_before_its_first_step_does_not_block_the_next(
 
 @contextmanager
 def files_limited() -> Iterator[Callable[[int], None]]:
-    """Gives a function after whose call no file grows beyond so many bytes: a disk that is full."""
+    """A function that limits the size of files, in bytes, until the block ends: a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         yield lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
@@ -100,7 +100,7 @@ def files_limited() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "metrics.csv", "model"])
-def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(
+def test_a_full_disk_is_an_error_and_keeps_the_last_checkpoint(
     what: str, policy: Path, train: Path, whole: Path, tmp_path: Path, capsys, monkeypatch
 ):
     step, save = KTOModule.training_step, cli.save_policy

@@ -31,7 +31,7 @@ SHARED += ("logps/desirable", "logps/undesirable", "tokens")
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another model, so that rewards and z0 are not 0 from the beginning."""
+    """Another model than the policy, so that rewards and z0 are not 0 at the first step."""
     return small_model(tmp_path_factory.mktemp("reference"), seed=1)
 
 
@@ -91,7 +91,7 @@ def test_validation_does_not_disturb_training(policy: Path, train: Path, tmp_pat
             assert one[name] == other[name]
 
 
-def test_held_out_prompts_that_are_trained_on_are_counted(
+def test_held_out_prompts_in_the_training_set_are_counted(
     policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     records = [
@@ -214,7 +214,7 @@ def test_validate_takes_the_fraction_that_fit_held_out(
     assert_same_as_printed(found, numbers(output, "val")[-1])
 
 
-def test_early_stopping_sees_the_held_out_loss(policy: Path, train: Path, tmp_path: Path):
+def test_early_stopping_monitors_the_held_out_loss(policy: Path, train: Path, tmp_path: Path):
     output = fit(
         *(policy, train, tmp_path, "--data.validation", 0.25, "--trainer.max_epochs", 9),
         *("--trainer.callbacks+", "EarlyStopping", "--trainer.callbacks.monitor", "val/loss"),
@@ -223,7 +223,7 @@ def test_early_stopping_sees_the_held_out_loss(policy: Path, train: Path, tmp_pa
     assert 0 < len(rows(output)) < 9 * 5
 
 
-def test_held_out_records_with_a_single_prompt_are_refused_in_words(
+def test_held_out_records_with_a_single_prompt_are_refused(
     policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     records = [record | {"prompt": "same"} for record in plain_records(4)]
@@ -255,7 +255,7 @@ def test_auc_of_one_class_is_unknown():
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
-def test_held_out_spread_is_over_the_whole_set() -> None:
+def test_held_out_standard_errors_are_over_the_whole_set() -> None:
     """Two copies of a set: the same sums of squares twice, and twice the examples."""
     once, twice = (validate_copies(copies) for copies in (1, 2))
     few, many = 6, 12
@@ -320,7 +320,7 @@ def sequence_logp(model, tokenizer, record: dict) -> float:
 
 
 def expected_lines(inputs: Path) -> list[dict[str, float]]:
-    """What `predict` writes of each record."""
+    """Log-probs and reward of each record, as `predict` writes them."""
     records = read_jsonl(inputs / "held_out.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
     policy, reference = (
@@ -383,7 +383,7 @@ def test_the_last_validation_is_of_the_exported_model(inputs):
     assert_same_numbers(found, expected, beta=BETA)
 
 
-def test_validate_says_what_fit_said(inputs, capsys):
+def test_validate_prints_the_numbers_of_fit(inputs, capsys):
     printed = validate(
         capsys,
         *("--model.policy", inputs / "output" / "model"),

@@ -1,4 +1,4 @@
-"""A step that is not finite is never taken, and running out of memory says what to try."""
+"""Steps that are not finite are not taken; the error of running out of memory names a remedy."""
 
 import math
 from pathlib import Path
@@ -63,14 +63,14 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it_is_taken(
     assert not (output / "model").exists()
     (saved,) = checkpoint_tensors(output).values()
     assert all(value.isfinite().all() for value in saved.values())
-    # Once the cause is gone, the run goes on as if nothing had been.
+    # Without the cause, the resumed run equals an uninterrupted one.
     fit(policy, train, output, *options, "--ckpt_path", "last")
     assert rows(output) == rows(whole)
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(output).items())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_such_a_step_can_be_skipped(
+def test_a_step_that_is_not_finite_can_be_skipped(
     optimizer: str, policy: Path, train: Path, tmp_path: Path, capsys, monkeypatch
 ):
     corrupt_policy(monkeypatch, 9, math.nan, gradient=True)
@@ -93,7 +93,7 @@ def test_such_a_step_can_be_skipped(
     assert "1 steps were skipped" in error
 
 
-def test_few_warnings_of_many_skipped_steps_and_then_an_end(
+def test_many_skipped_steps_give_few_warnings_and_then_stop_the_run(
     policy: Path, train: Path, tmp_path: Path, capsys, monkeypatch
 ):
     for example in range(24):
@@ -110,14 +110,14 @@ def test_another_action_is_refused(policy: Path, train: Path, tmp_path: Path, ca
     assert "--model.non_finite must be stop or skip, got ignore" in capsys.readouterr().err
 
 
-def test_places_are_told_by_file():
+def test_locations_are_grouped_by_file():
     places = ["a.jsonl:3", "b:c.jsonl:1", "a.jsonl:7"]
     assert group_by_file(places) == "a.jsonl:3,7; b:c.jsonl:1"
     assert group_by_file(f"a:{line}" for line in range(70)).endswith(",62,63 and 6 more")
 
 
 class NoMemory:
-    """Fails as an allocator does, in the run of an example."""
+    """A forward that fails as an allocator does, for the micro-batch of one example."""
 
     def __init__(self, example: int, error: BaseException) -> None:
         self.example, self.error = example, error
@@ -170,7 +170,7 @@ def test_a_single_example_that_does_not_fit(
     assert "--data.max_tokens" not in error
 
 
-def test_so_it_is_in_validation_and_prediction(
+def test_out_of_memory_in_validation_and_prediction(
     policy: Path, train: Path, tmp_path: Path, capsys, monkeypatch
 ):
     fail_at_example_nine(monkeypatch, ERRORS[0])
@@ -181,7 +181,9 @@ def test_so_it_is_in_validation_and_prediction(
         assert "a micro-batch of 8 examples with" in capsys.readouterr().err
 
 
-def test_another_error_is_not_taken_for_it(policy: Path, train: Path, tmp_path: Path, monkeypatch):
+def test_another_error_is_not_taken_for_out_of_memory(
+    policy: Path, train: Path, tmp_path: Path, monkeypatch
+):
     fake = NoMemory(0, RuntimeError("something else"))
     monkeypatch.setattr(Policy, "forward", lambda *args, **options: fake(*args, **options))
     with pytest.raises(RuntimeError, match="something else"):
@@ -189,7 +191,7 @@ def test_another_error_is_not_taken_for_it(policy: Path, train: Path, tmp_path: 
 
 
 def planned_lengths(policy: Path, train: Path) -> list[int]:
-    """Tokens of each example as the plan counts them, in file order."""
+    """Tokens of each example as `--data.max_tokens` counts them, in file order."""
     records = load_records(str(train))
     examples = tokenize_records(records, load_tokenizer(str(policy)), max_length=1024)
     partner = pair_distinct_prompts(examples.prompt_keys, seed=None).partner

@@ -1,4 +1,4 @@
-"""A row's numbers: worked by hand, from a real step, and under any cut."""
+"""Step metrics: worked by hand, of a real step, and with any micro-batches and ranks."""
 
 import math
 from itertools import pairwise
@@ -32,27 +32,27 @@ LEFT = [1.0, 0.5, 0.25, 0.5, 0.0]
 MISMATCHED = [0.0, 2.0, 4.0, 6.0, -2.0]
 
 
-def added(sums: BatchSums, chosen: list[int], *, is_filler: bool = False) -> None:
-    """One micro-batch of the examples above."""
+def add_examples(sums: BatchSums, chosen: list[int], *, is_filler: bool = False) -> None:
+    """Add a micro-batch of the examples above."""
 
     def pick(values: list) -> Tensor:
         return torch.tensor([values[i] for i in chosen])
 
-    count = torch.full((len(chosen),), is_filler)
+    fillers = torch.full((len(chosen),), is_filler)
     sums.add(
         loss=pick(REWARDS) / 10,
         reward=pick(REWARDS),
         logps=pick(LOGPS),
         gradient_left=pick(LEFT),
         desirable=pick(DESIRABLE_WEIGHT),
-        is_filler=count,
+        is_filler=fillers,
     )
-    sums.add_mismatched(pick(MISMATCHED), count)
+    sums.add_mismatched(pick(MISMATCHED), fillers)
 
 
 def test_numbers_worked_by_hand() -> None:
     sums = BatchSums.zero(torch.device("cpu"))
-    added(sums, [0, 1, 2, 3, 4])
+    add_examples(sums, [0, 1, 2, 3, 4])
     assert batch_metrics(sums.values.tolist()) == pytest.approx(
         {
             "loss": 0.38,
@@ -76,23 +76,25 @@ def test_numbers_worked_by_hand() -> None:
     cuts=st.sets(st.integers(1, 4)),
     fillers=st.lists(st.integers(0, 4), max_size=2),
 )
-def test_no_cut_changes_them(order: list[int], cuts: set[int], fillers: list[int]) -> None:
+def test_micro_batches_and_ranks_do_not_change_metrics(
+    order: list[int], cuts: set[int], fillers: list[int]
+) -> None:
     whole = BatchSums.zero(torch.device("cpu"))
-    added(whole, list(range(5)))
+    add_examples(whole, list(range(5)))
     ranks = [BatchSums.zero(torch.device("cpu")) for _ in range(2)]
     bounds = [0, *sorted(cuts), 5]
     for index, (start, end) in enumerate(pairwise(bounds)):
-        added(ranks[index % 2], order[start:end])
+        add_examples(ranks[index % 2], order[start:end])
     for filler in fillers:
-        added(ranks[1], [filler], is_filler=True)
+        add_examples(ranks[1], [filler], is_filler=True)
     found = batch_metrics((ranks[0].values + ranks[1].values).tolist())
     assert found == pytest.approx(batch_metrics(whole.values.tolist()), rel=1e-12)
 
 
-def test_what_too_few_examples_cannot_give() -> None:
+def test_metrics_with_too_few_examples_are_none() -> None:
     sums = BatchSums.zero(torch.device("cpu"))
     assert set(batch_metrics(sums.values.tolist()).values()) == {None}
-    added(sums, [0])
+    add_examples(sums, [0])
     metrics = batch_metrics(sums.values.tolist())
     assert metrics["reward/desirable"] == 1.0
     assert metrics["gradient_left/desirable"] == 1.0
@@ -105,7 +107,7 @@ def test_what_too_few_examples_cannot_give() -> None:
         assert metrics[name] is None
 
 
-def test_a_spread_survives_a_large_mean() -> None:
+def test_a_standard_deviation_is_exact_beside_a_large_mean() -> None:
     values = (1000 + torch.tensor([0.0, 1e-2, 2e-2])).double()  # float32's, as they are
     found = sample_std(3.0, float(values.sum()), float(values.square().sum()))
     assert found == pytest.approx(float(values.std()), rel=1e-4)
@@ -131,8 +133,8 @@ def test_gradient_left_is_that_of_the_loss(desirable: bool) -> None:
     torch.testing.assert_close(found, log_ratio.grad.abs() / largest)
 
 
-def recorded(policy: Policy) -> dict[str, list[Tensor]]:
-    """Where a policy's log-probs are kept as it runs."""
+def record_logps(policy: Policy) -> dict[str, list[Tensor]]:
+    """The log-probs that a policy gives from now on."""
     kept: dict[str, list[Tensor]] = {"matched": [], "mismatched": []}
 
     def keep(_: Policy, arguments: tuple, logps: Logps) -> None:
@@ -146,12 +148,12 @@ def recorded(policy: Policy) -> dict[str, list[Tensor]]:
 
 
 @pytest.mark.parametrize("max_tokens", [10**6, 30], ids=["one", "several"])
-def test_a_real_steps_spread(max_tokens: int) -> None:
-    """From the log-probs that policy and reference gave, in one vector each."""
+def test_standard_deviations_of_a_real_step(max_tokens: int) -> None:
+    """Against the log-probs of policy and reference, in one vector each."""
     module = make_module(beta=0.2)
     assert module.policy is not None
     assert isinstance(module.reference, FrozenReference)
-    new, old = recorded(module.policy), recorded(module.reference.policy)
+    new, old = record_logps(module.policy), record_logps(module.reference.policy)
     batch = step_batch(max_tokens=max_tokens)
     row = fit_steps(module, batch).row
     ratios = {name: (torch.cat(new[name]) - torch.cat(old[name])).double() for name in new}
@@ -168,13 +170,13 @@ def test_a_real_steps_spread(max_tokens: int) -> None:
         assert row[f"train/{name}"] == pytest.approx(float(value), rel=1e-5), name
 
 
-def test_apo_zero_has_no_spread_of_a_reference_point() -> None:
+def test_apo_zero_has_no_standard_error_of_z0() -> None:
     row = fit_steps(make_module(loss="apo_zero_unpaired"), step_batch(paired=False)).row
     assert "train/z0_se" not in row
     assert "train/reward/desirable_std" in row
 
 
-def test_the_clock_leaves_out_what_lies_before_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_excludes_time_before_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
     clock = StepClock()

@@ -14,7 +14,7 @@ from tests.support.steps import LENGTHS, Examples, fit_steps, make_module, step_
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
-def test_the_file_has_new_columns_after_all_others(tmp_path: Path) -> None:
+def test_columns_of_the_file_keep_their_order(tmp_path: Path) -> None:
     few = step_batch(Examples(LENGTHS[:2], [True, False]))
     file = MetricsFile(tmp_path)
     file.begin(after_step=0)
@@ -57,7 +57,7 @@ def test_tensorboard_gets_every_metric_with_its_step(
     any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")),
     reason="TensorBoard is installed",
 )
-def test_tensorboard_is_asked_for_before_data_and_model(
+def test_a_missing_tensorboard_is_reported_before_data_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     absent = tmp_path / "absent"
@@ -78,10 +78,10 @@ def test_a_logger_without_its_directory_is_refused(
     )
 
 
-def test_a_logger_of_ones_own_gets_what_the_file_does(
+def test_a_custom_logger_gets_the_numbers_of_the_file(
     policy: Path, train: Path, tmp_path: Path
 ) -> None:
-    """And an absent class is left out, not sent as 0."""
+    """Metrics of an absent class are not sent."""
     log = tmp_path / "lines.txt"
     logger = ("--trainer.logger", "tests.support.loggers.LineLogger", "--trainer.logger.path", log)
     output = fit(policy, train, tmp_path / "run", *logger)
@@ -93,7 +93,7 @@ def test_a_logger_of_ones_own_gets_what_the_file_does(
     assert (1, "train/tokens_per_second") in sent
 
 
-def test_other_loggers_get_every_nth_step_where_asked_and_the_file_all(
+def test_log_every_n_steps_applies_to_loggers_but_not_to_the_file(
     policy: Path, train: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "lines.txt"
@@ -123,7 +123,7 @@ def test_one_callback_needs_no_list(policy: Path, train: Path, tmp_path: Path) -
     assert len(rows(fit(policy, train, tmp_path / "run", "--config", settings))) == 6
 
 
-def test_a_profile_that_was_asked_for_is_shown(policy: Path, train: Path, tmp_path: Path) -> None:
+def test_a_profile_is_printed(policy: Path, train: Path, tmp_path: Path) -> None:
     shown: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: shown.append(record.getMessage())

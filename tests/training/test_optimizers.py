@@ -1,4 +1,4 @@
-"""Optimizers and what decays, which schedules can be used, and the gradient's norm."""
+"""Optimizers, weight decay and learning-rate schedules."""
 
 import math
 import sys
@@ -64,7 +64,7 @@ def test_frozen_parameters_are_in_no_group() -> None:
     assert decayed(model) == {"lm_head.weight"}
 
 
-def test_adafactor_takes_the_rate_as_it_is() -> None:
+def test_adafactor_does_not_scale_the_rate() -> None:
     """Worked by hand: the first step's average is the squared gradient itself. Where that has rank
     one, gradient over its root is ±1, of root mean square 1, which is not clipped. So a weight
     moves by the rate, whatever its own size (3 here), and a matrix decays by rate · decay."""
@@ -86,7 +86,7 @@ def test_adafactor_takes_the_rate_as_it_is() -> None:
 
 
 def trained(name: str, num_steps: int, *, stop_at: int | None = None) -> torch.Tensor:
-    """A matrix after some steps on random gradients, with its state saved and loaded on the way."""
+    """A matrix after some steps on random gradients, with its state restored in between."""
     parameter = nn.Parameter(torch.ones(3, 4))
 
     def make() -> torch.optim.Optimizer:
@@ -105,7 +105,7 @@ def trained(name: str, num_steps: int, *, stop_at: int | None = None) -> torch.T
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "adamw_8bit"])
-def test_an_optimizer_goes_on_where_it_stopped(name: str) -> None:
+def test_a_restored_optimizer_continues_exactly(name: str) -> None:
     if name == "adamw_8bit":
         pytest.importorskip("bitsandbytes", minversion="0.50")  # the first with a step on a CPU
     whole = trained(name, 6)
@@ -214,7 +214,7 @@ def test_a_rate_below_where_a_schedule_ends_is_refused(warmup_ratio: float) -> N
 
 
 def rates_of(name: str, *, warmup_ratio: float, num_steps: int) -> list[float]:
-    """The learning rate of every step, where 1 is the one asked for."""
+    """The learning rate of every step, relative to `learning_rate`."""
     optimizer = optimizer_of_rate_one()
     scheduler = make_scheduler(name, optimizer, warmup_ratio=warmup_ratio, num_steps=num_steps)
     rates = []

@@ -1,4 +1,4 @@
-"""A run that is killed goes on bit for bit (invariant 4), from checkpoints that are whole."""
+"""Resuming a killed run bit for bit (invariant 4), from complete checkpoints."""
 
 import os
 import signal
@@ -50,7 +50,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole_runs(policy: Path, train: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Twelve steps (ten with a part held out) in one go, made once for each of `SETTINGS`."""
+    """Uninterrupted runs of twelve steps (ten with held-out records) by name in `SETTINGS`."""
     made: dict[str, Path] = {}
 
     def run(name: str) -> Path:
@@ -73,7 +73,7 @@ def whole_runs(policy: Path, train: Path, tmp_path_factory: pytest.TempPathFacto
         ("lora with dropout", 6, False),
     ],
 )
-def test_a_killed_run_goes_on_bit_for_bit(
+def test_a_killed_run_resumes_bit_for_bit(
     name: str, step: int, after_checkpoint: bool, policy: Path, train: Path, whole_runs, tmp_path
 ):
     options = (*TWO_EPOCHS, *SETTINGS[name], *EVERY_STEP)
@@ -94,7 +94,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
         *(("validation over epochs", step) for step in (5, 8)),
     ],
 )
-def test_so_it_does_with_other_settings(
+def test_a_killed_run_resumes_with_other_settings(
     name: str, step: int, policy: Path, train: Path, whole_runs, tmp_path
 ):
     options = (*TWO_EPOCHS, *SETTINGS[name], *EVERY_STEP)
@@ -104,10 +104,10 @@ def test_so_it_does_with_other_settings(
 
 
 @pytest.mark.parametrize("steps", [(2, 6, 10), (6, 12, 13)])
-def test_a_run_killed_again_and_again_goes_on(
+def test_a_run_killed_repeatedly_resumes(
     steps: tuple[int, ...], policy: Path, train: Path, tmp_path: Path
 ):
-    """At the edges of epochs above all: Lightning's own counts do not survive two of those."""
+    """Above all between epochs: Lightning's own counts are wrong after the second time."""
     options = ("--trainer.max_epochs", 3, *SETTINGS["workers"], *EVERY_STEP)
     whole = fit(policy, train, tmp_path / "whole", *options)
     resume: tuple[Any, ...] = ()
@@ -138,7 +138,7 @@ def test_a_run_made_in_parts_is_the_same(
 
 
 @pytest.mark.parametrize("step", [4, 5])  # in an epoch of five steps, and at its end
-def test_a_validation_that_was_cut_off_is_made_again_in_the_same_row(
+def test_an_interrupted_validation_is_repeated_in_the_same_row(
     step: int, policy: Path, train: Path, whole_runs, tmp_path: Path
 ):
     interval = ("--data.validation", 0.2, "--trainer.val_check_interval", 1)
@@ -160,7 +160,7 @@ def test_a_validation_that_was_cut_off_is_made_again_in_the_same_row(
     assert_runs_equal(tmp_path / "cut", whole)
 
 
-def test_a_finished_run_can_be_gone_on_with(policy: Path, train: Path, whole_runs, tmp_path: Path):
+def test_a_finished_run_can_be_resumed(policy: Path, train: Path, whole_runs, tmp_path: Path):
     name = "sgd, file order"
     output = fit(policy, train, tmp_path, *SETTINGS[name])
     fit(policy, train, output, *SETTINGS[name], "--ckpt_path", "last")
@@ -169,7 +169,7 @@ def test_a_finished_run_can_be_gone_on_with(policy: Path, train: Path, whole_run
     assert_runs_equal(output, whole_runs(name))
 
 
-def test_an_earlier_checkpoint_takes_the_place_of_later_ones(
+def test_resuming_an_earlier_checkpoint_renames_later_ones(
     policy: Path, train: Path, whole_runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     name = "adamw, cosine"
@@ -260,7 +260,7 @@ def refused(policy: Path, train: Path, output: Path, *options: Any, status: int)
     assert (output / "metrics.csv").read_bytes() == before
 
 
-def test_what_cannot_be_gone_on_with_is_refused(
+def test_what_cannot_be_resumed_is_refused(
     policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     output = fit(policy, train, tmp_path / "run", "--trainer.max_steps", 2)
@@ -296,7 +296,7 @@ def test_what_cannot_be_gone_on_with_is_refused(
     assert status == tmp_path / "new"
 
 
-def test_another_models_checkpoint_is_not_validated_either(
+def test_validate_refuses_a_checkpoint_of_another_model(
     policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     output = fit(policy, train, tmp_path, "--trainer.max_steps", 1, "--model.lora.r", 4)
@@ -320,7 +320,7 @@ def _start(policy: Path, train: Path, output: Path, *options: Any) -> subprocess
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
-def test_kill_minus_nine_at_random_moments(
+def test_sigkill_at_random_moments(
     seed: int, policy: Path, train: Path, tmp_path_factory, tmp_path: Path
 ):
     """A real process, killed some milliseconds after its first checkpoint, several times."""
