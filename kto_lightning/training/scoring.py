@@ -80,7 +80,7 @@ class BatchScorer:
             return [self.score(micro_batches[0])]
         if micro_batches[0].mismatched is None:
             return [None] * len(micro_batches)
-        return [self._score_mismatched(micro_batch) for micro_batch in micro_batches]
+        return [self._score_without_gradient(micro_batch) for micro_batch in micro_batches]
 
     def score(self, micro_batch: PackedBatch) -> MicroBatchLogps:
         """All log-probs of a micro-batch, in one run of reference and policy.
@@ -93,7 +93,7 @@ class BatchScorer:
         return MicroBatchLogps(self._policy(micro_batch), reference)
 
     @torch.no_grad()
-    def _score_mismatched(self, micro_batch: PackedBatch) -> MicroBatchLogps:
+    def _score_without_gradient(self, micro_batch: PackedBatch) -> MicroBatchLogps:
         self.current_micro_batch = micro_batch
         policy = self._policy(micro_batch, matched=False)
         return MicroBatchLogps(policy, self._reference.logps(micro_batch))

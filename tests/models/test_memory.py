@@ -106,7 +106,7 @@ def test_no_forward_exceeds_max_tokens(
             seen.clear()
             scorer.score_matched(micro_batch, logps)
             assert max(seen, default=0) <= max(max_tokens, alone, 1)
-            scorer._logps_without_gradient(micro_batch)
+            scorer._score_without_gradient(micro_batch)
             assert max(seen) <= max(max_tokens, alone, 1)
         assert max(before, default=0) <= max(max_tokens, int(costs.max()), 1)
     finally:
