@@ -52,7 +52,9 @@ class PreparedData:
     report_line: str | None = None
     """The path of the data report, for the summary."""
 
-    def load_train(self, source: Source, validation: Any, trainer: Trainer) -> None:
+    def load_train(
+        self, source: Source, validation: float | Source | None, trainer: Trainer
+    ) -> None:
         """The training set; if `validation` is a fraction, the validation set is split off it."""
         examples = self._examples(source)
         if isinstance(validation, (int, float)):
@@ -70,7 +72,12 @@ class PreparedData:
         check_validation_interval(trainer, self.num_steps_per_epoch)
 
     def load_stream(
-        self, source: Source, validation: Any, trainer: Trainer, *, buffer_size: int
+        self,
+        source: Source,
+        validation: float | Source | None,
+        trainer: Trainer,
+        *,
+        buffer_size: int,
     ) -> None:
         """The stream to train on; no record is read yet."""
         check_stream_settings(buffer_size, validation, trainer)
