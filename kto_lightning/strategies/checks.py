@@ -8,8 +8,8 @@ from kto_lightning.strategies.fsdp2 import NAME as FSDP2_NAME
 
 _SHARD = f"Use --trainer.strategy {FSDP2_NAME}."
 _DEEPSPEED = (
-    f"is not offered: FSDP2 shards what ZeRO stages 1 to 3 shard, within PyTorch. {_SHARD} "
-    "docs/coming_from_deepspeed.md has the settings."
+    "is not offered: FSDP2 shards what ZeRO stages 1 to 3 shard, within PyTorch. Use "
+    "--trainer.strategy {}. docs/coming_from_deepspeed.md has the settings."
 )
 _REFUSED = {
     # prefix of a strategy's name: the reason, and what to use. The first match counts.
@@ -21,8 +21,11 @@ _REFUSED = {
     "FSDPStrategy": f"is FSDP1, whose flattened weights cannot be exported. {_SHARD}",
     "ModelParallelStrategy": "does not reduce gradients over the ranks of one machine by default, "
     f"and orders optimizer states differently in checkpoints. {_SHARD}",
-    "DeepSpeedStrategy": _DEEPSPEED,
-    "deepspeed": _DEEPSPEED,
+    "DeepSpeedStrategy": _DEEPSPEED.format(FSDP2_NAME),
+    **dict.fromkeys(
+        ("deepspeed_stage_2_offload", "deepspeed_stage_3_offload"), _DEEPSPEED.format(OFFLOAD_NAME)
+    ),
+    "deepspeed": _DEEPSPEED.format(FSDP2_NAME),
 }
 _UNSHARDED_OPTIMIZERS = ("adafactor", "adamw_8bit")
 

@@ -173,8 +173,9 @@ def test_half_precision_is_close(
         (("--trainer.strategy", "fsdp"), "is FSDP1"),
         (("--trainer.strategy", "ddp_spawn"), "Use ddp"),
         (("--trainer.strategy", "deepspeed"), "Use --trainer.strategy fsdp2"),
-        (("--trainer.strategy", "deepspeed_stage_2"), "Use --trainer.strategy fsdp2"),
-        (("--trainer.strategy", "deepspeed_stage_3_offload"), "Use --trainer.strategy fsdp2"),
+        (("--trainer.strategy", "deepspeed_stage_2"), "Use --trainer.strategy fsdp2."),
+        (("--trainer.strategy", "deepspeed_stage_3_offload"), "--trainer.strategy fsdp2_offload."),
+        (("--trainer.strategy", "deepspeed_stage_2_offload"), "--trainer.strategy fsdp2_offload."),
         (
             ("--trainer.strategy", "lightning.pytorch.strategies.DeepSpeedStrategy"),
             "Use --trainer.strategy fsdp2",
