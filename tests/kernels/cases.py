@@ -1,5 +1,6 @@
 """Test cases for the log-prob kernels, their float64 results, and the tolerance."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -125,20 +126,24 @@ def assert_as_good_as_eager(case: Case, found: dict[str, Tensor], *, mode: Mode)
         assert error <= allowed, f"{name}: off by {error:.2e}, eager by {allowed / FACTOR:.2e}"
 
 
-def assert_close_to_truth(case: Case, found: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+def assert_close_to_truth(
+    case: Case, found: dict[str, Tensor], truth: dict[str, Tensor], *, num_tiles: int = 1
+) -> None:
     """At most twice what eager errs, and what one rounding of every logit makes of each result.
 
     A case of a few numbers may be one that eager has exactly, so its error alone bounds nothing.
     Rounding the terms of a logit moves it by e = eps·max(|h|·|W| + |b|), a log-prob by at most 2e,
     and by as much, relative to the gradient g that comes back, its gradient g(1[v = y] − p_v).
+    Folding `num_tiles` tiles of the vocabulary one after another rounds the running sum as often,
+    by eps of itself each time; its logarithm, at most max + log V, is rounded once.
     """
     reference = results(eagerly, case, trained=True)
     hidden, weight = case.hidden.double().abs(), case.weight.double().abs()
     bias = torch.zeros(()) if case.bias is None else case.bias.double().abs()
     terms = hidden @ weight.T + bias.where(bias.isfinite(), 0.0)  # −∞ is exact
     scale = abs(case.head.logit_scale)
-    # The softmax's own eps, too: where all logits are 0 it is the only one.
-    moved = EPS * (1.0 + scale * float(terms.max()))
+    sum_roundings = num_tiles + math.log(len(case.weight))
+    moved = EPS * (sum_roundings + scale * float(terms.max()))
     gradient = case.gradient.double().abs()
     reach = {
         "logps": 1.0,
