@@ -1,6 +1,7 @@
 """Errors that the command line prints as a message without a traceback, and checks of settings.
 
-Every message says what is wrong, where, what was got and what to do. The exit status is 1.
+Every message says what is wrong, where, what was got and what to do. The exit status is 1; 2 for
+`ConfigError`; 128 + the signal for a run that a signal stopped.
 """
 
 import math

@@ -51,7 +51,7 @@ class KTOModule(LightningModule):
     Args:
         policy: the model to train: a Hugging Face directory, a hub id or an adapter directory.
         reference: the model that rewards are measured against; null: the policy before training.
-        beta: how strongly deviations from the reference are penalised.
+        beta: how strongly deviations from the reference are penalized.
         loss: kto, or apo_zero_unpaired (arXiv:2408.06266), which has no reference point.
         desirable_weight: λ_D; auto balances the classes.
         undesirable_weight: λ_U; auto balances the classes.

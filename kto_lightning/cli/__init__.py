@@ -1,1 +1,1 @@
-"""The command line, one file per command."""
+"""The command line, `trainer` for fit, validate and predict; `inspect`, `report`, `export`."""

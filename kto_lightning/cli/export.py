@@ -30,7 +30,11 @@ def main(argv: list[str]) -> int:
         return 2 if isinstance(error, ConfigError) else 1
     except OSError as error:  # a directory that cannot be created, a file without permission
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}. Check path and disk.", file=sys.stderr)
+        print(
+            f"error: {where}{error.strerror or error}. Check the path, its permissions and free "
+            "disk space.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

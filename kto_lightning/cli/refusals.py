@@ -31,7 +31,7 @@ REFUSED = {
     "gradient_clip_val": ((None,), "has no effect here. Use --model.gradient_clip_norm."),
     "gradient_clip_algorithm": ((None,), "has no effect here. Use --model.gradient_clip_norm."),
     "accumulate_grad_batches": ((None, 1), f"has no effect here. {_BATCHES}"),
-    "fast_dev_run": ((False, 0), "skips OUTPUT. Use --trainer.max_steps 1."),
+    "fast_dev_run": ((False, 0), "writes nothing to --output_dir. Use --trainer.max_steps 1."),
     "barebones": ((None, False), "writes no metrics. Omit it."),
     "enable_checkpointing": (
         (None, True),

@@ -69,7 +69,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except OSError as error:  # a full disk, a directory without permission
         where = f"{error.filename}: " if error.filename else ""
-        _print_error(f"{where}{error.strerror or error}. Check path and disk.")
+        _print_error(
+            f"{where}{error.strerror or error}. Check the path, its permissions and free disk "
+            "space."
+        )
         return 1
     except KeyboardInterrupt:
         return _INTERRUPTED

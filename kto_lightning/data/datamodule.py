@@ -33,7 +33,7 @@ class KTODataModule(LightningDataModule):
             none.
         predict: records to reward, for the command `predict`.
         batch_size: examples per optimizer step, over all devices.
-        max_tokens: tokens per forward on one device; decides memory only, never the result.
+        max_tokens: tokens per forward on one device; changes memory and speed, never the result.
         max_length: tokens after which prompt + completion is truncated; null: never.
         truncation: keep_start cuts the completion's end; keep_end drops the prompt's start first.
         shuffle: another order in every epoch; false keeps the files' order.
@@ -46,8 +46,8 @@ class KTODataModule(LightningDataModule):
         preprocessing_workers: processes that tokenize; null: as many as there are cores, up to 8.
         streaming: read `train` again in every epoch instead of keeping it on disk. Needs explicit
             class weights; bad records are skipped with a warning.
-        buffer_size: under streaming, the examples from among which partners come and which are
-            shuffled together; rounded up to whole batches.
+        buffer_size: under streaming, examples per buffer: partners and shuffling stay within one;
+            rounded up to whole batches.
 
     Raises:
         ConfigError: if a number is outside what it may be.
@@ -102,7 +102,7 @@ class KTODataModule(LightningDataModule):
 
     @property
     def _module(self) -> Any:
-        # A `KTOModule`, which stands above this room and cannot be imported.
+        # A `KTOModule`, which is in a higher import layer and cannot be imported here.
         return self._run.lightning_module
 
     @property

@@ -110,5 +110,7 @@ def split_last_turn(messages: list[dict]) -> tuple[list[dict], list[dict]]:
     """
     turns = [index for index, item in enumerate(messages) if item["role"] == "assistant"]
     if not turns:
-        raise RecordError("no message is the assistant's: nothing to judge. Drop the line.")
+        raise RecordError(
+            "no message has the role assistant, so there is no completion. Remove the line."
+        )
     return messages[: turns[-1]], messages[turns[-1] : turns[-1] + 1]

@@ -203,7 +203,9 @@ def _match_kinds(prompt: Text, completion: Text) -> tuple[Text, Text]:
     elif isinstance(completion, str) and isinstance(prompt, list):
         completion = [{"role": "assistant", "content": completion}]
     if isinstance(prompt, list) and not prompt:
-        raise RecordError("no message stands before the completion. Add a prompt or drop the line.")
+        raise RecordError(
+            "there is no message before the completion. Add a prompt or remove the line."
+        )
     return prompt, completion
 
 
@@ -254,7 +256,7 @@ def _check_serializable(record: Record) -> None:
     except UnicodeEncodeError as error:
         code = ord(error.object[error.start])
         raise RecordError(
-            f"the text holds half a character (\\u{code:04x}). Fix or remove it."
+            f"the text contains an unpaired surrogate (\\u{code:04x}). Fix or remove it."
         ) from error
     except (TypeError, ValueError) as error:
         raise RecordError(

@@ -48,7 +48,7 @@ def split_by_prompt(
     if not held_out.any() or held_out.all():
         raise ConfigError(
             f"--data.validation {fraction:g} of {len(desirable)} examples on {num_groups} prompts "
-            "leaves one side empty, because a prompt is not divided. Give a larger fraction, or a "
-            "file of records."
+            "leaves one side empty: all records of a prompt stay in one set. Give a larger "
+            "fraction, or a file of records."
         )
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)

@@ -99,6 +99,5 @@ def check_positions(model: PreTrainedModel, name: str, longest: int | None) -> N
         return
     found = "sequences of any length" if longest is None else f"sequences of up to {longest} tokens"
     raise ConfigError(
-        f"{name} has {known} positions, and {found} would be given to it. Set --data.max_length "
-        f"{known}."
+        f"{name} has {known} positions, fewer than {found} need. Set --data.max_length {known}."
     )

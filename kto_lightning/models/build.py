@@ -91,7 +91,8 @@ class ModelSettings:
         if self.offload_reference and self.shard is not None:
             raise ConfigError(
                 "--model.offload_reference moves a whole model, and under this strategy every "
-                "device holds only its shard of the reference. Remove it."
+                "device holds only its shard of the reference. Remove it, or use "
+                "--trainer.strategy fsdp2_offload."
             )
         if self.offload_reference and frozen_base and self.reference is None:
             raise ConfigError(

@@ -112,8 +112,8 @@ def load_model(
     base = adapter_base(name)
     if PeftConfig.from_pretrained(name).is_prompt_learning:
         raise ModelError(
-            f"{name} is an adapter of virtual tokens, which cannot be trained here. Give one that "
-            "changes weights, such as LoRA."
+            f"{name} is a prompt-learning adapter (virtual tokens), which cannot be trained "
+            "here. Give one that changes weights, such as LoRA."
         )
     model = load_base(base)
     adapted = _load_adapter(model, name)
@@ -160,8 +160,8 @@ def load_causal_lm(
         missing = sorted(found["missing_keys"])
         raise ModelError(
             f"{name}: its files lack {len(missing)} of the weights that its config calls for, for "
-            f"example {missing[0]}, which would start at random. Give a complete causal language "
-            "model."
+            f"example {missing[0]}, which would be initialized randomly. Give a complete "
+            "causal language model."
         )
     return model.train()
 

@@ -40,6 +40,7 @@ def model_card(origin: Mapping[str, Any], *, is_adapter: bool) -> str:
     """
     data = origin["data"]
     kind = "a low-rank adapter for" if is_adapter else "a model made from"
+    method = _PAPERS.get(origin["loss"], origin["loss"])
     settings = {name: origin.get(name) for name in _SETTINGS}
     settings |= {name: data.get(name) for name in _DATA_SETTINGS}
     metadata = ["---", f"library_name: {'peft' if is_adapter else 'transformers'}"]
@@ -47,7 +48,7 @@ def model_card(origin: Mapping[str, Any], *, is_adapter: bool) -> str:
     return "\n".join(
         [
             *metadata,
-            f"\nThis is {kind} `{origin['policy']}`, trained with {_PAPERS[origin['loss']]} on "
+            f"\nThis is {kind} `{origin['policy']}`, trained with {method} on "
             "completions that users marked desirable or undesirable, by kto_lightning.",
             f"\n## How to load it\n\n{_LOAD_ADAPTER if is_adapter else _LOAD_MODEL}",
             f"## Data\n\n{_data_table(data)}",

@@ -27,7 +27,7 @@ def check_quantization(quantization: Quantization | None, *, frozen_base: bool) 
     if not frozen_base:
         raise ConfigError(
             "--model.quantization 4bit is for a frozen base: weights of four bits cannot be "
-            "trained. Add --model.lora, or leave --model.quantization out."
+            "trained. Add --model.lora, or remove --model.quantization."
         )
     for package in ("bitsandbytes", "accelerate"):
         if not _is_installed(package):

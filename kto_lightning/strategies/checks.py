@@ -59,7 +59,7 @@ def _check_sharded(model: Any) -> None:
     if model.quantization is not None:
         raise ConfigError(
             f"--model.quantization {model.quantization} has not been tried with {FSDP2_NAME}. Use "
-            "--trainer.strategy ddp, or leave it out."
+            "--trainer.strategy ddp, or remove --model.quantization."
         )
     if model.optimizer in _UNSHARDED_OPTIMIZERS:
         raise ConfigError(

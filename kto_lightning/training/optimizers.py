@@ -261,7 +261,7 @@ def make_scheduler(
         raise ConfigError(f"--model.lr_schedule {name} cannot be used here: {error}") from error
     if "metrics" in inspect.signature(scheduler.step).parameters:
         raise ConfigError(
-            f"--model.lr_schedule {name} waits for a validation metric, and here the learning rate "
+            f"--model.lr_schedule {name} needs a validation metric, and here the learning rate "
             "changes with every optimizer step. Use constant, linear or cosine."
         )
     return scheduler

@@ -40,9 +40,9 @@ FILES: dict[str, tuple[bytes, str]] = {
     "compressed": (gzip.compress(VALID_LINES.encode(), mtime=0), "train.jsonl:1: not valid UTF-8"),
     "UTF-16": (VALID_LINES.encode("utf-16"), "train.jsonl:1: not valid UTF-8"),
     "NUL": (VALID_LINES.encode() + b"\0\n", "train.jsonl:4: invalid JSON"),
-    "half a character": (
+    "an unpaired surrogate": (
         VALID_LINES.encode() + rb'{"prompt": "\ud800", "completion": "b", "label": true}',
-        r"train.jsonl:4: the text holds half a character (\ud800)",
+        r"train.jsonl:4: the text contains an unpaired surrogate (\ud800)",
     ),
     "deep": (
         VALID_LINES.encode() + b'{"a":' * 50_000,

@@ -211,11 +211,11 @@ def test_pairs_without_a_common_beginning_have_no_prompt(tmp_path: Path) -> None
         ),
         (
             {"messages": [USER], "label": True},
-            "no message is the assistant's: nothing to judge. Drop the line.",
+            "no message has the role assistant, so there is no completion. Remove the line.",
         ),
         (
             {"messages": [GOOD], "label": True},
-            "no message stands before the completion. Add a prompt or drop the line.",
+            "there is no message before the completion. Add a prompt or remove the line.",
         ),
         ({"prompt": "a", "chosen": "b"}, "'rejected' is missing; the record has"),
         (

@@ -219,7 +219,7 @@ def test_no_source_at_all() -> None:
         ),
         (
             b'{"prompt": "\\ud83d", "completion": "b", "label": true}',
-            "the text holds half a character (\\ud83d). Fix or remove it.",
+            "the text contains an unpaired surrogate (\\ud83d). Fix or remove it.",
         ),
         (
             (DEEP % '{"a": 1e999}').encode(),

@@ -197,7 +197,7 @@ def test_half_precision_is_close(
                 *("--trainer.strategy", "fsdp2", "--model.lora.r", 4),
                 *("--model.quantization", "4bit"),
             ),
-            "ddp, or leave it out",
+            "ddp, or remove --model.quantization",
         ),
     ],
 )

@@ -195,7 +195,7 @@ def test_a_cosine_with_a_minimum_ends_at_a_tenth(name: str) -> None:
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_a_schedule_that_needs_more_is_refused(name: str) -> None:
     assert name in SCHEDULES
-    message = rf"--model\.lr_schedule {name} waits for a validation metric"
+    message = rf"--model\.lr_schedule {name} needs a validation metric"
     with pytest.raises(ConfigError, match=message):
         make_scheduler(name, optimizer_of_rate_one(), warmup_ratio=0.0, num_steps=10)
 

@@ -112,7 +112,7 @@ class ExampleStream:
             raise DataError(
                 f"None of the {self.counts.records + self.counts.bad} records in the stream can be "
                 f"trained on: {self.counts.bad} are bad, {self.counts.dropped} have no token or "
-                f"a prompt that fills --data.max_length {self.max_length}. See `inspect`."
+                f"a prompt that fills --data.max_length {self.max_length}. Run `inspect` on them."
             )
 
     def _usable_records(self) -> Iterator["_UsableRecord"]:
