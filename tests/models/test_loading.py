@@ -118,7 +118,7 @@ def test_adapters_of_virtual_tokens_are_rejected(directory: Path, tmp_path: Path
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model = AutoModelForCausalLM.from_pretrained(directory)
     get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"))
-    with pytest.raises(ModelError, match="an adapter of virtual tokens"):
+    with pytest.raises(ModelError, match="a prompt-learning adapter"):
         load_model(str(tmp_path / "adapter"))
 
 
