@@ -346,7 +346,7 @@ def test_a_reference_that_cannot_share_prompts_makes_the_policy_run_padded(
         ({"gradient_clip_norm": 0.0}, r"--model\.gradient_clip_norm must be a number above 0"),
         ({"optimizer": "adam"}, r"--model\.optimizer must be one of adamw, sgd.*, got adam"),
         ({"lr_schedule": "step"}, r"--model\.lr_schedule must be one of .*cosine.*, got step"),
-        ({"lr_schedule": "reduce_lr_on_plateau"}, r"--model\.lr_schedule .* waits for a valid"),
+        ({"lr_schedule": "reduce_lr_on_plateau"}, r"--model\.lr_schedule .* needs a valid"),
         ({"dtype": "bfloat16"}, r"--model\.dtype bfloat16 is for a frozen base"),
         ({"lora": LoRA(), "offload_reference": True}, r"--model\.offload_reference has nothing to"),
     ],

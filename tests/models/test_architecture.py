@@ -24,7 +24,7 @@ def test_sequences_longer_than_the_table_are_rejected(
     ]
     train = write_jsonl(tmp_path / "train.jsonl", records)
     fit(policy, train, tmp_path / "run", "--trainer.max_steps", 1, status=2)
-    assert "has 64 positions, and sequences of up to" in capsys.readouterr().err
+    assert "has 64 positions, fewer than sequences of up to" in capsys.readouterr().err
     fit(policy, train, tmp_path / "run", "--data.max_length", 65, status=2)
     assert "Set --data.max_length 64." in capsys.readouterr().err
     stream = ("--data.streaming", "true", "--data.max_length", "null")
