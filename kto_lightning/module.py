@@ -259,7 +259,7 @@ class KTOModule(LightningModule):
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step: z0 over the whole batch, then micro-batch by micro-batch."""
-        scorer, micro_batches = self._scorer(), batch.micro_batches
+        scorer, strategy, micro_batches = self._scorer(), self._strategy, batch.micro_batches
         with explain_out_of_memory(scorer, self.trainer):
             scored = scorer.score_for_reference_point(micro_batches)
             sums = BatchSums.zero(self._compute_device)
@@ -267,7 +267,7 @@ class KTOModule(LightningModule):
             auxiliary = torch.zeros((), device=self._compute_device)
             for index, micro_batch in enumerate(micro_batches):
                 last = index == len(micro_batches) - 1
-                with self._strategy.synchronize_gradients(last=last):
+                with strategy.synchronize_gradients(last=last):
                     logps = scored[index] = scorer.score_matched(micro_batch, scored[index])
                     losses = scorer.compute_losses(micro_batch, logps, z0, sums)
                     balance = scorer.auxiliary_loss(micro_batch, logps.policy, batch.num_tokens)
@@ -292,7 +292,7 @@ class KTOModule(LightningModule):
             sum_over_ranks=self._sum_over_ranks,
         )
         if not self._guard.allows(self.trainer, metrics, batch, scored):
-            self._strategy.drop_gradients(self)
+            strategy.drop_gradients(self)
         metrics["lr"] = self._update()
         measured = self._clock.measure(batch.num_tokens, peaks)
         self.published.publish(self.trainer, "train", metrics | measured)
