@@ -4,6 +4,8 @@ import sys
 from importlib import import_module
 from importlib.metadata import version
 
+from kto_lightning.cli.streams import lost_output, protect_streams
+
 TRAINER = "kto_lightning.cli.trainer"
 COMMANDS = {
     "fit": TRAINER,
@@ -17,6 +19,9 @@ COMMANDS = {
 }
 """Modules of the commands: `main(argv)` returns the exit status. It gets the arguments after the
 command's name, but for `TRAINER`, whose parser reads the name too."""
+
+PRINTS_ITS_RESULT = ("inspect", "validate")
+"""Commands that fail where stdout cannot be written; the others go on without it."""
 
 USAGE = """\
 usage: python -m kto_lightning COMMAND [options]
@@ -69,8 +74,23 @@ def main(argv: list[str] | None = None) -> int:
     return import_module(name).main(arguments if name == TRAINER else arguments[1:])
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """`main` of a process whose standard streams may be closed, full or nobody's.
+
+    Returns:
+        The exit status.
+    """
+    protect_streams()
     try:
-        sys.exit(main())
+        status = main()
     except KeyboardInterrupt:  # during the imports
-        sys.exit(130)
+        return 130
+    error = lost_output()
+    if status == 0 and error is not None and sys.argv[1] in PRINTS_ITS_RESULT:
+        print(f"error: the output cannot be written: {error.strerror}.", file=sys.stderr)
+        return 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -4,8 +4,6 @@ Heavy modules are imported inside functions, so that help and usage errors appea
 """
 
 import argparse
-import io
-import os
 import re
 import sys
 from pathlib import Path
@@ -27,17 +25,12 @@ def main(argv: list[str]) -> int:
         arguments = _parse(argv)
     except SystemExit as end:  # argparse has printed its help or its usage error
         return int(end.code or 0)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # for a terminal limited to ASCII
     try:
         _inspect(arguments)
-        sys.stdout.flush()
     except KTOError as error:
         message = FIT_KEYS.sub(r"--\1", str(error))
         print(f"error: {message}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from kto_lightning.cli.streams import protect_streams
 from kto_lightning.errors import KTOError
 
 
@@ -31,4 +32,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    protect_streams()
     sys.exit(main())

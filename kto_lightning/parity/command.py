@@ -4,7 +4,6 @@ Heavy modules are imported inside functions, so that help and usage errors are f
 """
 
 import argparse
-import io
 import json
 import re
 import sys
@@ -28,8 +27,6 @@ def main(argv: list[str]) -> int:
         arguments, options = _parse(argv)
     except SystemExit as end:  # argparse has printed help or a usage error
         return int(end.code or 0)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # for ASCII terminals
     try:
         return 0 if _parity(arguments, options) else 1
     except KTOError as error:
