@@ -1,15 +1,12 @@
 """`Batching`: from tokenized examples to a `DataLoader` whose item is one optimizer step."""
 
-import multiprocessing
 import os
-import signal
-import threading
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int64
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from kto_lightning.batches.class_weights import ClassWeights
 from kto_lightning.batches.collate import StepBatches, TokenizedExamples
@@ -17,6 +14,7 @@ from kto_lightning.batches.packing import example_costs
 from kto_lightning.batches.pairing import Pairing, pair_distinct_prompts, pair_none, pair_rotate
 from kto_lightning.batches.sampler import PlanSampler
 from kto_lightning.batches.types import StepBatch
+from kto_lightning.batches.workers import RememberingSampler, StepLoader, init_worker
 from kto_lightning.errors import ConfigError
 
 PairingKind = Literal["distinct_prompts", "rotate"]
@@ -117,40 +115,16 @@ class Batching:
             with_keys=context.with_keys,
         )
 
-    def loader(self, batches: Dataset[StepBatch], plans: Sampler) -> DataLoader[StepBatch]:
+    def loader(self, batches: Dataset[StepBatch], plans: Sampler) -> StepLoader:
         """A loader without batching of its own: `plans` yields one key per optimizer step."""
-        return DataLoader(
+        return StepLoader(
             batches,
             batch_size=None,
-            sampler=plans,
+            sampler=RememberingSampler(plans) if self.num_workers else plans,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_init_worker if os.name == "posix" else None,
+            worker_init_fn=init_worker if os.name == "posix" else None,
         )
-
-
-def _init_worker(worker: int) -> None:
-    """Shield a loader worker from signals to the process group, and end it with the run.
-
-    Ctrl-C in a terminal and the signals of most schedulers reach every process of a group. A worker
-    that such a signal ends would make the run fail before it saves a checkpoint.
-    """
-    os.setsid()
-    for signum in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(signum, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_run, daemon=True).start()
-
-
-def _exit_with_run() -> None:
-    """End this worker when the run ends, in whatever way.
-
-    A PyTorch worker watches its parent process. With a fork server (Python 3.14's default) that is
-    the server, and the two keep each other alive when the run is killed.
-    """
-    run = multiprocessing.parent_process()
-    if run is not None:
-        run.join()
-        os._exit(1)
 
 
 def check_validation_interval(trainer: Any, num_steps: int | None) -> None:

@@ -1,20 +1,23 @@
-"""Preemption: a checkpoint before a run ends that a scheduler or Ctrl-C stops."""
+"""Preemption: a checkpoint before a run ends that a scheduler, Ctrl-C or a lost process stops."""
 
 import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from kto_lightning.callbacks.lightning_state import validates_now
+from kto_lightning.callbacks.lightning_state import kto_data, validates_now
 from kto_lightning.errors import StoppedRun
 from kto_lightning.training.checkpoints import list_checkpoints
 
-_NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
+_NAMES = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
 SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+_LOST_WORKER = 1000
+"""In place of a signal's number: a loader worker was killed."""
 _HOW_TO_RESUME = "Resume with the same command and --ckpt_path last."
 _ON_CTRL_C = b"\nStopping after this step. Press Ctrl-C again to stop at once.\n"
 
@@ -36,8 +39,25 @@ class Preempted(StoppedRun):
         )
 
 
+class LostWorker(StoppedRun):
+    """A run was stopped because a loader worker was killed; `Checkpoints` saves it.
+
+    Args:
+        step: the last optimizer step.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            f"a loader worker was killed: stopped after step {step}, which is saved as "
+            f"checkpoints/step={step}.ckpt. If memory ran out, lower --data.num_workers. "
+            f"{_HOW_TO_RESUME}"
+        )
+
+
 class Preemption(Callback):
-    """Stops a run between two steps on SIGTERM, SIGUSR1 or the first Ctrl-C.
+    """Stops a run between two steps on SIGTERM, SIGUSR1, SIGHUP or the first Ctrl-C, and when a
+    loader worker was killed. A signal that the process was started to ignore stays ignored, as
+    SIGHUP under `nohup`.
 
     The handler only records the signal. At the end of each step the ranks agree on what they have
     received, and `Preempted` ends the run on all of them; `Checkpoints` saves it.
@@ -53,14 +73,17 @@ class Preemption(Callback):
     def __init__(self) -> None:
         self._signum = 0
         self._handlers: dict[int, Any] = {}
+        self._trains = False
         self._prints = True
         self._validation_due = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._prints = trainer.is_global_zero
         self._signum = int(signal.SIGTERM) if trainer.received_sigterm else 0
+        self._trains = True
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {signum: signal.signal(signum, self._record) for signum in SIGNALS}
+            heeded = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+            self._handlers = {signum: signal.signal(signum, self._record) for signum in heeded}
         if self._validation_due:
             _run_due_validation(trainer)
             self._validation_due = False
@@ -103,22 +126,25 @@ class Preemption(Callback):
             if self._signum == signal.SIGINT:
                 raise KeyboardInterrupt
             if self._prints:
-                os.write(2, _ON_CTRL_C)  # not `print`: a signal may arrive inside it
+                with suppress(OSError):  # the terminal may be gone
+                    os.write(2, _ON_CTRL_C)  # not `print`: a signal may arrive inside it
         self._signum = self._signum or signum
 
     def _stop_if_signalled(self, trainer: Trainer, *, validation_due: bool) -> None:
-        """Raise Preempted on all ranks if any of them has received a signal."""
-        if not self._handlers:
+        """Raise Preempted or LostWorker on all ranks if one of them has reason to stop."""
+        if not self._trains:
             return
-        signum = self._signum
+        signum = _LOST_WORKER if kto_data(trainer).has_lost_worker() else self._signum
         if trainer.world_size > 1:
             own = torch.tensor(signum, device=trainer.strategy.root_device)
             signum = int(trainer.strategy.reduce(own, reduce_op="max"))
         if signum:
             self._validation_due = validation_due
-            raise Preempted(signum, trainer.global_step)
+            step = trainer.global_step
+            raise LostWorker(step) if signum == _LOST_WORKER else Preempted(signum, step)
 
     def _restore_handlers(self) -> None:
+        self._trains = False
         for signum, handler in self._handlers.items():
             if handler is not None:  # None: it was not set from Python and cannot be set from it
                 signal.signal(signum, handler)

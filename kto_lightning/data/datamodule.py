@@ -12,6 +12,7 @@ from kto_lightning.batches.loader import Batching, ExecutionContext, PairingKind
 from kto_lightning.batches.pairing import Pairing, pair_none
 from kto_lightning.batches.sampler import PlanSampler
 from kto_lightning.batches.types import StepBatch
+from kto_lightning.batches.workers import StepLoader
 from kto_lightning.data.dataset import Reading
 from kto_lightning.data.examples import ExampleSet, Truncation
 from kto_lightning.data.prepared import PreparedData, Source
@@ -81,6 +82,7 @@ class KTODataModule(LightningDataModule):
         self.batching = pick_settings(Batching, settings)
         self._prepared: PreparedData | None = None
         self._sampler: PlanSampler | StreamSampler | None = None
+        self._loaders: list[StepLoader] = []
         self._state: dict[str, Any] = {}
         """The state of the run that this one resumes."""
         self._error: KTOError | None = None
@@ -199,7 +201,7 @@ class KTODataModule(LightningDataModule):
             self._sampler.load_state(self._state["sampler"])
         if data.train_set is not None:
             self._check_records(data.train_set)
-        return self.batching.loader(batches, self._sampler)
+        return self._loader(batches, self._sampler)
 
     def val_dataloader(self) -> DataLoader[StepBatch] | list[Any]:
         data, examples = self.prepared, self.prepared.validation_set
@@ -209,14 +211,25 @@ class KTODataModule(LightningDataModule):
         # In `fit` the held-out loss has the weights of training; alone, those of its own classes.
         weights = data.class_weights or data.weights_of(examples)
         plans = self._plans(examples, data.validation_pairing, shuffle=False)
-        return self.batching.loader(self._batches(examples, weights), plans)
+        return self._loader(self._batches(examples, weights), plans)
 
     def predict_dataloader(self) -> DataLoader[StepBatch]:
         examples = self.prepared.predict_set
         assert examples is not None
         plans = self._plans(examples, pair_none(len(examples)), shuffle=False)
         weights = ClassWeights(desirable=1.0, undesirable=1.0)
-        return self.batching.loader(self._batches(examples, weights), plans)
+        return self._loader(self._batches(examples, weights), plans)
+
+    def _loader(
+        self, batches: StepBatches | StreamedBatches, plans: PlanSampler | StreamSampler
+    ) -> StepLoader:
+        loader = self.batching.loader(batches, plans)
+        self._loaders.append(loader)
+        return loader
+
+    def has_lost_worker(self) -> bool:
+        """Whether a loader process of this rank was killed; its batches are made without it."""
+        return any(loader.lost_worker for loader in self._loaders)
 
     def _context(self) -> ExecutionContext:
         return ExecutionContext(

@@ -1,6 +1,8 @@
 """Preemption: a signalled run saves a checkpoint, says how to resume, and resumes bit for bit."""
 
+import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from kto_lightning.callbacks.preemption import SIGNALS
 from kto_lightning.callbacks.reporting import Summary
 from kto_lightning.module import KTOModule
 from kto_lightning.training.checkpoints import list_checkpoints
-from tests.support.cli import LAST, fit, fit_arguments, rows, small_model
+from tests.support.cli import LAST, fit, fit_arguments, rows, run_cli, small_model
 from tests.support.comparison import assert_runs_equal
 from tests.support.faults import call_in_step
 from tests.support.ranks import fit_on_ranks, run_ranks
@@ -61,6 +63,7 @@ def fit_signalled(
         (signal.SIGTERM, 3, "training_step", ("--data.num_workers", 2)),
         (signal.SIGTERM, 6, "training_step", ()),  # the last one
         (signal.SIGUSR1, 2, "training_step", VALIDATION),
+        (signal.SIGHUP, 2, "training_step", ()),  # a closed terminal
         (signal.SIGINT, 4, "validation_step", VALIDATION),
         (signal.SIGTERM, 5, "validation_step", ("--data.validation", 0.2)),
     ],
@@ -108,6 +111,78 @@ def test_a_second_ctrl_c_stops_at_once_and_names_the_last_checkpoint(
     assert not (tmp_path / "model").exists()
 
 
+def test_an_ignored_signal_stays_ignored(policy: Path, train: Path, tmp_path: Path):
+    """As under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        fit_signalled(signal.SIGHUP, 2, "training_step", policy, train, tmp_path, status=0)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def kill_worker() -> None:
+    """As the kernel does when memory runs out."""
+    os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("step", "method", "options"),
+    [(2, "training_step", ()), (6, "training_step", ()), (4, "validation_step", VALIDATION)],
+)
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_run_whose_loader_worker_is_killed_is_saved_and_resumes(
+    step: int,
+    method: str,
+    options: tuple[Any, ...],
+    num_workers: int,
+    policy: Path,
+    train: Path,
+    whole_runs: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    workers = ("--data.num_workers", num_workers)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KTOModule, method, getattr(KTOModule, method))  # restored at the end
+        call_in_step(kill_worker, step, method)
+        # Workers prefetch: the last steps do not need the one that is killed.
+        fit(policy, train, tmp_path, *options, *workers, status=0 if step == 6 else 1)
+    error = capsys.readouterr().err
+    if step < 6:
+        assert "was killed by SIGKILL, perhaps because memory ran out" in error
+        assert "error: a loader worker was killed: stopped after step" in error
+        assert "with the same command and --ckpt_path last" in error
+        ((saved, _),) = list_checkpoints(tmp_path)
+        assert len(rows(tmp_path)) == saved >= step
+        fit(policy, train, tmp_path, *options, *workers, *LAST)
+    assert "Traceback" not in error
+    assert_runs_equal(tmp_path, whole_runs(*options))
+
+
+def test_predict_goes_on_without_a_killed_worker(
+    policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = shutil.copy(train, tmp_path)
+    arguments = ("predict", "--model.policy", policy, "--data.predict", data)
+    arguments += ("--data.batch_size", 2, "--trainer.accelerator", "cpu")
+    assert run_cli(*arguments) == 0
+    expected = Path(f"{data}.rewards.jsonl").read_text(encoding="utf-8")
+    step, calls = KTOModule.predict_step, []
+
+    def predict_step(self: KTOModule, batch: Any, batch_idx: int) -> Any:
+        calls.append(batch_idx)
+        if batch_idx == 3:
+            kill_worker()
+        return step(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KTOModule, "predict_step", predict_step)
+        assert run_cli(*arguments, "--data.num_workers", 2) == 0
+    assert len(calls) == 12
+    assert Path(f"{data}.rewards.jsonl").read_text(encoding="utf-8") == expected
+    assert "its batches" in capsys.readouterr().err.lower()
+
+
 def signal_ranks(*ranks: int) -> None:
     """For `prepare` of a job: some of its ranks get SIGTERM in step 3."""
     if int(os.environ["RANK"]) in ranks:
@@ -147,6 +222,25 @@ def test_ranks_stop_together_whichever_is_signalled(
     assert [saved for saved, _ in list_checkpoints(tmp_path)] == [3]
     fit_on_ranks(policy, train, tmp_path, *LAST, strategy=strategy)
     assert_runs_equal(tmp_path, whole_runs_on_two(strategy))
+
+
+def kill_worker_of_second_rank() -> None:
+    """For `prepare` of a job."""
+    if os.environ["RANK"] == "1":
+        call_in_step(kill_worker, 2, "training_step")
+
+
+def test_ranks_stop_together_when_one_loses_a_loader_worker(
+    policy: Path, train: Path, whole_runs_on_two: Callable[[str], Path], tmp_path: Path
+):
+    options = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--data.num_workers", 1)
+    arguments = ("fit", *fit_arguments(policy, train, tmp_path, *options))
+    ended = run_ranks(*arguments, prepare=kill_worker_of_second_rank)
+    assert [rank.status for rank in ended] == [1, 1], "\n".join(rank.err for rank in ended)
+    assert "was killed by SIGKILL" in ended[1].err
+    assert "a loader worker was killed: stopped after step" in ended[0].err
+    fit_on_ranks(policy, train, tmp_path, *LAST, strategy="ddp")
+    assert_runs_equal(tmp_path, whole_runs_on_two("ddp"))
 
 
 def signal_first_rank_in(method: str, owner: type) -> None:
