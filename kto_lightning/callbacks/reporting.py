@@ -17,6 +17,7 @@ from kto_lightning.batches.class_weights import effective_ratio
 from kto_lightning.callbacks.lightning_state import kto_data, kto_module
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.data.prepared import PreparedData
+from kto_lightning.data.rewards import check_writable, rewards_paths
 from kto_lightning.data.streaming.stream import ExampleStream
 from kto_lightning.distributed import warn
 from kto_lightning.files import write_whole
@@ -207,6 +208,26 @@ def _model_rows(module: KTOModule, data: KTODataModule) -> list[Row]:
         ("attention", attention),
         ("steps", f"{num_steps}, {per_step} examples each"),
     ]
+
+
+class WritableRewards(Callback):
+    """Checks that `predict` can write its rewards, before the model is loaded.
+
+    Args:
+        output_dir: where; None: beside the records.
+
+    Raises:
+        DataError, KTOError: as `rewards_paths` and `check_writable`.
+    """
+
+    def __init__(self, output_dir: str | None) -> None:
+        self._output_dir = output_dir
+
+    @rank_zero_only
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        examples = kto_data(trainer).prepared.predict_set
+        assert examples is not None
+        check_writable(rewards_paths(examples, self._output_dir).values())
 
 
 class DiagnosisWarnings(Callback):

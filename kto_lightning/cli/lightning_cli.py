@@ -20,6 +20,7 @@ from kto_lightning.callbacks.reporting import (
     DiagnosisWarnings,
     MetricsStart,
     Summary,
+    WritableRewards,
 )
 from kto_lightning.cli.parser import PROG, Parser, first_cause
 from kto_lightning.cli.refusals import (
@@ -91,9 +92,9 @@ class KTOCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--output_dir",
-            type=str,
-            default="output",
-            help="Directory for the run's model, metrics, checkpoints and settings.",
+            type=str | None,
+            help="Directory for the run's model, metrics, checkpoints and settings; null: output. "
+            "The rewards of predict are written to it; null: beside their records.",
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(Generations, "report")
@@ -112,7 +113,8 @@ class KTOCLI(LightningCLI):
         check_environment(str(self.subcommand), self._parser(self.subcommand))
         check_trainer_options(trainer, trains=self.subcommand == "fit")
         check_strategy(trainer.strategy, config.model)
-        config.output_dir = os.path.expanduser(config.output_dir) or "."
+        self._rewards_dir = config.output_dir = _expand(config.output_dir)
+        config.output_dir = config.output_dir or "output"
         if self.subcommand == "fit":
             check_not_overwritten(config.output_dir, config.model)
         else:
@@ -177,6 +179,8 @@ class KTOCLI(LightningCLI):
             DataReportFile(),  # after Preemption: a signal may come while it is computed
             Summary(),
         ]
+        if self.subcommand == "predict":
+            kwargs["callbacks"].append(WritableRewards(self._rewards_dir))
         if trainer.enable_progress_bar is not False:
             kwargs["callbacks"].append(progress)
         if isinstance(progress, ProgressLines):
@@ -241,8 +245,7 @@ class KTOCLI(LightningCLI):
             return
         if not any(prediction.reward for prediction in predictions):
             _warn_of_identical_reference(module)
-        output_dir = self.trainer.default_root_dir
-        for path in write_rewards(data.prepared.predict_set, predictions, output_dir):
+        for path in write_rewards(data.prepared.predict_set, predictions, self._rewards_dir):
             print(f"rewards   {path}")
 
     def _module_and_data(self) -> tuple[KTOModule, KTODataModule]:
@@ -270,6 +273,11 @@ def _warn_of_identical_reference(module: KTOModule) -> None:
         "trained weights as --ckpt_path.",
         file=sys.stderr,
     )
+
+
+def _expand(path: str | None) -> str | None:
+    """A path with `~` expanded; an empty one is the working directory."""
+    return None if path is None else os.path.expanduser(path) or "."
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,13 +1,16 @@
 """Rewards files: `predict` writes `FILE.rewards.jsonl` with a reward for every record of FILE."""
 
+import errno
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from kto_lightning.batches.types import Prediction
 from kto_lightning.data.examples import ExampleSet
 from kto_lightning.data.sources import expand
-from kto_lightning.errors import DataError
+from kto_lightning.errors import DataError, KTOError
+from kto_lightning.files import write_whole
 
 SUFFIX = ".rewards.jsonl"
 
@@ -40,30 +43,74 @@ def exclude_rewards_files(source: str | list[str]) -> tuple[list[str], list[str]
     return kept, excluded
 
 
-def write_rewards(
-    examples: ExampleSet, predictions: Iterable[Prediction], output_dir: str | Path
-) -> list[Path]:
-    """Write one line per record, in the order of its file, to a file beside it.
+def rewards_paths(examples: ExampleSet, output_dir: str | Path | None) -> dict[str, Path]:
+    """Where the rewards of each file of records go, by the file's name.
 
-    A dropped record (its prompt fills `max_length`) has a null reward. Rewards of a hub data set
-    are written to `output_dir`.
+    Args:
+        examples: the records.
+        output_dir: None: beside each file; of a hub data set, in `output`.
+
+    Raises:
+        DataError: if two files of one name would share a rewards file.
+    """
+    paths: dict[str, Path] = {}
+    for name in dict.fromkeys(examples.records["file"]):
+        beside = Path(f"{name}{SUFFIX}")
+        inside = Path(output_dir or "output") / beside.name
+        path = beside if output_dir is None and Path(name).exists() else inside
+        taken = [other for other, used in paths.items() if used == path]
+        if taken:
+            raise DataError(
+                f"the rewards of {taken[0]} and of {name} would both be {path}. Reward the files "
+                "one by one, or omit --output_dir: then each is written beside its file."
+            )
+        paths[name] = path
+    return paths
+
+
+def check_writable(paths: Iterable[Path]) -> None:
+    """Check that files can be written, before anything is computed for them.
+
+    Raises:
+        KTOError: with the first that cannot.
+    """
+    for path in paths:
+        part = path.with_name(f".{path.name}.part")  # as `write_whole`
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            part.touch()
+            part.unlink()
+        except OSError as error:
+            raise KTOError(
+                f"{path} cannot be written: {error.strerror or error}. Choose another place for "
+                "the rewards with --output_dir."
+            ) from error
+
+
+def write_rewards(
+    examples: ExampleSet, predictions: Iterable[Prediction], output_dir: str | Path | None
+) -> list[Path]:
+    """Write one line per record, in the order of its file, to the places of `rewards_paths`.
+
+    A dropped record (its prompt fills `max_length`) has a null reward.
 
     Returns:
         The files written.
+
+    Raises:
+        KTOError: if one cannot be written.
     """
     by_row = {int(examples.rows[p.index]): p for p in predictions}
     lines: dict[str, list[str]] = {}
     for row, record in enumerate(examples.records):
         assert isinstance(record, dict)
         lines.setdefault(record["file"], []).append(_line(record, by_row.get(row)))
-    written = []
+    paths = rewards_paths(examples, output_dir)
     for name, texts in lines.items():
-        beside = Path(f"{name}{SUFFIX}")
-        path = beside if Path(name).exists() else Path(output_dir) / beside.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(texts), encoding="utf-8")
-        written.append(path)
-    return written
+        write_whole(paths[name], "".join(texts), what="the rewards")
+    return list(paths.values())
 
 
 def _line(record: dict[str, object], prediction: Prediction | None) -> str:

@@ -11,6 +11,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kto_lightning.module import KTOModule
 from tests.support.cli import fit, numbers, rows, run_cli, small_data
 from tests.support.factories import chat_records, make_tokenizer, save_model, write_jsonl
 from tests.support.plain_forwards import Float64, float64_copy
@@ -150,6 +151,46 @@ def test_rewards_are_written_beside_each_file(lora_run: Path, tmp_path: Path):
         len((tmp_path / f"{name}.jsonl.rewards.jsonl").read_text().splitlines()) for name in "ab"
     ]
     assert counts == [3, 5]
+
+
+def test_rewards_are_written_to_a_directory_that_is_given(lora_run: Path, tmp_path: Path):
+    data = small_data(tmp_path / "a.jsonl", 3)
+    command = ("predict", "--model.policy", lora_run / "model", "--trainer.accelerator", "cpu")
+    output = tmp_path / "new" / "folder"
+    assert run_cli(*command, "--data.predict", data, "--output_dir", output) == 0
+    assert len((output / "a.jsonl.rewards.jsonl").read_text().splitlines()) == 3
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ((), ["{0}/a/x.jsonl.rewards.jsonl cannot be written: Is a directory.", "--output_dir"]),
+        (("--output_dir", "{0}/b/x.jsonl"), ["b/x.jsonl/x.jsonl.rewards.jsonl cannot be written"]),
+        (("--output_dir", "{0}/c"), ["the rewards of {0}/a/x.jsonl and of {0}/b/x.jsonl would"]),
+    ],
+)
+def test_predict_checks_that_it_can_write_before_it_computes(
+    options: tuple[str, ...],
+    parts: list[str],
+    lora_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(KTOModule, "configure_model", lambda _: pytest.fail("a model is loaded"))
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        small_data(tmp_path / name / "x.jsonl", 3)
+    (tmp_path / "a" / "x.jsonl.rewards.jsonl").mkdir()
+    files = tmp_path / ("?" if options[-1:] == ("{0}/c",) else "a") / "x.jsonl"
+    command = ("predict", "--model.policy", lora_run / "model", "--data.predict", files)
+    placed = [option.format(tmp_path) for option in options]
+    assert run_cli(*command, "--trainer.accelerator", "cpu", *placed) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    for part in parts:
+        assert part.format(tmp_path) in error
 
 
 def test_a_single_prompt_is_rewarded_too(lora_run: Path, tmp_path: Path):
