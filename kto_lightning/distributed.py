@@ -94,5 +94,10 @@ def warn(trainer: Trainer, message: str) -> None:
         say(f"warning: {message}", file=sys.stderr)
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the only one, or rank 0 of several."""
+    return not _several() or dist.get_rank() == 0
+
+
 def _several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

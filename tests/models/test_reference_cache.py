@@ -1,6 +1,10 @@
 """The cache of the reference's log-probs: records on disk, keys, and runs with it."""
 
 import csv
+import os
+import resource
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from kto_lightning.__main__ import main
 from kto_lightning.batches.collate import pair_key
+from kto_lightning.errors import KTOError
 from kto_lightning.models.reference_cache import RECORD, ReferenceCache, reference_fingerprint
+from tests.support.cli import LAST, fit
+from tests.support.comparison import assert_runs_equal
 from tests.support.factories import make_tokenizer, plain_records, save_model, write_jsonl
+from tests.support.faults import Killed
 
 NUM_RECORDS = 13
 
@@ -62,6 +70,61 @@ def test_a_damaged_record_is_ignored(tmp_path, byte):
     assert cache.find(keys_of(1, 3)) == [-1.0, -3.0]
     assert cache.find(keys_of(2)) is None
     assert len(cache) == 2
+
+
+def test_damage_is_named_in_one_line(tmp_path, capsys):
+    ReferenceCache(tmp_path).add(keys_of(*range(9)), [-1.0] * 9)
+    (file,) = tmp_path.iterdir()
+    content = bytearray(file.read_bytes())
+    content[2 * RECORD.itemsize] ^= 1
+    content[5 * RECORD.itemsize] ^= 1
+    file.write_bytes(bytes(content))
+    (tmp_path / "a.logps").mkdir()
+    os.mkfifo(tmp_path / "b.logps")
+    (tmp_path / "c.logps").write_bytes(bytes(1000))
+    cache = ReferenceCache(tmp_path)
+    cache.refresh()
+    assert len(cache) == 7
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    error = "\n".join(lines)
+    assert f"{file} is damaged: 2 of its log-probs are computed again." in error
+    assert "c.logps is damaged: 35 of its log-probs" in error
+    for name in "ab":
+        assert f"{name}.logps cannot be read: not a file. Its log-probs are computed" in error
+
+
+def test_files_of_another_reference_are_not_used(tmp_path, capsys):
+    ReferenceCache(tmp_path / "one").add(keys_of(1), [-1.0])
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert len(ReferenceCache(tmp_path / "two")) == 0
+    assert "is damaged: 1 of its log-probs" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_the_reference_is_loaded(
+    inputs, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("")
+    command = ["fit", "--model.policy", str(inputs / "model"), "--output_dir", str(tmp_path / "o")]
+    command += ["--data.train", str(inputs / "records.jsonl"), "--trainer.accelerator", "cpu"]
+    assert main([*command, "--model.reference_cache", str(tmp_path / "file" / "cache")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --model.reference_cache: ")
+    assert "cannot be written: Not a directory" in error
+
+
+def test_a_disk_that_takes_a_part_of_a_record_is_full(tmp_path):
+    cache = ReferenceCache(tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (RECORD.itemsize + 5, limit[1]))
+    try:
+        with pytest.raises(KTOError, match=r"cannot be written: File too large\. Make room"):
+            cache.add(keys_of(1, 2), [-1.0, -2.0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert ReferenceCache(tmp_path).find(keys_of(1)) == [-1.0]
 
 
 def test_nan_is_ignored(tmp_path):
@@ -154,6 +217,42 @@ def test_lora_uses_the_log_probs_of_its_base(inputs, tmp_path, capsys):
     capsys.readouterr()
     run(inputs, tmp_path / "lora", *cached, "--model.lora.r", "2")
     assert "26 of 26" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bytes_kept", [0, 1, 3 * RECORD.itemsize, 4 * RECORD.itemsize, 170])
+def test_a_run_killed_while_it_fills_the_cache_resumes_bit_for_bit(
+    bytes_kept: int, inputs, tmp_path, monkeypatch
+):
+    """Batches of four: records 1 to 4 of an append are matched, 5 to 8 mismatched."""
+    fixed = ("--checkpoint.every_n_steps", 1, "--trainer.max_epochs", 2, "--data.max_tokens", 200)
+    model, records = inputs / "model", inputs / "records.jsonl"
+
+    def options(name: str) -> tuple[object, ...]:
+        """One log-prob of the third step is known already, from a batch of its own."""
+        cache = tmp_path / name
+        single = write_jsonl(tmp_path / "single.jsonl", plain_records(NUM_RECORDS)[:2])
+        known = ("--model.reference_cache", cache, "--data.batch_size", 1)
+        fit(model, single, tmp_path / f"{name}_known", *known)
+        return (*fixed, "--model.reference_cache", cache)
+
+    whole = fit(model, records, tmp_path / "whole", *options("cache_of_whole"))
+    append, num_appends = ReferenceCache._append, 0
+
+    def append_or_end(self: ReferenceCache, content: bytes) -> None:
+        nonlocal num_appends
+        num_appends += bool(content)
+        if num_appends == 3:
+            append(self, content[:bytes_kept])
+            raise Killed
+        append(self, content)
+
+    killed = options("cache_of_killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(ReferenceCache, "_append", append_or_end)
+        with pytest.raises(Killed):
+            fit(model, records, tmp_path / "killed", *killed)
+    fit(model, records, tmp_path / "killed", *killed, *LAST)
+    assert_runs_equal(tmp_path / "killed", whole)
 
 
 def test_log_probs_of_validation_are_cached(inputs, tmp_path, capsys):
