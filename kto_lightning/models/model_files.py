@@ -1,6 +1,9 @@
 """Model names: a directory, a hub id or an adapter directory, and the files behind one."""
 
+import json
 import re
+from functools import cache
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -52,6 +55,55 @@ def weight_directories(name: str) -> list[Path]:
         return [Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))]
     except (OSError, ValueError) as error:
         raise ModelError(f"the model {name} cannot be downloaded: {first_line(error)}") from error
+
+
+_VOLATILE = {
+    *("transformers_version", "peft_version", "_name_or_path"),
+    *("base_model_name_or_path", "revision", "inference_mode"),
+}
+"""Entries of a config that may change while the model stays the same, as when it is moved."""
+
+
+def model_identity(name: str) -> str:
+    """A hash of the model behind a name: its weights, configs, and for an adapter its base's.
+
+    Equal for copies in different places. Every byte of the weights is read, once per process as
+    long as the file stays as it is.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        ModelError: if the model cannot be downloaded or a file cannot be read.
+    """
+    digest = sha256()
+    for directory in weight_directories(name):
+        paths = [directory / file for file in ("adapter_config.json", "config.json")]
+        for path in sorted([*filter(Path.exists, paths), *directory.glob("*.safetensors")]):
+            if not path.is_file():  # a pipe would never end
+                raise ModelError(f"{path} is not a regular file. Copy the model again.")
+            try:
+                digest.update(f"{path.name} {_content_digest(path)}\n".encode())
+            except (OSError, ValueError, RecursionError) as error:
+                raise ModelError(f"{path} cannot be read: {first_line(error)}") from error
+    return digest.hexdigest()
+
+
+def _content_digest(path: Path) -> str:
+    if path.suffix == ".json":
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(config, dict):
+            config = {key: value for key, value in config.items() if key not in _VOLATILE}
+        return sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    status = path.stat()
+    return _weights_digest(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _weights_digest(path: Path, size: int, changed_ns: int) -> str:
+    """The hash of a file's content; size and time of change tell the cache that it is another."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def check_model_files(name: str) -> None:
