@@ -25,8 +25,8 @@ from kto_lightning.models.following import FollowingReference
 from kto_lightning.module import KTOModule
 from kto_lightning.reports.data import (
     as_json,
-    length_finding,
     report_of_training_set,
+    summary_sentences,
     write_data_report,
 )
 from kto_lightning.reports.diagnosis import RunningDiagnosis
@@ -82,9 +82,7 @@ class DataReportFile(Callback):
         count = len(report.findings)
         findings = f"{count} finding{'' if count == 1 else 's'}"
         data.report_line = f"{path}, {findings} (report.html shows them)"
-        sentence = length_finding(report)
-        if sentence is not None:
-            data.warnings.append(sentence[0].lower() + sentence[1:])
+        data.warnings += [text[0].lower() + text[1:] for text in summary_sentences(report)]
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,7 +18,7 @@ from kto_lightning.errors import ConfigError, DataError, ModelError
 from kto_lightning.models.loading import vocabulary_size
 from kto_lightning.models.tokenizer import load_tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the cache key: raise it when the same file would give other records or columns."""
 NUM_SHOWN = 5
 FEATURES = datasets.Features(
@@ -28,6 +28,7 @@ FEATURES = datasets.Features(
         "weight": datasets.Value("float32"),
         "file": datasets.Value("string"),
         "line": datasets.Value("int64"),
+        "prompt_guessed": datasets.Value("bool"),
     }
 )
 
@@ -73,8 +74,8 @@ def load_records(source: str | list[str], *, cache_dir: str | None = None) -> da
     """All records as a memory-mapped data set, parsed only once for the same contents.
 
     Columns: `record` (JSON of prompt, completion, tools, chat_template_kwargs), `desirable`,
-    `weight`, `file`, `line`. The fingerprint depends on names and contents only, so the token ids
-    mapped from it are cached too.
+    `weight`, `file`, `line`, `prompt_guessed`. The fingerprint depends on names and contents only,
+    so the token ids mapped from it are cached too.
 
     Args:
         source: a path, a glob, a hub data set's id, or a list of those.
@@ -115,15 +116,21 @@ def _rows(names: list[str]) -> Iterator[dict[str, object]]:
             num_bad += 1
             bad = [*bad, record][:NUM_SHOWN]
             continue
-        yield {
-            "record": record_to_json(record),
-            "desirable": record.desirable,
-            "weight": record.weight,
-            "file": record.file,
-            "line": record.line,
-        }
+        yield as_row(record)
     if num_bad:
         raise _bad_records_error(names, bad, num_bad, num_read)
+
+
+def as_row(record: Record) -> dict[str, object]:
+    """The row of a record in the data set."""
+    return {
+        "record": record_to_json(record),
+        "desirable": record.desirable,
+        "weight": record.weight,
+        "file": record.file,
+        "line": record.line,
+        "prompt_guessed": record.prompt_guessed,
+    }
 
 
 def _bad_records_error(

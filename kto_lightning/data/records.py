@@ -1,7 +1,8 @@
 """`Record`, and the parser that turns one row of a source into records.
 
 A row has one of three forms: `{prompt, completion, label}`, `{messages | conversations, label}` or
-`{chosen, rejected}` with or without `prompt`, which gives two records, the chosen one first.
+`{chosen, rejected}` with or without `prompt`, which gives two records, the chosen one first. A
+field `system` becomes the first message.
 """
 
 import json
@@ -10,14 +11,24 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kto_lightning.data.messages import is_message, parse_messages, split_last_turn
-from kto_lightning.data.sources import COLUMNS, Row
+from kto_lightning.data.messages import parse_messages, split_last_turn
+from kto_lightning.data.pairs import CONVERSATION_KEYS, is_said, parse_pair
+from kto_lightning.data.sources import Row
 from kto_lightning.data.strict_json import (
     RecordError,
     drop_none,
     exceeds_depth,
     parse_json_or_text,
     quote,
+)
+from kto_lightning.data.texts import (
+    Text,
+    add_system,
+    check_no_media,
+    check_no_media_in_messages,
+    missing_key_error,
+    parse_system,
+    parse_text,
 )
 
 LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False} | {
@@ -34,8 +45,6 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 """Arguments of `apply_chat_template` that tokenization sets itself."""
 MAX_NESTING = 100
 FLOAT32 = np.finfo(np.float32)
-
-Text = str | list[dict]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,6 +63,8 @@ class Record:
     """The source: a path, or the id of a hub data set."""
     line: int
     """From 1: the line in a jsonl or csv file, the row in any other source."""
+    prompt_guessed: bool = False
+    """Whether the prompt was cut from a pair's answers without a sign of where it ends."""
 
 
 def is_conversational(record: Record) -> bool:
@@ -92,41 +103,68 @@ def parse_row(row: Row) -> Iterator[Record]:
         "file": row.file,
         "line": row.line,
     }
-    for prompt, completion, desirable in _labelled_completions(row.value, fields, row.from_table):
-        prompt, completion = _match_kinds(prompt, completion)
-        record = Record(prompt=prompt, completion=completion, desirable=desirable, **common)
+    check_no_media(fields)
+    system = parse_system(fields)
+    for record in _records_of_row(row, fields, common):
+        record.prompt, record.completion = _match_kinds(record.prompt, record.completion)
+        record.prompt = add_system(record.prompt, record.completion, system)
         _check_serializable(record)
+        _check_parts(record)
         yield record
 
 
-def _labelled_completions(
-    row: dict, fields: dict, from_table: bool
-) -> list[tuple[Text, Text, bool]]:
-    """(prompt, completion, desirable) of each record in the row."""
+def _records_of_row(row: Row, fields: dict, common: dict) -> list[Record]:
+    """The records in a row; prompt and completion may still be of different kinds."""
+    assert isinstance(row.value, dict)
     if "chosen" in fields or "rejected" in fields:
-        prompt, chosen, rejected = _parse_pair(fields, from_table)
-        return [(prompt, chosen, True), (prompt, rejected, False)]
-    for key in ("messages", "conversations"):
+        pair = parse_pair(fields, row.from_table)
+        common = common | {"prompt": pair.prompt, "prompt_guessed": pair.prompt_guessed}
+        return [
+            Record(completion=pair.chosen, desirable=True, **common),
+            Record(completion=pair.rejected, desirable=False, **common),
+        ]
+    for key in CONVERSATION_KEYS:
         if key in fields and "completion" not in fields:
-            prompt, completion = split_last_turn(parse_messages(key, fields[key], from_table))
-            return [(prompt, completion, _parse_label(row))]
-    prompt, completion = (
-        _parse_text("prompt", row, from_table),
-        _parse_text("completion", row, from_table),
-    )
-    return [(prompt, completion, _parse_label(row))]
+            messages = parse_messages(key, fields[key], row.from_table)
+            _check_repeats(fields, key, messages, row.from_table)
+            prompt, completion = split_last_turn(messages)
+            break
+    else:
+        prompt, completion = (
+            parse_text(key, row.value, row.from_table) for key in ("prompt", "completion")
+        )
+    desirable = _parse_label(row.value)
+    return [Record(prompt=prompt, completion=completion, desirable=desirable, **common)]
 
 
-def _missing_key_error(key: str, row: dict) -> RecordError:
-    if key in row:
-        return RecordError(f"'{key}' is null. Drop the line or fill it in.")
-    has = quote(", ".join(name for name in COLUMNS if name in row) or ", ".join(map(str, row)))
-    return RecordError(f"'{key}' is missing; the record has {has}. Drop the line or add it.")
+def _check_repeats(fields: dict, key: str, messages: list[dict], from_table: bool) -> None:
+    """Raise RecordError if the row has another prompt than the one in its messages."""
+    for other in ("prompt", *CONVERSATION_KEYS):
+        if other == key or other not in fields:
+            continue
+        given = parse_text(other, fields, from_table)
+        if isinstance(given, str) and is_said(given, messages):
+            continue
+        if given != messages[: len(given)]:
+            raise RecordError(
+                f"'{other}' is not a part of '{key}', which is read. Keep one of the two."
+            )
+
+
+def _check_parts(record: Record) -> None:
+    """Raise RecordError for parts of a record that would not reach the tokens."""
+    if isinstance(record.prompt, list) and isinstance(record.completion, list):
+        check_no_media_in_messages([*record.prompt, *record.completion])
+    elif record.tools:
+        raise RecordError(
+            "'tools' stand beside plain text, and only a chat template can show them. Write prompt "
+            "and completion as messages, or remove 'tools'."
+        )
 
 
 def _parse_label(row: dict) -> bool:
     if "label" not in row:
-        raise RecordError("'label' is missing. Drop the line or give it a label.")
+        raise missing_key_error("label", row)
     label = row["label"]
     if isinstance(label, str):
         known = LABELS.get(label.strip().lower())
@@ -184,18 +222,6 @@ def _parse_template_kwargs(value: object, from_table: bool) -> dict:
     return kwargs
 
 
-def _parse_text(key: str, row: dict, from_table: bool) -> Text:
-    value = row.get(key)
-    if value is None:
-        raise _missing_key_error(key, row)
-    if isinstance(value, str):
-        content = parse_json_or_text(value) if from_table and value.startswith("[") else None
-        if not isinstance(content, list) or not content or not all(map(is_message, content)):
-            return value
-        return parse_messages(key, content, from_table=False)
-    return parse_messages(key, value, from_table)
-
-
 def _match_kinds(prompt: Text, completion: Text) -> tuple[Text, Text]:
     """Convert text to a user's or assistant's message where the other one is a list of messages."""
     if isinstance(prompt, str) and isinstance(completion, list):
@@ -207,45 +233,6 @@ def _match_kinds(prompt: Text, completion: Text) -> tuple[Text, Text]:
             "there is no message before the completion. Add a prompt or remove the line."
         )
     return prompt, completion
-
-
-def _parse_pair(fields: dict, from_table: bool) -> tuple[Text, Text, Text]:
-    chosen, rejected = (
-        _parse_text("chosen", fields, from_table),
-        _parse_text("rejected", fields, from_table),
-    )
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise RecordError(
-            "'chosen' and 'rejected' must both be text or both messages. Fix the line."
-        )
-    if "prompt" not in fields:
-        return _split_prompt(chosen, rejected)
-    prompt = _parse_text("prompt", fields, from_table)
-    if isinstance(chosen, str):
-        return prompt, chosen, rejected
-    if isinstance(prompt, str):
-        # Beside whole conversations, a plain prompt only repeats their user's turn.
-        split = _split_prompt(chosen, rejected)
-        return split if split[0] else (prompt, chosen, rejected)
-    # `chosen` and `rejected` may repeat the prompt; TRL would then train on it twice.
-    length = len(prompt)
-    if chosen[:length] == rejected[:length] == prompt and min(len(chosen), len(rejected)) > length:
-        return prompt, chosen[length:], rejected[length:]
-    return prompt, chosen, rejected
-
-
-def _split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
-    """Split off the common beginning as the prompt, by the rules of TRL's `extract_prompt`.
-
-    A completion keeps at least its last message or character, and a space before it.
-    """
-    shorter = min(len(chosen), len(rejected))
-    length = next((i for i in range(shorter) if chosen[i] != rejected[i]), None)
-    if length is None:
-        length = max(shorter - 1, 0)
-    elif length and chosen[length - 1] == " ":
-        length -= 1
-    return chosen[:length], chosen[length:], rejected[length:]
 
 
 def _check_serializable(record: Record) -> None:

@@ -21,13 +21,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kto_lightning.data.strict_json import RecordError, parse_json
+from kto_lightning.data.texts import MEDIA_KEYS, SYSTEM_KEYS
 from kto_lightning.errors import DataError
 
 COLUMNS = (
     *("prompt", "completion", "messages", "conversations", "chosen", "rejected"),
     *("label", "weight", "tools", "chat_template_kwargs"),
+    *(*SYSTEM_KEYS, *MEDIA_KEYS),
 )
-"""The columns of a record; others are not read."""
+"""The columns of a record; others are not read from a table that has what a record needs."""
+NEEDED_COLUMNS = (
+    *({"prompt", "completion", "label"}, {"messages", "label"}, {"conversations", "label"}),
+    {"prompt", "chosen", "rejected"},
+)
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -255,8 +261,10 @@ def _parquet_rows(name: str) -> Iterator[Row | BadRecord]:
 
 
 def _record_columns(columns: list[str]) -> list[str]:
-    """The columns of a record; all columns if there is none, so that the error can name them."""
-    return [column for column in columns if column in COLUMNS] or columns
+    """The columns of a record; all columns if one is missing, so that the error can name them."""
+    if any(needed <= set(columns) for needed in NEEDED_COLUMNS):
+        return [column for column in columns if column in COLUMNS]
+    return columns
 
 
 def _hub_dataset(name: str) -> datasets.Dataset:

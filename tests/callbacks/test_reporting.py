@@ -49,3 +49,16 @@ def test_the_summary_warns_that_length_predicts_the_label(
     assert printed.count("warning: length alone predicts the label (AUC 1.00)") == 1
     cli.fit(policy, cli.small_data(tmp_path / "like.jsonl"), tmp_path / "other")
     assert "length alone" not in capsys.readouterr().out
+
+
+def test_the_summary_counts_pairs_whose_prompt_was_guessed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = cli.small_model(tmp_path / "policy")
+    pairs = [
+        {"chosen": f"river {i} the cat sat", "rejected": f"river {i} the dog ran"} for i in range(4)
+    ]
+    cli.fit(policy, write_jsonl(tmp_path / "pairs.jsonl", pairs), tmp_path / "run")
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert printed.count("warning: 4 pairs have no prompt of their own:") == 1
+    assert "(pairs.jsonl:1, pairs.jsonl:2, …)" in printed

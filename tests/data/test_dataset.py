@@ -30,7 +30,14 @@ def test_the_columns_of_the_data_set(tmp_path: Path) -> None:
         {"messages": [USER, CALL], "label": 0, "tools": tools, "weight": 0.5},
     )
     dataset = cached(tmp_path, source)
-    assert dataset.column_names == ["record", "desirable", "weight", "file", "line"]
+    assert dataset.column_names == [
+        "record",
+        "desirable",
+        "weight",
+        "file",
+        "line",
+        "prompt_guessed",
+    ]
     assert dataset["desirable"][:] == [True, False]
     assert dataset["weight"][:] == [1.0, 0.5]
     assert dataset["file"][:] == [source, source]

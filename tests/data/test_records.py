@@ -38,6 +38,17 @@ def test_a_plain_record(tmp_path: Path) -> None:
     assert record == expected
 
 
+def test_what_a_table_leaves_empty_is_not_there(tmp_path: Path) -> None:
+    empty = {"images": [], "video": None, "audio": "", "tools": [], "system": " "}
+    assert read_one(tmp_path, PLAIN | empty).prompt == PLAIN["prompt"]
+
+
+def test_a_prompt_may_repeat_a_part_of_the_messages(tmp_path: Path) -> None:
+    row = {"messages": [USER, GOOD], "label": True}
+    for prompt in (USER["content"], [USER]):
+        assert read_one(tmp_path, row | {"prompt": prompt}).prompt == [USER]
+
+
 def test_a_chat_record_keeps_what_templates_may_ask_for(tmp_path: Path) -> None:
     said = {"role": "tool", "content": "wet", "name": "sky", "tool_call_id": "1"}
     thought = GOOD | {"reasoning": "It is wet."}
@@ -83,6 +94,26 @@ def test_text_beside_messages_becomes_a_turn(tmp_path: Path) -> None:
         assert (record.prompt, record.completion) == ([USER], [GOOD])
 
 
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_a_system_column_is_the_first_message(tmp_path: Path, key: str) -> None:
+    said = {"role": "system", "content": "Be brief."}
+    for row in (
+        {"messages": [USER, GOOD], "label": True},
+        {"conversations": [USER, GOOD], "label": True},
+        {"prompt": [USER], "completion": [GOOD], "label": True},
+        {"prompt": [USER], "completion": GOOD["content"], "label": True},
+    ):
+        record = read_one(tmp_path, row | {key: "Be brief."})
+        assert (record.prompt, record.completion) == ([said, USER], [GOOD])
+        assert read_one(tmp_path, row | {key: ""}).prompt == [USER]
+    for pair in (
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"messages": [USER], "chosen": GOOD["content"], "rejected": BAD["content"]},
+    ):
+        assert read_pair(tmp_path, pair | {key: "Be brief."}) == ([said, USER], [GOOD], [BAD])
+
+
 def read_pair(tmp_path: Path, row: dict) -> tuple:
     path = jsonl(tmp_path / "pair.jsonl", PLAIN, row | {"weight": 3})
     _, chosen, rejected = read_records(path)
@@ -122,7 +153,6 @@ def test_a_pair_becomes_two_records(
     ("chosen", "rejected"),
     [
         ("The sky is blue.", "The sky is green."),
-        ("The sky is bright.", "The sky is blue."),
         ("same", "same"),
         ("a b", "a b c"),
         ("a b c", "a b"),
@@ -163,15 +193,16 @@ def test_pairs_without_a_common_beginning_have_no_prompt(tmp_path: Path) -> None
         ),
         (
             {"prompt": "a", "completion": "b"},
-            "'label' is missing. Drop the line or give it a label.",
+            "'label' is missing; the record has prompt, completion. Drop the line or give it a "
+            "label.",
         ),
         (
             {"prompt": "a", "label": True, "text": "b"},
-            "'completion' is missing; the record has \"prompt, label\". Drop the line or add it.",
+            "'completion' is missing; the record has prompt, label, text. Drop the line or add it.",
         ),
         (
             {"question": "a"},
-            "'prompt' is missing; the record has \"question\". Drop the line or add it.",
+            "'prompt' is missing; the record has question. Drop the line or add it.",
         ),
         (PLAIN | {"prompt": None}, "'prompt' is null. Drop the line or fill it in."),
         (
@@ -237,6 +268,36 @@ def test_pairs_without_a_common_beginning_have_no_prompt(tmp_path: Path) -> None
         (
             PLAIN | {"weight": -1},
             "'weight' must be a positive, finite number, got -1. Fix it, or omit it for 1.0.",
+        ),
+        (
+            PLAIN | {"system": "Be brief."},
+            'the system prompt "Be brief." stands beside plain text, which has no place for it.',
+        ),
+        (
+            {"messages": [{"role": "developer", "content": "a"}, USER, GOOD], "label": True}
+            | {"system_prompt": "b"},
+            'the system prompt "b" stands beside messages that have one already.',
+        ),
+        (PLAIN | {"system": ["a"]}, "'system' must be text, got [\"a\"]."),
+        (PLAIN | {"system": "a", "system_prompt": "b"}, "'system' and 'system_prompt' differ."),
+        (PLAIN | {"images": ["a.png"]}, "'images' is given, but only text is trained on."),
+        (PLAIN | {"audio": {"path": "a.wav"}}, "'audio' is given, but only text is trained on."),
+        (
+            {"messages": [USER | {"images": ["a"]}, GOOD], "label": True},
+            "'images' is given, but only text is trained on.",
+        ),
+        (
+            {"messages": [USER | {"content": [{"type": "image", "text": ""}]}, GOOD]}
+            | {"label": True},
+            "a message holds a part of the type image, but only text is trained on.",
+        ),
+        (
+            PLAIN | {"tools": [{"name": "sky"}]},
+            "'tools' stand beside plain text, and only a chat template can show them.",
+        ),
+        (
+            {"prompt": "Snow?", "messages": [USER, GOOD], "label": True},
+            "'prompt' is not a part of 'messages', which is read. Keep one of the two.",
         ),
         ([1], "a record must be a JSON object, got [1]. Drop or wrap it."),
     ],

@@ -14,23 +14,23 @@ if TYPE_CHECKING:
         write_data_report,
     )
     from kto_lightning.reports.data.fields import DataReport
-    from kto_lightning.reports.data.findings import length_finding
+    from kto_lightning.reports.data.findings import summary_sentences
 
 _MODULES = {
     "DataReport": "kto_lightning.reports.data.fields",
     "as_json": "kto_lightning.reports.data.build",
-    "length_finding": "kto_lightning.reports.data.findings",
     "report_of_source": "kto_lightning.reports.data.build",
     "report_of_training_set": "kto_lightning.reports.data.build",
+    "summary_sentences": "kto_lightning.reports.data.findings",
     "write_data_report": "kto_lightning.reports.data.build",
 }
 
 __all__ = [
     "DataReport",
     "as_json",
-    "length_finding",
     "report_of_source",
     "report_of_training_set",
+    "summary_sentences",
     "write_data_report",
 ]
 

@@ -7,9 +7,9 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from kto_lightning.data.dataset import FEATURES, load_records, read_records
+from kto_lightning.data.dataset import FEATURES, as_row, load_records, read_records
 from kto_lightning.data.examples import ExampleSet
-from kto_lightning.data.records import Record, record_to_json
+from kto_lightning.data.records import Record
 from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.errors import DataError
 from kto_lightning.reports.data.facts import (
@@ -174,6 +174,9 @@ def _assemble(
         lengths=lengths,
         repeats=repeats_of(facts, batch_size=batch_size),
         empty_completions=facts.places(np.flatnonzero(table["empty"])),
+        guessed_prompts=facts.places(
+            np.flatnonzero(table["prompt_guessed"] & table["desirable"])  # one of the two of a pair
+        ),
         tokenizer=tokenizer,
         tokenizer_problem=problem,
         findings=[],
@@ -199,22 +202,12 @@ def _tokenize(
     """The usable records, not truncated; without bad records, from the cache that `fit` uses."""
     if facts.bad.count:
         records = Dataset.from_list(
-            [_as_row(item) for item in read_records(source) if isinstance(item, Record)],
+            [as_row(item) for item in read_records(source) if isinstance(item, Record)],
             features=FEATURES,
         )
     else:
         records = load_records(source)
     return tokenize_records(records, tokenizer, max_length=None)
-
-
-def _as_row(record: Record) -> dict[str, object]:
-    return {
-        "record": record_to_json(record),
-        "desirable": record.desirable,
-        "weight": record.weight,
-        "file": record.file,
-        "line": record.line,
-    }
 
 
 def _measure(examples: ExampleSet, max_length: int | None) -> tuple[Lengths, Weights]:

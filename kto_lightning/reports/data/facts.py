@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 from kto_lightning.data.messages import KEYS_REPLACING_CONTENT
 from kto_lightning.data.records import Record, is_conversational
 from kto_lightning.data.sources import BadRecord, expand, read_rows
+from kto_lightning.data.texts import SYSTEM_ROLES
 from kto_lightning.errors import DataError
 from kto_lightning.reports.data.fields import Column, Places
 
 MAX_SHOWN = 5
 CALLS = ("tool_calls", "function_call")
-SYSTEM_ROLES = ("system", "developer")
 
 ROW = np.dtype(
     [
@@ -37,6 +37,7 @@ ROW = np.dtype(
         ("tool_call", np.bool_),
         ("file", np.int32),
         ("line", np.int64),
+        ("prompt_guessed", np.bool_),
     ]
 )
 
@@ -88,15 +89,12 @@ def records_of_dataset(records: datasets.Dataset) -> Iterator[Record]:
     """The records that `load_records` wrote as a data set."""
     for batch in records.iter(batch_size=1000):
         assert isinstance(batch, dict)
-        columns = (batch[name] for name in ("record", "desirable", "weight", "file", "line"))
-        for content, desirable, weight, file, line in zip(*columns, strict=True):
-            yield Record(
-                **json.loads(content),
-                desirable=desirable,
-                weight=weight,
-                file=sys.intern(file),
-                line=line,
-            )
+        rows = [
+            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
+        ]
+        for row in rows:
+            content = json.loads(row.pop("record"))
+            yield Record(**content, **row | {"file": sys.intern(row["file"])})
 
 
 def _row(record: Record, file: int) -> tuple:
@@ -119,6 +117,7 @@ def _row(record: Record, file: int) -> tuple:
         any(message.get(key) for message in answer for key in CALLS),
         file,
         record.line,
+        record.prompt_guessed,
     )
 
 

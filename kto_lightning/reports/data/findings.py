@@ -27,6 +27,12 @@ def findings_of(report: DataReport) -> list[Finding]:
     return [finding for part in parts for finding in part(report)]
 
 
+def summary_sentences(report: DataReport) -> list[str]:
+    """The findings that `fit` repeats in its summary, a sentence each."""
+    found = _guessed_prompts_finding(report), _length_finding(report)
+    return [finding.sentence for finding in found if finding is not None]
+
+
 def _about_records(report: DataReport) -> Iterator[Finding]:
     bad, repeats = report.bad_records, report.repeats
     if not report.examples:
@@ -44,6 +50,9 @@ def _about_records(report: DataReport) -> Iterator[Finding]:
             meaning="KTO takes a prompt, a completion and a label from each",
             action="fix or drop the records named below",
         )
+    guessed = _guessed_prompts_finding(report)
+    if guessed is not None:
+        yield guessed
     contradictory, empty = repeats.contradictory_labels, report.empty_completions
     if contradictory.count:
         yield Finding(
@@ -72,6 +81,19 @@ def _about_records(report: DataReport) -> Iterator[Finding]:
             "answer nothing",
             action=f"drop or complete them ({_shown(empty)})",
         )
+
+
+def _guessed_prompts_finding(report: DataReport) -> Finding | None:
+    guessed = report.guessed_prompts
+    if guessed is None or not guessed.count:
+        return None
+    return Finding(
+        grade="warning",
+        what=f"{guessed.count:,} {_are(guessed, 'pair has', 'pairs have')} no prompt of "
+        "their own: what both answers begin with was taken, up to a whole word",
+        meaning="the completion may begin inside an answer or inside the question",
+        action=f"give these pairs a column `prompt` ({_shown(guessed)})",
+    )
 
 
 def _about_labels(report: DataReport) -> Iterator[Finding]:
@@ -156,12 +178,6 @@ def _about_lengths(report: DataReport) -> Iterator[Finding]:
             action="if it should be trained on, fix the generation prompt of the chat template, or "
             "remove the space at the end of plain prompts",
         )
-
-
-def length_finding(report: DataReport) -> str | None:
-    """The finding that the lengths of completions predict their labels; None if they do not."""
-    finding = _length_finding(report)
-    return None if finding is None else finding.sentence
 
 
 def _length_finding(report: DataReport) -> Finding | None:

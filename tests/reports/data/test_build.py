@@ -496,3 +496,13 @@ def test_a_training_set_with_dropped_records(tmp_path: Path) -> None:
     unlimited = tokenize_records(records, tokenizer, max_length=None)
     found = report_of_training_set(source, records, unlimited, batch_size=8, max_length=None)
     assert found.lengths.truncation is None
+
+
+def test_prompts_cut_from_answers_are_a_finding(tmp_path: Path) -> None:
+    pairs = [{"chosen": "It is wet.", "rejected": "It is dry."}]
+    pairs += [{"prompt": "Rain?", "chosen": "It is.", "rejected": "It is not."}]
+    found = report(tmp_path, pairs)
+    place = f"{tmp_path / 'data.jsonl'}:1"
+    assert found.guessed_prompts == Places(count=1, first=[place])
+    assert "column `prompt`" in finding(found, "1 pair has no prompt")
+    assert not [text for text in report(tmp_path, pairs[1:]).findings if "no prompt" in text]
