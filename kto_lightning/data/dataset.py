@@ -10,8 +10,10 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from kto_lightning.data.examples import ExampleSet, Truncation
+from kto_lightning.data.labels import LabelReader, label_reader
 from kto_lightning.data.records import Record, parse_row, record_to_json
-from kto_lightning.data.sources import BadRecord, content_hash, expand, read_rows
+from kto_lightning.data.rows import BadRecord
+from kto_lightning.data.sources import content_hash, expand, read_rows
 from kto_lightning.data.strict_json import RecordError
 from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.errors import ConfigError, DataError, ModelError
@@ -34,7 +36,7 @@ FEATURES = datasets.Features(
 
 
 def read_records(
-    source: str | list[str], *, streaming: bool = False
+    source: str | list[str], *, streaming: bool = False, labels: LabelReader | None = None
 ) -> Iterator[Record | BadRecord]:
     """The records of files, globs or hub data sets, in order, one at a time.
 
@@ -43,11 +45,13 @@ def read_records(
     Args:
         source: a path, a glob, a hub data set's id, or a list of those.
         streaming: whether to read hub data sets while they are downloaded, without storing them.
+        labels: the reader of the source's labels, if it is read more than once.
 
     Raises:
         DataError: if a source is missing, of unknown kind or unreadable, or if there is no record.
     """
     names = expand(source)
+    labels = labels or label_reader(names, streaming=streaming)
     empty = True
     for name in names:
         for row in read_rows(name, streaming=streaming):
@@ -56,7 +60,7 @@ def read_records(
                 yield row
                 continue
             try:
-                records = list(parse_row(row))
+                records = list(parse_row(row, labels))
             except RecordError as problem:
                 yield BadRecord(file=row.file, line=row.line, message=str(problem))
             except RecursionError:

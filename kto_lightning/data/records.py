@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kto_lightning.data.labels import LabelReader
 from kto_lightning.data.messages import parse_messages, split_last_turn
 from kto_lightning.data.pairs import CONVERSATION_KEYS, is_said, parse_pair
-from kto_lightning.data.sources import Row
+from kto_lightning.data.rows import Row
 from kto_lightning.data.strict_json import (
     RecordError,
     drop_none,
@@ -31,10 +32,6 @@ from kto_lightning.data.texts import (
     parse_text,
 )
 
-LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False} | {
-    "desirable": True,
-    "undesirable": False,
-}
 RESERVED_TEMPLATE_KWARGS = frozenset(
     (
         *("tokenize", "return_dict", "return_tensors", "add_generation_prompt", "conversation"),
@@ -83,7 +80,7 @@ def record_to_json(record: Record) -> str:
     return json.dumps(content, ensure_ascii=False, allow_nan=False)
 
 
-def parse_row(row: Row) -> Iterator[Record]:
+def parse_row(row: Row, labels: LabelReader) -> Iterator[Record]:
     """Parse a row into its records: one, or two for a pair.
 
     Raises:
@@ -105,7 +102,7 @@ def parse_row(row: Row) -> Iterator[Record]:
     }
     check_no_media(fields)
     system = parse_system(fields)
-    for record in _records_of_row(row, fields, common):
+    for record in _records_of_row(row, fields, common, labels):
         record.prompt, record.completion = _match_kinds(record.prompt, record.completion)
         record.prompt = add_system(record.prompt, record.completion, system)
         _check_serializable(record)
@@ -113,7 +110,7 @@ def parse_row(row: Row) -> Iterator[Record]:
         yield record
 
 
-def _records_of_row(row: Row, fields: dict, common: dict) -> list[Record]:
+def _records_of_row(row: Row, fields: dict, common: dict, labels: LabelReader) -> list[Record]:
     """The records in a row; prompt and completion may still be of different kinds."""
     assert isinstance(row.value, dict)
     if "chosen" in fields or "rejected" in fields:
@@ -133,7 +130,7 @@ def _records_of_row(row: Row, fields: dict, common: dict) -> list[Record]:
         prompt, completion = (
             parse_text(key, row.value, row.from_table) for key in ("prompt", "completion")
         )
-    desirable = _parse_label(row.value)
+    desirable = _parse_label(row.value, labels)
     return [Record(prompt=prompt, completion=completion, desirable=desirable, **common)]
 
 
@@ -162,19 +159,10 @@ def _check_parts(record: Record) -> None:
         )
 
 
-def _parse_label(row: dict) -> bool:
+def _parse_label(row: dict, labels: LabelReader) -> bool:
     if "label" not in row:
         raise missing_key_error("label", row)
-    label = row["label"]
-    if isinstance(label, str):
-        known = LABELS.get(label.strip().lower())
-    else:
-        known = bool(label) if isinstance(label, int | float) and label in (0, 1) else None
-    if known is None:
-        raise RecordError(
-            f"'label' must be true or false, got {quote(label)}. Drop the line or give it a label."
-        )
-    return known
+    return labels.read(row["label"])
 
 
 def _parse_weight(value: object) -> float:

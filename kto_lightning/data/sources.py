@@ -7,58 +7,20 @@ import codecs
 import csv
 import glob
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-import datasets
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from kto_lightning.data.rows import BadRecord, Row
 from kto_lightning.data.strict_json import RecordError, parse_json
-from kto_lightning.data.texts import MEDIA_KEYS, SYSTEM_KEYS
+from kto_lightning.data.tables import hub_dataset, hub_rows, parquet_rows
 from kto_lightning.errors import DataError
 
-COLUMNS = (
-    *("prompt", "completion", "messages", "conversations", "chosen", "rejected"),
-    *("label", "weight", "tools", "chat_template_kwargs"),
-    *(*SYSTEM_KEYS, *MEDIA_KEYS),
-)
-"""The columns of a record; others are not read from a table that has what a record needs."""
-NEEDED_COLUMNS = (
-    *({"prompt", "completion", "label"}, {"messages", "label"}, {"conversations", "label"}),
-    {"prompt", "chosen", "rejected"},
-)
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
-
-@dataclass(kw_only=True, slots=True)
-class Row:
-    """One row as it was read, not yet parsed into records."""
-
-    file: str
-    line: int
-    value: object
-    from_table: bool = False
-    """Whether the row comes from a table (csv, parquet, hub data set): lists of messages may be
-    JSON text there, and structs are padded with None."""
-
-
-@dataclass(kw_only=True, slots=True)
-class BadRecord:
-    """A row that cannot be trained on: its place, what is wrong and what to do."""
-
-    file: str
-    line: int
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.message}"
 
 
 def expand(source: str | list[str]) -> list[str]:
@@ -115,7 +77,7 @@ def _check_utf8(name: str) -> str:
 def content_hash(name: str) -> str:
     """Hash of the contents of one of `expand`'s names: equal hashes mean equal rows."""
     if not Path(name).is_file():
-        return str(_hub_dataset(name)._fingerprint)
+        return str(hub_dataset(name)._fingerprint)
     try:
         with open(name, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -123,21 +85,25 @@ def content_hash(name: str) -> str:
         _raise_unreadable(name, error)
 
 
-def read_rows(name: str, *, streaming: bool = False) -> Iterator[Row | BadRecord]:
+def read_rows(
+    name: str, *, streaming: bool = False, only: list[str] | None = None
+) -> Iterator[Row | BadRecord]:
     """The rows of one of `expand`'s names, in order; a row that cannot be parsed is a `BadRecord`.
 
     Only a `.json` file is held in memory whole. With `streaming`, a hub data set is read while it
-    is downloaded and never stored on disk as a whole.
+    is downloaded and never stored on disk as a whole. `only`: columns that are enough, for the
+    formats that store columns apart.
 
     Raises:
         DataError: if the file or the hub data set cannot be read at all.
     """
     if not Path(name).is_file():
-        yield from _streamed_hub_rows(name) if streaming else _hub_rows(name)
+        yield from hub_rows(name, only, streaming=streaming)
         return
+    suffix = Path(name).suffix.lower()
     try:
-        yield from READERS[Path(name).suffix.lower()](name)
-    except (OSError, pa.ArrowException) as error:
+        yield from parquet_rows(name, only) if suffix == ".parquet" else READERS[suffix](name)
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         _raise_unreadable(name, error)
 
 
@@ -244,73 +210,10 @@ def _csv_record(header: list[str], cells: list[str]) -> dict[str, str | None]:
     }
 
 
-def _parquet_rows(name: str) -> Iterator[Row | BadRecord]:
-    with pq.ParquetFile(name) as table:
-        lines = itertools.count(1)
-        columns = _record_columns(table.schema_arrow.names)
-        for batch in table.iter_batches(batch_size=64, columns=columns):
-            for index in range(batch.num_rows):
-                line = next(lines)
-                try:
-                    value = batch.slice(index, 1).to_pylist()[0]
-                except UnicodeDecodeError:
-                    message = "a text is not valid UTF-8. Fix or remove the row."
-                    yield BadRecord(file=name, line=line, message=message)
-                else:
-                    yield Row(file=name, line=line, value=value, from_table=True)
-
-
-def _record_columns(columns: list[str]) -> list[str]:
-    """The columns of a record; all columns if one is missing, so that the error can name them."""
-    if any(needed <= set(columns) for needed in NEEDED_COLUMNS):
-        return [column for column in columns if column in COLUMNS]
-    return columns
-
-
-def _hub_dataset(name: str) -> datasets.Dataset:
-    with _hub_errors(name):
-        dataset = datasets.load_dataset(name, split="train")
-    assert isinstance(dataset, datasets.Dataset)
-    return dataset
-
-
-@contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
-    """Turn any error of the hub into a DataError."""
-    try:
-        yield
-    except Exception as error:  # network, permissions, formats: they have no common base class
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise DataError(
-            f"'{name}' is neither a file here nor a data set that could be downloaded from the hub "
-            f"({type(error).__name__}: {reason}). Check the path, or the id and the connection."
-        ) from error
-
-
-def _hub_rows(name: str) -> Iterator[Row]:
-    dataset = _hub_dataset(name)
-    dataset = dataset.select_columns(_record_columns(dataset.column_names))
-    for line, value in enumerate(dataset, start=1):
-        yield Row(file=name, line=line, value=value, from_table=True)
-
-
-def _streamed_hub_rows(name: str) -> Iterator[Row]:
-    with _hub_errors(name):
-        rows = iter(datasets.load_dataset(name, split="train", streaming=True))
-    for line in itertools.count(1):
-        with _hub_errors(name):
-            value = next(rows, None)
-        if value is None:
-            return
-        assert isinstance(value, dict)
-        record = {key: value[key] for key in _record_columns(list(value))}
-        yield Row(file=name, line=line, value=record, from_table=True)
-
-
 READERS = {
     ".jsonl": _jsonl_rows,
     ".ndjson": _jsonl_rows,
     ".json": _json_rows,
     ".csv": _csv_rows,
-    ".parquet": _parquet_rows,
+    ".parquet": parquet_rows,
 }

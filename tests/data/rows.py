@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from kto_lightning.data.dataset import read_records
 from kto_lightning.data.records import Record
-from kto_lightning.data.sources import COLUMNS, BadRecord
+from kto_lightning.data.rows import BadRecord
+from kto_lightning.data.tables import COLUMNS
 from kto_lightning.errors import DataError
 
 USER = {"role": "user", "content": "Is it raining?"}

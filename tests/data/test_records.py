@@ -11,18 +11,6 @@ from kto_lightning.data.records import Record
 from tests.data.rows import BAD, CALL, GOOD, PLAIN, USER, jsonl, message_of, read_one
 
 
-@pytest.mark.parametrize(
-    ("label", "desirable"),
-    [
-        *((True, True), (False, False), (1, True), (0, False), (1.0, True), (0.0, False)),
-        *(("desirable", True), ("Undesirable", False), ("true", True), ("FALSE", False)),
-        *(("1", True), (" 0 ", False)),
-    ],
-)
-def test_labels(tmp_path: Path, label: object, desirable: bool) -> None:
-    assert read_one(tmp_path, PLAIN | {"label": label}).desirable is desirable
-
-
 def test_a_plain_record(tmp_path: Path) -> None:
     record = read_one(tmp_path, PLAIN | {"context": {"ignored": True}})
     expected = Record(
@@ -188,10 +176,6 @@ def test_pairs_without_a_common_beginning_have_no_prompt(tmp_path: Path) -> None
             """'label' must be true or false, got "maybe". Drop the line or give it a label.""",
         ),
         (
-            PLAIN | {"label": 2},
-            "'label' must be true or false, got 2. Drop the line or give it a label.",
-        ),
-        (
             {"prompt": "a", "completion": "b"},
             "'label' is missing; the record has prompt, completion. Drop the line or give it a "
             "label.",
@@ -309,8 +293,3 @@ def test_messages_of_bad_records(tmp_path: Path, row: object, message: str) -> N
 @pytest.mark.parametrize("weight", [0, True, "heavy", 1e-50, 1e39, 10**400, [1], "nan"])
 def test_bad_weights(tmp_path: Path, weight: object) -> None:
     assert message_of(tmp_path, PLAIN | {"weight": weight}).startswith("'weight' must be")
-
-
-@pytest.mark.parametrize("label", [-1, 0.5, "", "yes", [True], {}, 10**400])
-def test_bad_labels(tmp_path: Path, label: object) -> None:
-    assert message_of(tmp_path, PLAIN | {"label": label}).startswith("'label' must be")

@@ -12,7 +12,7 @@ import pytest
 from kto_lightning.data import sources
 from kto_lightning.data.dataset import read_records
 from kto_lightning.data.records import Record, is_conversational
-from kto_lightning.data.sources import BadRecord
+from kto_lightning.data.rows import BadRecord
 from kto_lightning.errors import DataError
 from tests.data.rows import CALL, DEEP, GOOD, PLAIN, USER, jsonl, message_of, read_one
 

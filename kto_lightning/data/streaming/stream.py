@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from kto_lightning.batches.class_weights import ClassWeights, resolve_weights
 from kto_lightning.data.dataset import read_records
 from kto_lightning.data.examples import Truncation, truncate_prompts
+from kto_lightning.data.labels import LabelReader, label_reader
 from kto_lightning.data.records import Record, record_to_json
-from kto_lightning.data.sources import BadRecord
+from kto_lightning.data.rows import BadRecord
+from kto_lightning.data.sources import expand
 from kto_lightning.data.streaming.buffers import StreamedExample
 from kto_lightning.data.tokenize import tokenize_json_records, tokenizer_error
 from kto_lightning.errors import ConfigError, DataError
@@ -79,8 +81,13 @@ class ExampleStream:
     buffer_size: int
     """Examples per buffer, a multiple of the batch size."""
     warn: Callable[[str], None]
+    labels: LabelReader = field(init=False)
+    """Kept, so that the label column is searched for numbers once, not in every epoch."""
     counts: StreamCounts = field(default_factory=StreamCounts, init=False)
     _num_shown: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.labels = label_reader(expand(self.source), streaming=True)
 
     def examples(self, start: StreamPosition) -> Iterator[StreamedExample]:
         """The examples of an epoch, in file order, from the first one of `start`'s buffer.
@@ -117,7 +124,7 @@ class ExampleStream:
 
     def _usable_records(self) -> Iterator["_UsableRecord"]:
         checksum = 0
-        for record in read_records(self.source, streaming=True):
+        for record in read_records(self.source, streaming=True, labels=self.labels):
             if isinstance(record, BadRecord):
                 self._count_bad(str(record))
                 continue
@@ -221,7 +228,9 @@ def open_stream(
         buffer_size=-(-buffer_size // batch_size) * batch_size,
         warn=warn,
     )
-    next(replace(stream, warn=lambda _: None).examples(StreamPosition()))
+    silent = replace(stream, warn=lambda _: None)
+    silent.labels = stream.labels
+    next(silent.examples(StreamPosition()))
     return stream
 
 

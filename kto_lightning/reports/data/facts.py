@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -14,7 +15,8 @@ import pyarrow.parquet as pq
 
 from kto_lightning.data.messages import KEYS_REPLACING_CONTENT
 from kto_lightning.data.records import Record, is_conversational
-from kto_lightning.data.sources import BadRecord, expand, read_rows
+from kto_lightning.data.rows import BadRecord
+from kto_lightning.data.sources import expand, read_rows
 from kto_lightning.data.texts import SYSTEM_ROLES
 from kto_lightning.errors import DataError
 from kto_lightning.reports.data.fields import Column, Places
@@ -89,12 +91,10 @@ def records_of_dataset(records: datasets.Dataset) -> Iterator[Record]:
     """The records that `load_records` wrote as a data set."""
     for batch in records.iter(batch_size=1000):
         assert isinstance(batch, dict)
-        rows = [
-            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
-        ]
-        for row in rows:
-            content = json.loads(row.pop("record"))
-            yield Record(**content, **row | {"file": sys.intern(row["file"])})
+        for values in zip(*batch.values(), strict=True):
+            row: dict[str, Any] = dict(zip(batch, values, strict=True))
+            row["file"] = sys.intern(row["file"])
+            yield Record(**json.loads(row.pop("record")), **row)
 
 
 def _row(record: Record, file: int) -> tuple:

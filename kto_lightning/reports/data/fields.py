@@ -219,8 +219,8 @@ class DataReport:
     shapes: Shapes | None = None
     """None in reports of earlier versions, or without records."""
     guessed_prompts: Places | None = None
-    """Pairs whose prompt was cut from their answers without a sign of where it ends; None in reports
-    of earlier versions."""
+    """Pairs whose prompt was cut from their answers without a sign of where it ends; None in
+    reports of earlier versions."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as values that JSON can store."""

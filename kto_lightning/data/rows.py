@@ -1,0 +1,27 @@
+"""`Row`: one row of a source, and `BadRecord`: one that cannot be used."""
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True, slots=True)
+class Row:
+    """One row as it was read, not yet parsed into records."""
+
+    file: str
+    line: int
+    value: object
+    from_table: bool = False
+    """Whether the row comes from a table (csv, parquet, hub data set): lists of messages may be
+    JSON text there, and structs are padded with None."""
+
+
+@dataclass(kw_only=True, slots=True)
+class BadRecord:
+    """A row that cannot be trained on: its place, what is wrong and what to do."""
+
+    file: str
+    line: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.message}"
