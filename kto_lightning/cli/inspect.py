@@ -19,19 +19,20 @@ def main(argv: list[str]) -> int:
     """Run `inspect` with the arguments after its name.
 
     Returns:
-        The exit status: 0; 1 if the data or the tokenizer cannot be read; 2 for wrong usage.
+        The exit status: 0; 1 if the data or the tokenizer cannot be read, or some source has no
+        usable record; 2 for wrong usage.
     """
     try:
         arguments = _parse(argv)
     except SystemExit as end:  # argparse has printed its help or its usage error
         return int(end.code or 0)
     try:
-        _inspect(arguments)
+        usable = _inspect(arguments)
     except KTOError as error:
         message = FIT_KEYS.sub(r"--\1", str(error))
         print(f"error: {message}", file=sys.stderr)
         return 1
-    return 0
+    return 0 if usable else 1
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -82,7 +83,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _inspect(arguments: argparse.Namespace) -> None:
+def _inspect(arguments: argparse.Namespace) -> bool:
+    """Print and write the reports; whether each source has a usable record."""
     from rich.console import Console
 
     from kto_lightning.reports.data import as_json, report_of_source
@@ -110,6 +112,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         show_reports(Console(highlight=False), reports)
         if arguments.html is not None:
             print(f"\npage      {arguments.html}")
+    return all(report.examples for report in reports)
 
 
 def _load_tokenizer(arguments: argparse.Namespace):

@@ -9,10 +9,11 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
+from kto_lightning.data.bad_records import BadRecords, join_names
 from kto_lightning.data.examples import ExampleSet, Truncation
 from kto_lightning.data.labels import LabelReader, label_reader
 from kto_lightning.data.records import Record, parse_row, record_to_json
-from kto_lightning.data.rows import BadRecord
+from kto_lightning.data.rows import BadRecord, Row
 from kto_lightning.data.sources import content_hash, expand, read_rows
 from kto_lightning.data.strict_json import RecordError
 from kto_lightning.data.tokenize import tokenize_records
@@ -22,7 +23,6 @@ from kto_lightning.models.tokenizer import load_tokenizer
 
 FORMAT_VERSION = 2
 """Part of the cache key: raise it when the same file would give other records or columns."""
-NUM_SHOWN = 5
 FEATURES = datasets.Features(
     {
         "record": datasets.Value("string"),
@@ -62,19 +62,25 @@ def read_records(
             try:
                 records = list(parse_row(row, labels))
             except RecordError as problem:
-                yield BadRecord(file=row.file, line=row.line, message=str(problem))
+                yield _bad_record(row, str(problem), problem.kind)
             except RecursionError:
-                message = "the record is nested too deep. Flatten or drop it."
-                yield BadRecord(file=row.file, line=row.line, message=message)
+                yield _bad_record(row, "the record is nested too deep. Flatten or drop it.")
             else:
                 yield from records
     if empty:
         raise DataError(
-            f"{_join_names(names)}: no record in there. Check that it is the right file."
+            f"{join_names(names)}: no record in there. Check that it is the right file."
         )
 
 
-def load_records(source: str | list[str], *, cache_dir: str | None = None) -> datasets.Dataset:
+def _bad_record(row: Row, message: str, kind: str = "") -> BadRecord:
+    keys = [str(key) for key in row.value] if isinstance(row.value, dict) else []
+    return BadRecord(file=row.file, line=row.line, message=message, kind=kind or message, keys=keys)
+
+
+def load_records(
+    source: str | list[str], *, cache_dir: str | None = None, labels_needed: bool = True
+) -> datasets.Dataset:
     """All records as a memory-mapped data set, parsed only once for the same contents.
 
     Columns: `record` (JSON of prompt, completion, tools, chat_template_kwargs), `desirable`,
@@ -84,16 +90,17 @@ def load_records(source: str | list[str], *, cache_dir: str | None = None) -> da
     Args:
         source: a path, a glob, a hub data set's id, or a list of those.
         cache_dir: directory of the cache; None for the default of `datasets`.
+        labels_needed: whether a record without a label is bad; otherwise its `desirable` is null.
 
     Raises:
         DataError: as `read_records`; and if any record is bad, with their number and the first few.
     """
     names = expand(source)
-    contents = [FORMAT_VERSION, [[name, content_hash(name)] for name in names]]
+    contents = [FORMAT_VERSION, labels_needed, [[name, content_hash(name)] for name in names]]
     key = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]
     try:
         return datasets.Dataset.from_generator(
-            lambda: _rows(names),
+            lambda: _rows(names, labels_needed),
             features=FEATURES,
             cache_dir=cache_dir,  # pyright: ignore[reportArgumentType]  annotated `str`, default None
             fingerprint=key,
@@ -110,19 +117,18 @@ def load_records(source: str | list[str], *, cache_dir: str | None = None) -> da
         raise _cache_write_error(error) from error
 
 
-def _rows(names: list[str]) -> Iterator[dict[str, object]]:
+def _rows(names: list[str], labels_needed: bool) -> Iterator[dict[str, object]]:
     """The rows of the data set; raises at the end, so that the error counts all bad records."""
-    bad: list[BadRecord] = []
-    num_bad = num_read = 0
-    for record in read_records(names):
+    bad, num_read = BadRecords(), 0
+    labels = label_reader(names, optional=not labels_needed)
+    for record in read_records(names, labels=labels):
         num_read += 1
         if isinstance(record, BadRecord):
-            num_bad += 1
-            bad = [*bad, record][:NUM_SHOWN]
-            continue
-        yield as_row(record)
-    if num_bad:
-        raise _bad_records_error(names, bad, num_bad, num_read)
+            bad.add(record)
+        else:
+            yield as_row(record)
+    if bad.count:
+        raise bad.error(names, num_read)
 
 
 def as_row(record: Record) -> dict[str, object]:
@@ -137,27 +143,11 @@ def as_row(record: Record) -> dict[str, object]:
     }
 
 
-def _bad_records_error(
-    names: list[str], shown: list[BadRecord], count: int, total: int
-) -> DataError:
-    verb = "record cannot" if total == 1 else "records cannot"
-    lines = [f"{count} of {total} {verb} be used, in {_join_names(names)}:", *map(str, shown)]
-    if count > len(shown):
-        lines.append(f"… and {count - len(shown)} more")
-    advice = "Fix or remove them and start again; nothing has been trained."
-    return DataError("\n  ".join(lines) + "\n" + advice)
-
-
 def _cache_write_error(error: OSError) -> DataError:
     return DataError(
         f"the cache of parsed records cannot be written: {error}. "
         "Free disk space, or set HF_DATASETS_CACHE to another directory."
     )
-
-
-def _join_names(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,6 +192,7 @@ class Reading:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_length: int | None,
+        labels_needed: bool = True,
     ) -> ExampleSet:
         """Load and tokenize all records of a source.
 
@@ -209,7 +200,7 @@ class Reading:
             ConfigError, DataError, ModelError: as `load_records` and `tokenize_records`.
         """
         return tokenize_records(
-            load_records(source),
+            load_records(source, labels_needed=labels_needed),
             tokenizer,
             max_length=max_length,
             truncation=self.truncation,

@@ -69,7 +69,7 @@ class ExampleSet:
     Attributes:
         prompt_lengths: tokens of each prompt after truncation.
         completion_lengths: tokens of each completion, untruncated.
-        desirable: the labels.
+        desirable: the labels; True where a record has none, as `predict` allows.
         weights: each record's own weight.
         prompt_keys: equal where the untruncated prompts are equal, token by token (64 bits of
             BLAKE2b: among a million prompts two that differ share a key once in 10^7 data sets,
@@ -102,14 +102,15 @@ class ExampleSet:
         full_prompts, completions = self._prompts.lengths(), self._completions.lengths()
         prompts, dropped = truncate_prompts(full_prompts, completions, max_length, truncation)
         empty = full_prompts + completions == 0
-        given = records.select_columns(["desirable", "weight"]).with_format("numpy")[:]
+        given = records.select_columns(["desirable", "weight"]).with_format("arrow")[:]
+        desirable = given["desirable"].fill_null(True).to_numpy()
 
         self.max_length = max_length
         self.rows = np.flatnonzero(~(dropped | empty))
         self.prompt_lengths = prompts[self.rows]
         self.completion_lengths = completions[self.rows]
-        self.desirable = given["desirable"][self.rows]
-        self.weights = given["weight"][self.rows]
+        self.desirable = desirable[self.rows]
+        self.weights = given["weight"].to_numpy()[self.rows]
         self.prompt_keys = table.column("prompt_key").to_numpy()[self.rows]
         if not len(self.rows):
             raise _no_examples_error(full_prompts, empty, max_length)
@@ -117,8 +118,8 @@ class ExampleSet:
         first_dropped = np.flatnonzero(dropped | empty)[:_NUM_SHOWN]
         self.counts = TokenizationCounts(
             records=len(records),
-            dropped_desirable=int((dropped & given["desirable"]).sum()),
-            dropped_undesirable=int((dropped & ~given["desirable"]).sum()),
+            dropped_desirable=int((dropped & desirable).sum()),
+            dropped_undesirable=int((dropped & ~desirable).sum()),
             dropped_empty=int(empty.sum()),
             dropped=[location(records, int(row)) for row in first_dropped],
             prompts_not_prefix=int((num_lost > 0).sum()),

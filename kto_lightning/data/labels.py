@@ -39,10 +39,12 @@ class LabelReader:
 
     Args:
         column: read once, when the first number is met.
+        optional: whether a record without a label can be used.
     """
 
-    def __init__(self, column: LabelColumn) -> None:
+    def __init__(self, column: LabelColumn, *, optional: bool = False) -> None:
         self._column = column
+        self.optional = optional
         self._seen: dict[Number, str] | None = None
         """The numbers of the column, each with its first place."""
         self._scale: dict[Number, bool] | None = None
@@ -63,7 +65,8 @@ class LabelReader:
         if number is None:
             raise RecordError(
                 f"'label' must be true or false, got {quote(label)}. Drop the line or give it a "
-                "label."
+                "label.",
+                kind="'label' is not understood",
             )
         return self._read_number(number)
 
@@ -72,7 +75,8 @@ class LabelReader:
             self._seen = _numbers_of(self._column())
             self._scale = _scale_of(self._seen)
         if self._scale is None:
-            raise RecordError(_unknown_scale(number, self._seen))
+            message = _unknown_scale(number, self._seen)
+            raise RecordError(message, kind="'label' holds ratings")
         if number not in self._seen:
             values = _shown(self._seen)
             raise DataError(
@@ -83,13 +87,16 @@ class LabelReader:
         return self._scale[number]
 
 
-def label_reader(names: list[str], *, streaming: bool = False) -> LabelReader:
+def label_reader(
+    names: list[str], *, streaming: bool = False, optional: bool = False
+) -> LabelReader:
     """The reader of the labels in the files and hub data sets of a source.
 
     Args:
         names: from `sources.expand`; their label columns are one column.
         streaming: whether hub data sets are streamed; then their first `STREAM_SAMPLE` records
             decide what a number means, and a later number that is not among theirs is an error.
+        optional: whether records without a label can be used, as `predict` can.
     """
 
     def column() -> Iterator[tuple[str, object]]:
@@ -100,7 +107,7 @@ def label_reader(names: list[str], *, streaming: bool = False) -> LabelReader:
                 if not isinstance(row, BadRecord) and isinstance(row.value, dict):
                     yield f"{row.file}:{row.line}", row.value.get("label")
 
-    return LabelReader(column)
+    return LabelReader(column, optional=optional)
 
 
 def _as_word(label: str) -> str:

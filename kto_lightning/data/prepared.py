@@ -116,7 +116,12 @@ class PreparedData:
         """The records to reward, without the files that an earlier `predict` wrote."""
         kept, skipped = exclude_rewards_files(source)
         self.warnings += [f"skipped {name}, which `predict` wrote." for name in skipped]
-        self.predict_set = self._examples(kept)
+        self.predict_set = self._examples(kept, labels_needed=False)
+        num_unlabelled = self.predict_set.records.data.column("desirable").null_count
+        if 0 < num_unlabelled < len(self.predict_set.records):
+            self.warnings.append(
+                f"{num_unlabelled} records have no label that can be read: theirs is null."
+            )
 
     @property
     def num_steps_per_epoch(self) -> int | None:
@@ -156,8 +161,13 @@ class PreparedData:
             self.warnings.append(warning)
         return weights
 
-    def _examples(self, source: Source) -> ExampleSet:
-        return self.reading.examples(source, self.tokenizer, max_length=self.batching.max_length)
+    def _examples(self, source: Source, *, labels_needed: bool = True) -> ExampleSet:
+        return self.reading.examples(
+            source,
+            self.tokenizer,
+            max_length=self.batching.max_length,
+            labels_needed=labels_needed,
+        )
 
     def _pair(self, examples: ExampleSet) -> Pairing:
         pairing = self.batching.pair(

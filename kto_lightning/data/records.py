@@ -51,7 +51,8 @@ class Record:
     prompt: Text
     """Plain text or chat messages, the same kind as the completion."""
     completion: Text
-    desirable: bool
+    desirable: bool | None
+    """None: unlabelled, which only `predict` takes."""
     weight: float = 1.0
     """The record's own weight; the loss multiplies it by the class weight."""
     tools: list | None = None
@@ -159,10 +160,15 @@ def _check_parts(record: Record) -> None:
         )
 
 
-def _parse_label(row: dict, labels: LabelReader) -> bool:
-    if "label" not in row:
-        raise missing_key_error("label", row)
-    return labels.read(row["label"])
+def _parse_label(row: dict, labels: LabelReader) -> bool | None:
+    try:
+        if "label" not in row:
+            raise missing_key_error("label", row)
+        return labels.read(row["label"])
+    except RecordError:
+        if labels.optional:
+            return None
+        raise
 
 
 def _parse_weight(value: object) -> float:

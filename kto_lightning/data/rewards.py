@@ -31,7 +31,7 @@ def exclude_rewards_files(source: str | list[str]) -> tuple[list[str], list[str]
     excluded: list[str] = []
     for item in [source] if isinstance(source, str) else source:
         names = expand(item)
-        by_pattern = names != [item] and not item.endswith(SUFFIX)
+        by_pattern = names != [os.path.expanduser(item)] and not item.endswith(SUFFIX)
         rewards = [name for name in names if by_pattern and name.endswith(SUFFIX)]
         kept += [name for name in names if name not in rewards]
         excluded += rewards
@@ -94,7 +94,8 @@ def write_rewards(
 ) -> list[Path]:
     """Write one line per record, in the order of its file, to the places of `rewards_paths`.
 
-    A dropped record (its prompt fills `max_length`) has a null reward.
+    A dropped record (its prompt fills `max_length`) has a null reward, an unlabelled one a null
+    label.
 
     Returns:
         The files written.

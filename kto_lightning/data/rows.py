@@ -1,6 +1,6 @@
 """`Row`: one row of a source, and `BadRecord`: one that cannot be used."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,6 +22,10 @@ class BadRecord:
     file: str
     line: int
     message: str
+    kind: str = ""
+    """Equal where the same is wrong with two rows."""
+    keys: list[str] = field(default_factory=list)
+    """The keys of the row."""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.message}"

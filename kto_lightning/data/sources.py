@@ -8,6 +8,7 @@ import csv
 import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,9 @@ def expand(source: str | list[str]) -> list[str]:
 
 
 def _expand_one(item: str) -> list[str]:
-    path = Path(_check_utf8(item))
+    _check_utf8(item)
+    item = item if Path(item).exists() else os.path.expanduser(item)
+    path = Path(item)
     if item and path.is_file():
         names = [item]
     elif item and path.is_dir():

@@ -1,6 +1,7 @@
 """Strict JSON parsing, and helpers for JSON values."""
 
 import json
+from collections import Counter
 from typing import NoReturn
 
 
@@ -11,11 +12,13 @@ class RecordError(ValueError):
 
     Attributes:
         line: the line of the error in the text parsed, from 1.
+        kind: what is wrong, without the value got.
     """
 
-    def __init__(self, message: str, line: int = 1) -> None:
+    def __init__(self, message: str, line: int = 1, *, kind: str | None = None) -> None:
         super().__init__(message)
         self.line = line
+        self.kind = message if kind is None else kind
 
 
 def parse_json(text: str) -> object:
@@ -41,8 +44,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     unique = dict(pairs)
     if len(unique) == len(pairs):
         return unique
-    keys = [key for key, _ in pairs]
-    twice = next(key for key in keys if keys.count(key) > 1)
+    twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
     raise RecordError(f"an object has the key {json.dumps(twice[:60])} twice. Keep one of the two.")
 
 

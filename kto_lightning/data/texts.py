@@ -26,7 +26,8 @@ def missing_key_error(key: str, row: dict) -> RecordError:
     if key in row:
         return RecordError(f"'{key}' is null. Drop the line or fill it in.")
     return RecordError(
-        f"'{key}' is missing; the record has {key_names(row) or 'no key'}. Drop the line or {add}."
+        f"'{key}' is missing; the record has {key_names(row) or 'no key'}. Drop the line or {add}.",
+        kind=f"'{key}' is missing",
     )
 
 

@@ -197,3 +197,16 @@ def test_an_ascii_terminal_gets_replacement_characters(
         monkeypatch.setattr(sys, "stdout", stream)
         assert main([file]) == 0
     assert "24 : 24 ? 1 : 1" in out.read_text(encoding="ascii")
+
+
+def test_the_exit_status_without_a_usable_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = str(write_jsonl(tmp_path / "good.jsonl", plain_records(4)))
+    stars = [record | {"label": 1 + 4 * (i % 2)} for i, record in enumerate(plain_records(4))]
+    bad = str(write_jsonl(tmp_path / "bad.jsonl", stars))
+    assert main([good]) == 0
+    assert main([good, bad]) == main([bad, "--json"]) == 1
+    printed = capsys.readouterr()
+    assert "in a column with the numbers 1, 5" in printed.out
+    assert not printed.err

@@ -249,3 +249,19 @@ def test_export_refuses_wrong_arguments(
         assert part in error
         assert "Traceback" not in error
         assert not (tmp_path / "new").exists()
+
+
+def test_records_without_a_label_get_a_reward(
+    policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    records = [json.loads(line) for line in train.read_text().splitlines()]
+    labelled = predict(policy, write_jsonl(tmp_path / "all.jsonl", records))
+    labels = [record.pop("label") for record in records]
+    records[0]["label"] = labels[0]
+    some = predict(policy, write_jsonl(tmp_path / "one.jsonl", records))
+    assert [line["label"] for line in some] == [labels[0]] + [None] * (len(records) - 1)
+    assert "records have no label that can be read" in capsys.readouterr().err
+    del records[0]["label"]
+    none = predict(policy, write_jsonl(tmp_path / "none.jsonl", records))
+    assert rewards(none) == rewards(some) == rewards(labelled)
+    assert "label" not in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from kto_lightning.data.dataset import load_records, read_records
 from kto_lightning.data.records import Record
+from kto_lightning.data.rows import BadRecord
 from kto_lightning.errors import DataError
 from tests.data.rows import CALL, DEEP, PLAIN, QUICK, ROWS, USER, check_yields, jsonl
 
@@ -187,3 +189,44 @@ def test_any_nesting(tmp_path: Path, depth: int, opener: str) -> None:
     inner = opener * depth + "1" + closer * depth
     path.write_text(inner + "\n" + DEEP % inner + "\n")
     check_yields(path)
+
+
+def test_records_that_fail_alike_are_one_message_with_all_columns(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b", name: i} for i, name in enumerate(("good", "stars"))]
+    source = jsonl(tmp_path / "a.jsonl", *rows * 50)
+    with pytest.raises(DataError) as error:
+        cached(tmp_path, source)
+    assert str(error.value).splitlines() == [
+        f"none of the 100 records can be used, in {source}, all for one reason:",
+        f"  {source}:1: 'label' is missing; the record has prompt, completion, good. Drop the line "
+        "or give it a label.",
+        "The columns are prompt, completion, good, stars.",
+        "Nothing has been trained.",
+    ]
+    jsonl(tmp_path / "a.jsonl", *rows, {"prompt": "a", "label": True})
+    with pytest.raises(DataError, match="3 of 3 records cannot be used"):
+        cached(tmp_path, source)
+
+
+def test_labels_may_be_missing_where_they_are_not_needed(tmp_path: Path) -> None:
+    labels = [{"label": True}, {}, {"label": None}, {"label": 4}, {"label": "no"}]
+    text = {"prompt": "a", "completion": "b"}
+    source = jsonl(tmp_path / "a.jsonl", *(text | label for label in labels))
+    records = load_records(source, cache_dir=str(tmp_path / "cache"), labels_needed=False)
+    assert records["desirable"][:] == [True, None, None, None, False]
+    with pytest.raises(DataError, match="3 of 5 records cannot be used"):
+        cached(tmp_path, source)
+
+
+def test_an_object_of_many_keys_is_read_in_linear_time(tmp_path: Path) -> None:
+    keys = ", ".join(f'"key {i}": {i}' for i in range(200_000))
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{{keys}, "key 199999": 0}}\n{{{keys}}}\n')
+    start = time.process_time()
+    twice, unknown = read_records(str(path))
+    assert time.process_time() - start < 20  # 600 s when the keys were counted one by one
+    assert isinstance(twice, BadRecord)
+    assert twice.message.startswith('an object has the key "key 199999" twice.')
+    assert isinstance(unknown, BadRecord)
+    assert "key 0, key 1," in unknown.message
+    assert "key 39 and 199,960 more" in unknown.message

@@ -286,3 +286,16 @@ def test_a_line_of_ten_megabytes(tmp_path: Path) -> None:
     (record,) = read_records(str(tmp_path / "a.csv"))
     assert isinstance(record, Record)
     assert record.completion == long
+
+
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    source = jsonl(tmp_path / "a.jsonl", PLAIN)
+    for name in ("~/a.jsonl", "~/*.jsonl"):
+        assert [record.file for record in read_records(name)] == [source]
+    with pytest.raises(DataError, match=f"there is no file '{tmp_path}/b.jsonl'"):
+        list(read_records("~/b.jsonl"))
+    (tmp_path / "~").mkdir()
+    jsonl(tmp_path / "~/b.jsonl", PLAIN)
+    assert [record.file for record in read_records("~/b.jsonl")] == ["~/b.jsonl"]

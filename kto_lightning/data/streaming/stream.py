@@ -170,7 +170,7 @@ class ExampleStream:
                 index=usable.index,
                 prompt_ids=prompts[row][len(prompts[row]) - int(kept[row]) :],
                 completion_ids=completions[row],
-                desirable=record.desirable,
+                desirable=bool(record.desirable),
                 weight=record.weight,
                 prompt_key=columns["prompt_key"][row],
                 location=location,

@@ -104,7 +104,7 @@ def _row(record: Record, file: int) -> tuple:
     roles = [message["role"] for message in messages]
     completion_text = visible_text(record.completion)
     return (
-        record.desirable,
+        bool(record.desirable),
         _key(prompt),
         _key([*prompt, record.completion]),
         len(visible_text(record.prompt)),
