@@ -8,12 +8,13 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constrai
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow lint docs parity wheel-test clean
+.PHONY: help demo test test-slow fuzz lint docs parity wheel-test clean
 
 help:
 	@echo "make demo        train a small model from feedback, on CPU or GPU, and show before and after"
 	@echo "make test        the quick tests"
 	@echo "make test-slow   all tests, the full parity product included"
+	@echo "make fuzz        the fuzzers alone, for about an hour; \`make test\` gives them a minute"
 	@echo "make lint        format, lint, types, spelling, import contracts"
 	@echo "make docs        the documentation as a site, in build/site; broken links are errors"
 	@echo "make parity      the parity table against TRL"
@@ -42,6 +43,11 @@ test: $(VENV)/.dev
 test-slow: export OMP_NUM_THREADS ?= 1
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu"
+
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: export KTO_FUZZ_SCALE ?= 60
+fuzz: $(VENV)/.dev
+	$(BIN)/pytest -n 2 --dist worksteal tests/fuzz
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
