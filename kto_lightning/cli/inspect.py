@@ -27,12 +27,12 @@ def main(argv: list[str]) -> int:
     except SystemExit as end:  # argparse has printed its help or its usage error
         return int(end.code or 0)
     try:
-        usable = _inspect(arguments)
+        _inspect(arguments)
     except KTOError as error:
         message = FIT_KEYS.sub(r"--\1", str(error))
         print(f"error: {message}", file=sys.stderr)
         return 1
-    return 0 if usable else 1
+    return 0
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -83,8 +83,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _inspect(arguments: argparse.Namespace) -> bool:
-    """Print and write the reports; whether each source has a usable record."""
+def _inspect(arguments: argparse.Namespace) -> None:
+    """Print and write the reports.
+
+    Raises:
+        KTOError: if data or tokenizer cannot be read; at the end, if a source has no usable record.
+    """
     from rich.console import Console
 
     from kto_lightning.reports.data import as_json, report_of_source
@@ -112,7 +116,11 @@ def _inspect(arguments: argparse.Namespace) -> bool:
         show_reports(Console(highlight=False), reports)
         if arguments.html is not None:
             print(f"\npage      {arguments.html}")
-    return all(report.examples for report in reports)
+    unusable = [
+        file for file, report in zip(arguments.files, reports, strict=True) if not report.examples
+    ]
+    if unusable:
+        raise KTOError(f"{', '.join(unusable)}: no usable record. See the findings above.")
 
 
 def _load_tokenizer(arguments: argparse.Namespace):

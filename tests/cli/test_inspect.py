@@ -209,4 +209,4 @@ def test_the_exit_status_without_a_usable_record(
     assert main([good, bad]) == main([bad, "--json"]) == 1
     printed = capsys.readouterr()
     assert "in a column with the numbers 1, 5" in printed.out
-    assert not printed.err
+    assert printed.err == f"error: {bad}: no usable record. See the findings above.\n" * 2

@@ -123,16 +123,14 @@ CELLS = {
     pa.float64(): st.floats(),
     pa.bool_(): st.booleans(),
     pa.binary(): st.binary(max_size=20),
-    pa.timestamp("s"): st.integers(-(2**62), 2**62),
+    pa.timestamp("us"): st.integers(-(2**62), 2**62),
     pa.timestamp("ns", tz="UTC"): st.integers(-(2**62), 2**62),
     pa.date32(): st.integers(-(2**31), 2**31 - 1),
     pa.time64("us"): st.integers(0, 10**10),
     pa.duration("s"): st.integers(-(2**62), 2**62),
     pa.decimal128(20, 4): st.decimals(-1000, 1000, places=4),
     pa.list_(pa.string()): st.lists(ODD_TEXT, max_size=3),
-    pa.map_(pa.string(), pa.int32()): st.lists(
-        st.tuples(ODD_TEXT, st.integers(-5, 5)), max_size=2
-    ),
+    pa.map_(pa.string(), pa.int32()): st.lists(st.tuples(ODD_TEXT, st.integers(-5, 5)), max_size=2),
     pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})): st.lists(
         st.fixed_dictionaries({"role": ODD_TEXT, "content": ODD_TEXT}), max_size=3
     ),

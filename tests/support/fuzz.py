@@ -103,7 +103,16 @@ ODD_TEXT = st.one_of(
         (
             *("", " ", "\n", "\x00", "\x1b[31mred\x1b[0m", "\x9b2J", "\u202eevil", "[/INST]"),
             *("[bold]", "{{ 7 * 7 }}", "{% for %}", "<script>alert(1)</script>", "</script>"),
-            *("../../etc/passwd", "~", "~nobody", "C:\\x", "a" * 100_000, "👍", "e\u0301", "\ufeff"),
+            *(
+                "../../etc/passwd",
+                "~",
+                "~nobody",
+                "C:\\x",
+                "a" * 100_000,
+                "👍",
+                "e\u0301",
+                "\ufeff",
+            ),
             *("NaN", "1e400", "true", "null", "---\nx: y", "`rm`", "|a|b|", "=1+1", "\ud7ff"),
             *("<|endoftext|>", "<|im_end|>", "<think>a</think>", "<image>", "\r", "\u2028"),
         )
@@ -185,7 +194,9 @@ def mutated_bytes(draw: st.DrawFn, content: bytes) -> bytes:
             break
         start = draw(st.integers(0, len(content) - 1))
         end = min(len(content), start + draw(st.integers(1, 64)))
-        change = draw(st.sampled_from(("flip", "flip", "cut", "remove", "double", "insert", "zero")))
+        change = draw(
+            st.sampled_from(("flip", "flip", "cut", "remove", "double", "insert", "zero"))
+        )
         if change == "flip":
             content[start] ^= 1 << draw(st.integers(0, 7))
         elif change == "cut":
