@@ -76,6 +76,7 @@ class DataReportFile(Callback):
             batch_size=batching.batch_size,
             max_length=batching.max_length,
             tokenizer=data.tokenizer.name_or_path,
+            other_end=data.train_set.other_end(data.end_ids, data.tokenizer),
         )
         path = _data_report_path(trainer)
         write_data_report(path, report)
@@ -148,7 +149,7 @@ def _data_rows(module_data: KTODataModule) -> list[Row]:
     assert data.class_weights is not None
     counts, weights = data.train_set.counts, data.class_weights
     desirable, undesirable = effective_ratio(counts.desirable, counts.undesirable, weights)
-    dropped = counts.dropped_desirable + counts.dropped_undesirable + counts.dropped_empty
+    dropped = counts.dropped_desirable + counts.dropped_undesirable
     where = f" ({', '.join(counts.dropped)}…)" if dropped else ""
     rows = [
         ("records", f"{counts.desirable} desirable, {counts.undesirable} undesirable"),

@@ -19,6 +19,8 @@ from kto_lightning.data.prepared import PreparedData, Source
 from kto_lightning.data.streaming.sampler import StreamedBatches, StreamSampler
 from kto_lightning.data.streaming.stream import StreamPosition
 from kto_lightning.errors import ConfigError, KTOError, pick_settings
+from kto_lightning.models.loading import vocabulary_size
+from kto_lightning.models.tokenizer import end_token_ids
 
 
 class KTODataModule(LightningDataModule):
@@ -167,14 +169,18 @@ class KTODataModule(LightningDataModule):
 
     def _begin(self) -> PreparedData:
         module = self._module
-        tokenizer = self.reading.load_tokenizer(
-            module.model_settings.policy, trust_remote_code=module.model_settings.trust_remote_code
-        )
+        settings = module.model_settings
+        trust = settings.trust_remote_code
+        models = [name for name in (settings.policy, settings.reference) if name is not None]
+        num_embeddings = {name: vocabulary_size(name, trust_remote_code=trust) for name in models}
+        tokenizer = self.reading.load_tokenizer(settings.policy, trust_remote_code=trust)
         return PreparedData(
             reading=self.reading,
             batching=self.batching,
             objective=module.objective,
             tokenizer=tokenizer,
+            num_embeddings=num_embeddings,
+            end_ids=end_token_ids(tokenizer, settings.policy),
         )
 
     def train_dataloader(self) -> DataLoader[StepBatch]:

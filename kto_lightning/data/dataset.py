@@ -17,8 +17,7 @@ from kto_lightning.data.rows import BadRecord, Row
 from kto_lightning.data.sources import content_hash, expand, read_rows
 from kto_lightning.data.strict_json import RecordError
 from kto_lightning.data.tokenize import tokenize_records
-from kto_lightning.errors import ConfigError, DataError, ModelError
-from kto_lightning.models.loading import vocabulary_size
+from kto_lightning.errors import ConfigError, DataError
 from kto_lightning.models.tokenizer import load_tokenizer
 
 FORMAT_VERSION = 2
@@ -168,23 +167,16 @@ class Reading:
             )
 
     def load_tokenizer(self, policy: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-        """Load the tokenizer for a policy, which must have an embedding for each of its ids.
+        """Load the tokenizer for a policy.
 
         Raises:
-            ModelError: if there is no tokenizer, or it has more tokens than the policy embeds.
+            ModelError: if there is no tokenizer.
         """
-        name = self.tokenizer or policy
-        vocabulary = vocabulary_size(policy, trust_remote_code=trust_remote_code)
-        tokenizer = load_tokenizer(
-            name, chat_template=self.chat_template, trust_remote_code=trust_remote_code
+        return load_tokenizer(
+            self.tokenizer or policy,
+            chat_template=self.chat_template,
+            trust_remote_code=trust_remote_code,
         )
-        if len(tokenizer) > vocabulary:
-            raise ModelError(
-                f"the tokenizer of {name} has {len(tokenizer)} tokens, but the model {policy} "
-                f"embeds only {vocabulary}. Use the tokenizer that belongs to the model, or resize "
-                "the model's embeddings and save it again."
-            )
-        return tokenizer
 
     def examples(
         self,

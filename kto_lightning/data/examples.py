@@ -11,9 +11,12 @@ from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from jaxtyping import Bool, Float32, Int32, Int64
+from transformers import PreTrainedTokenizerBase
 
+from kto_lightning.data.lost import LostPart, OtherEnd
 from kto_lightning.errors import DataError
 
 Truncation = Literal["keep_start", "keep_end"]
@@ -45,8 +48,6 @@ class TokenizationCounts:
     dropped_desirable: int
     """Desirable records whose prompt alone fills `max_length` under `keep_start`."""
     dropped_undesirable: int
-    dropped_empty: int
-    """Records without a single token."""
     dropped: list[str]
     """The first few dropped records, as `file:line`."""
     truncated_desirable: int
@@ -101,26 +102,24 @@ class ExampleSet:
         table = tokenized.data
         full_prompts, completions = self._prompts.lengths(), self._completions.lengths()
         prompts, dropped = truncate_prompts(full_prompts, completions, max_length, truncation)
-        empty = full_prompts + completions == 0
         given = records.select_columns(["desirable", "weight"]).with_format("arrow")[:]
         desirable = given["desirable"].fill_null(True).to_numpy()
 
         self.max_length = max_length
-        self.rows = np.flatnonzero(~(dropped | empty))
+        self.rows = np.flatnonzero(~dropped)
         self.prompt_lengths = prompts[self.rows]
         self.completion_lengths = completions[self.rows]
         self.desirable = desirable[self.rows]
         self.weights = given["weight"].to_numpy()[self.rows]
         self.prompt_keys = table.column("prompt_key").to_numpy()[self.rows]
         if not len(self.rows):
-            raise _no_examples_error(full_prompts, empty, max_length)
+            raise _no_examples_error(full_prompts, max_length)
         num_lost = table.column("num_lost").to_numpy()
-        first_dropped = np.flatnonzero(dropped | empty)[:_NUM_SHOWN]
+        first_dropped = np.flatnonzero(dropped)[:_NUM_SHOWN]
         self.counts = TokenizationCounts(
             records=len(records),
             dropped_desirable=int((dropped & desirable).sum()),
             dropped_undesirable=int((dropped & ~desirable).sum()),
-            dropped_empty=int(empty.sum()),
             dropped=[location(records, int(row)) for row in first_dropped],
             prompts_not_prefix=int((num_lost > 0).sum()),
             lost_prompt_end=lost_prompt_end,
@@ -176,6 +175,38 @@ class ExampleSet:
     def location(self, index: int) -> str:
         """Where an example was written, as `file:line`."""
         return location(self._records, int(self.rows[index]))
+
+    def lost_parts(self) -> list[LostPart]:
+        """The parts of the examples' records that their tokens lack, most frequent first."""
+        found: dict[str, LostPart] = {}
+        column = self._tokenized.data.column("lost_parts")
+        lengths = pc.list_value_length(column).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+        for row in self.rows[lengths[self.rows] > 0].tolist():
+            for name in column[row].as_py():
+                part = found.setdefault(name, LostPart(name=name, count=0, first=""))
+                part.first = part.first or location(self._records, row)
+                part.count += 1
+        return sorted(found.values(), key=lambda part: -part.count)
+
+    def other_end(self, end_ids: set[int], tokenizer: PreTrainedTokenizerBase) -> OtherEnd | None:
+        """The completions that end with none of the tokens `end_ids`; None: all end with one."""
+        ends = self._tokenized.data.column("end_id").to_numpy()[self.rows]
+        other = ~np.isin(ends, list(end_ids))
+        if not other.any():
+            return None
+        tokens, counts = np.unique(ends[other], return_counts=True)
+        commonest = int(tokens[counts.argmax()])
+        return OtherEnd(
+            token=decode_token(commonest, tokenizer),
+            end_tokens=[decode_token(token, tokenizer) for token in sorted(end_ids)],
+            count=int(other.sum()),
+            first=self.location(int(other.argmax())),
+        )
+
+    def largest_id(self) -> tuple[int, str]:
+        """The largest token id in these examples, and where it occurs, as `file:line`."""
+        ids = self._tokenized.data.column("max_id").to_numpy()[self.rows]
+        return int(ids.max()), self.location(int(ids.argmax()))
 
     def longest(self, *, mismatched: bool) -> int:
         """An upper bound on the tokens of a sequence.
@@ -237,6 +268,11 @@ def location(records: Dataset, row: int) -> str:
     return f"{record['file']}:{record['line']}"
 
 
+def decode_token(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a token; a space for the -1 of a completion of white space."""
+    return str(tokenizer.decode([token])) if token >= 0 else " "
+
+
 def _limit(max_length: int | None) -> int:
     return np.iinfo(np.int64).max if max_length is None else max_length
 
@@ -254,15 +290,9 @@ def truncate_prompts(
     return np.minimum(prompts, room), np.zeros(len(prompts), dtype=bool)
 
 
-def _no_examples_error(
-    prompts: Int64[np.ndarray, " records"],
-    empty: Bool[np.ndarray, " records"],
-    max_length: int | None,
-) -> DataError:
-    if empty.all():
-        return DataError(f"None of the {len(prompts)} records has a token. Check --data.train.")
+def _no_examples_error(prompts: Int64[np.ndarray, " records"], max_length: int | None) -> DataError:
     return DataError(
         f"No example is left of {len(prompts)} records: with --data.max_length {max_length} every "
-        f"prompt alone fills the sequence (the shortest has {prompts[~empty].min()} tokens). "
+        f"prompt alone fills the sequence (the shortest has {prompts.min()} tokens). "
         "Raise --data.max_length, or set --data.truncation keep_end."
     )

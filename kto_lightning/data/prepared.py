@@ -13,6 +13,7 @@ from kto_lightning.batches.objective import Objective
 from kto_lightning.batches.pairing import Pairing, pair_none
 from kto_lightning.data.dataset import Reading
 from kto_lightning.data.examples import ExampleSet
+from kto_lightning.data.lost import losses_of
 from kto_lightning.data.rewards import exclude_rewards_files
 from kto_lightning.data.split import split_by_prompt
 from kto_lightning.data.streaming.stream import (
@@ -22,6 +23,7 @@ from kto_lightning.data.streaming.stream import (
     resolve_stream_weights,
 )
 from kto_lightning.distributed import warn
+from kto_lightning.errors import ModelError
 
 Source = str | list[str]
 
@@ -38,6 +40,10 @@ class PreparedData:
     batching: Batching
     objective: Objective
     tokenizer: PreTrainedTokenizerBase
+    num_embeddings: dict[str, int]
+    """The number of token ids that each model of the run embeds, by its name."""
+    end_ids: set[int]
+    """The tokens at which the policy stops."""
     train_set: ExampleSet | None = None
     validation_set: ExampleSet | None = None
     predict_set: ExampleSet | None = None
@@ -50,6 +56,13 @@ class PreparedData:
     """For the summary, a sentence each."""
     report_line: str | None = None
     """The path of the data report, for the summary."""
+
+    def __post_init__(self) -> None:
+        model, size = min(self.num_embeddings.items(), key=lambda item: item[1])
+        if len(self.tokenizer) > size:
+            self.warnings.append(
+                f"{self._too_many_tokens(model, size)}; the records may use none of the others."
+            )
 
     def load_train(
         self, source: Source, validation: float | Source | None, trainer: Trainer
@@ -90,6 +103,8 @@ class PreparedData:
             buffer_size=buffer_size,
             batch_size=self.batching.batch_size,
             warn=partial(warn, trainer),
+            end_ids=self.end_ids,
+            check_id=self._check_id,
         )
 
     def load_validation(self, source: Source) -> None:
@@ -162,11 +177,32 @@ class PreparedData:
         return weights
 
     def _examples(self, source: Source, *, labels_needed: bool = True) -> ExampleSet:
-        return self.reading.examples(
+        examples = self.reading.examples(
             source,
             self.tokenizer,
             max_length=self.batching.max_length,
             labels_needed=labels_needed,
+        )
+        self._check_id(*examples.largest_id())
+        end = examples.other_end(self.end_ids, self.tokenizer)
+        self.warnings += [loss.sentence for loss in losses_of(examples.lost_parts(), end)]
+        return examples
+
+    def _check_id(self, token: int, where: str) -> None:
+        """Refuse a token that a model does not embed."""
+        for model, size in self.num_embeddings.items():
+            if token >= size:
+                raise ModelError(
+                    f"{where}: {str(self.tokenizer.decode([token]))!r} is token {token}, and "
+                    f"{self._too_many_tokens(model, size)}. Use the tokenizer that belongs to the "
+                    "model, or resize the model's embeddings and save it again."
+                )
+
+    def _too_many_tokens(self, model: str, size: int) -> str:
+        name = self.tokenizer.name_or_path
+        return (
+            f"the tokenizer of {name} has {len(self.tokenizer)} tokens, but the model {model} "
+            f"embeds only {size}"
         )
 
     def _pair(self, examples: ExampleSet) -> Pairing:

@@ -1,13 +1,15 @@
 """Token ids of records, by the calls that TRL makes, batched over many records."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from kto_lightning.data.chat_template import MessageForms
+from kto_lightning.data.template_limits import TemplateTimeout, check_growth, limit_rendering
 from kto_lightning.errors import ModelError
 
 NO_TEMPLATE = "no chat template"
@@ -26,29 +28,58 @@ RecordJson = dict[str, Any]  # Any: values of the JSON in the column `record`
 _Result = TypeVar("_Result")
 
 
+@dataclass(kw_only=True, slots=True)
+class TokenizedRecord:
+    """The token ids of a record, by the calls that TRL makes."""
+
+    record: RecordJson
+    prompt_ids: list[int]
+    """Of the prompt alone."""
+    text_ids: list[int]
+    """Of prompt + completion."""
+    texts: tuple[str, str] | None = None
+    """The prompt and the whole text that the ids were made from; None: not known."""
+    fault: str | None = None
+    """Why there are no ids."""
+
+
 def token_ids_of_records(
     records: list[str], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[list[int], list[int], str | None]]:
-    """For each record the ids of its prompt, the ids of prompt + completion, and its fault or None.
+) -> Iterator[TokenizedRecord]:
+    """Tokenize records, given as JSON.
 
     All texts are tokenized in two calls, duplicates once: one call per text takes twice as long. If
     a text makes the batched call fail, each record is tokenized on its own.
+
+    Raises:
+        TemplateTimeout: if the chat template takes too long, at once: it would for further records.
     """
-    texts = [_attempt(partial(_render, json.loads(record), tokenizer)) for record in records]
+    forms = MessageForms(tokenizer)
+    parsed: list[RecordJson] = [json.loads(record) for record in records]
+    texts: list[tuple[_RenderedRecord | None, str | None]] = []
+    for row, (record, json_text) in enumerate(zip(parsed, records, strict=True)):
+        texts.append(_attempt(row, partial(_render, record, len(json_text), forms)))
     try:
         ids = _tokenize_texts((text for text, _ in texts if text is not None), tokenizer)
     except Exception:
         ids = {}
-    for record, (text, fault) in zip(records, texts, strict=True):
+    for row, (record, (text, fault)) in enumerate(zip(parsed, texts, strict=True)):
         found: tuple[list[int], list[int]] | None = None
         if text is not None and text.prompt in ids.get(text.special, ()):
             found = ids[text.special][text.prompt], ids[text.special][text.whole]
         elif fault is None:
-            found, fault = _attempt(partial(token_ids, json.loads(record), tokenizer))
-        yield *(found or ([], [])), fault
+            found, fault = _attempt(row, partial(token_ids, record, tokenizer))
+        prompt_ids, text_ids = found or ([], [])
+        yield TokenizedRecord(
+            record=record,
+            prompt_ids=prompt_ids,
+            text_ids=text_ids,
+            texts=None if text is None else (text.prompt, text.whole),
+            fault=fault,
+        )
 
 
-def _attempt(compute: Callable[[], _Result]) -> tuple[_Result | None, str | None]:
+def _attempt(row: int, compute: Callable[[], _Result]) -> tuple[_Result | None, str | None]:
     """The result, or an error message: a chat template is a program and can raise anything.
 
     The message is stored in a column instead of being raised, so that the first record in file
@@ -56,10 +87,12 @@ def _attempt(compute: Callable[[], _Result]) -> tuple[_Result | None, str | None
     """
     try:
         return compute(), None
+    except TemplateTimeout as error:
+        raise TemplateTimeout(row) from error
     except ModelError as error:
         return None, str(error)
     except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
+        return None, f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +105,23 @@ class _RenderedRecord:
     """Whether the tokenizer adds special tokens; a chat template writes its own."""
 
 
-def _render(record: RecordJson, tokenizer: PreTrainedTokenizerBase) -> _RenderedRecord | None:
+def _render(record: RecordJson, size: int, forms: MessageForms) -> _RenderedRecord | None:
     """The two texts whose ids are those of `token_ids`; None where only `token_ids` is correct.
 
     Raises:
         ModelError: see `token_ids`.
     """
+    tokenizer = forms.tokenizer
     if isinstance(record["completion"], str):
         return _RenderedRecord(*_plain_texts(record, tokenizer), special=True)
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
         return None
     if not _TOKENIZATION_KWARGS.isdisjoint(record.get("chat_template_kwargs") or {}):
         return None
-    return _RenderedRecord(*_apply_template(record, tokenizer, tokenize=False), special=False)
+    with limit_rendering(size):
+        prompt, whole = _apply_template(record, forms, tokenize=False)
+    source = size + len(str(tokenizer.chat_template))
+    return _RenderedRecord(check_growth(prompt, source), check_growth(whole, source), special=False)
 
 
 def _tokenize_texts(
@@ -110,11 +147,13 @@ def token_ids(
 
     Raises:
         ModelError: `NO_TEMPLATE` or `NO_EOS`, if the tokenizer lacks what the record needs.
+        TemplateTimeout: if the chat template takes too long.
     """
     if isinstance(record["completion"], str):
         prompt, whole = _plain_texts(record, tokenizer)
         return _ids(tokenizer(prompt)), _ids(tokenizer(whole))
-    prompt, whole = _apply_template(record, tokenizer)
+    with limit_rendering(len(json.dumps(record))):
+        prompt, whole = _apply_template(record, MessageForms(tokenizer))
     return _ids(prompt), _ids(whole)
 
 
@@ -129,17 +168,30 @@ def _plain_texts(record: RecordJson, tokenizer: PreTrainedTokenizerBase) -> tupl
 
 def _apply_template(
     record: RecordJson,
-    tokenizer: PreTrainedTokenizerBase,
+    forms: MessageForms,
     **options: Any,  # Any: its own keywords, and the record's
 ) -> tuple[Any, Any]:  # Any: texts, or what `_ids` takes
+    tokenizer = forms.tokenizer
     if not tokenizer.chat_template:
         raise ModelError(NO_TEMPLATE)
-    prompt, whole = record["prompt"], record["prompt"] + record["completion"]
-    options |= {"tools": record.get("tools"), **(record.get("chat_template_kwargs") or {})}
+    tools = record.get("tools")
+    prompt, completion = (
+        forms.convert(record[key], with_tools=bool(tools)) for key in ("prompt", "completion")
+    )
+    options |= {"tools": tools, **(record.get("chat_template_kwargs") or {})}
     return (
         tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options),
-        tokenizer.apply_chat_template(whole, **options),
+        tokenizer.apply_chat_template(prompt + completion, **options),
     )
+
+
+def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """The number of items at the start in which both agree, of token ids or characters."""
+    if second[: len(first)] == first:
+        return len(first)
+    # strict=False: a text may be shorter than its prompt with the generation prompt.
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _ids(encoding: Any) -> Any:  # Any: a BatchEncoding of one text or of several

@@ -19,11 +19,21 @@ import transformers
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from kto_lightning.data.audit import lost_parts_of
 from kto_lightning.data.examples import ExampleSet, Truncation, location
-from kto_lightning.data.token_ids import NO_EOS, NO_TEMPLATE, token_ids, token_ids_of_records
+from kto_lightning.data.strict_json import quote
+from kto_lightning.data.template_limits import SECONDS, TemplateTimeout
+from kto_lightning.data.token_ids import (
+    NO_EOS,
+    NO_TEMPLATE,
+    TokenizedRecord,
+    common_prefix_length,
+    token_ids,
+    token_ids_of_records,
+)
 from kto_lightning.errors import ConfigError, DataError, ModelError
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 """Part of the cache key: raise it when the columns or the tokenization change."""
 
 _MIN_RECORDS_FOR_WORKERS = 10000
@@ -38,6 +48,9 @@ _COLUMNS = Features(
         "completion_ids": List(Value("int32")),
         "prompt_key": Value("int64"),
         "num_lost": Value("int32"),  # tokens at the prompt's end that the whole text does not have
+        "max_id": Value("int32"),  # the largest id of both; -1 without one
+        "end_id": Value("int32"),  # the completion's last token but white space; -1 without one
+        "lost_parts": List(Value("string")),  # parts of the record that the tokens lack
         "fault": Value("string"),  # why the record cannot be tokenized; null where it can
     }
 )
@@ -65,7 +78,8 @@ def tokenize_records(
 
     Raises:
         ConfigError: if `max_length` is below 2.
-        DataError: if the chat template cannot render a record, or no example is left.
+        DataError: if the chat template cannot render a record or takes too long for it, a
+            completion has no token, or no example is left.
         ModelError: if the tokenizer lacks the chat template or the end-of-text token that the
             records need.
     """
@@ -76,17 +90,21 @@ def tokenize_records(
         )
     if len(records) == 0:
         raise DataError("There is no record to train on. Check --data.train.")
-    tokenized = records.map(
-        tokenize_json_records,
-        batched=True,
-        input_columns=["record"],
-        remove_columns=records.column_names,
-        features=_COLUMNS,
-        fn_kwargs={"tokenizer": tokenizer},
-        num_proc=_num_processes(len(records), num_workers),
-        new_fingerprint=_fingerprint(records, tokenizer),
-        desc="Tokenizing",
-    )
+    try:
+        tokenized = records.map(
+            tokenize_json_records,
+            batched=True,
+            input_columns=["record"],
+            remove_columns=records.column_names,
+            features=_COLUMNS,
+            fn_kwargs={"tokenizer": tokenizer},
+            with_indices=True,
+            num_proc=_num_processes(len(records), num_workers),
+            new_fingerprint=_fingerprint(records, tokenizer),
+            desc="Tokenizing",
+        )
+    except TemplateTimeout as error:
+        raise timeout_error(location(records, error.row or 0), tokenizer) from None
     _check_faults(records, tokenized, tokenizer)
     lost = _lost_prompt_end(records, tokenized, tokenizer)
     return ExampleSet(
@@ -95,28 +113,55 @@ def tokenize_records(
 
 
 def tokenize_json_records(
-    records: list[str], tokenizer: PreTrainedTokenizerBase
+    records: list[str], indices: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[Any]]:
-    """The columns of the cache for records as JSON; `fault` says why one cannot be tokenized."""
+    """The columns of the cache for records as JSON; `fault` says why one cannot be tokenized.
+
+    Raises:
+        TemplateTimeout: if the chat template takes too long; its `row` is one of `indices`.
+    """
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}  # Any: one type a column
-    for prompt_ids, text_ids, fault in token_ids_of_records(records, tokenizer):
-        start = _common_prefix_length(prompt_ids, text_ids)
-        kept = np.asarray(prompt_ids[:start], dtype=np.int32)
+    try:
+        tokenized = list(token_ids_of_records(records, tokenizer))
+    except TemplateTimeout as error:
+        raise TemplateTimeout(indices[error.row or 0]) from error
+    starts = [common_prefix_length(item.prompt_ids, item.text_ids) for item in tokenized]
+    is_space = _WhiteSpace(tokenizer)
+    for item, start, lost in zip(
+        tokenized, starts, lost_parts_of(tokenized, starts, tokenizer), strict=True
+    ):
+        kept = np.asarray(item.prompt_ids[:start], dtype=np.int32)
+        completion = item.text_ids[start:]
         key = blake2b(kept.tobytes(), digest_size=8).digest()
         columns["prompt_ids"].append(kept)
-        columns["completion_ids"].append(np.asarray(text_ids[start:], dtype=np.int32))
+        columns["completion_ids"].append(np.asarray(completion, dtype=np.int32))
         columns["prompt_key"].append(int.from_bytes(key, "little", signed=True))
-        columns["num_lost"].append(len(prompt_ids) - start)
-        columns["fault"].append(fault)
+        columns["num_lost"].append(len(item.prompt_ids) - start)
+        columns["max_id"].append(max(item.text_ids, default=-1))
+        end = next((token for token in reversed(completion) if not is_space[token]), -1)
+        columns["end_id"].append(end)
+        columns["lost_parts"].append(lost)
+        columns["fault"].append(item.fault or (None if completion else _no_token_fault(item)))
     return columns
 
 
-def _common_prefix_length(first: list[int], second: list[int]) -> int:
-    if second[: len(first)] == first:
-        return len(first)
-    # strict=False: a text may be shorter than its prompt with the generation prompt.
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+def _no_token_fault(item: TokenizedRecord) -> str:
+    completion = item.record["completion"]
+    if isinstance(completion, str):
+        return "the completion has no token"
+    roles = ", ".join(dict.fromkeys(quote(message.get("role")) for message in completion))
+    return f"the completion has no token: the chat template writes nothing for the role {roles}"
+
+
+class _WhiteSpace(dict[int, bool]):
+    """Whether a token is white space, by its id."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> bool:
+        self[token] = not str(self._tokenizer.decode([token])).strip()
+        return self[token]
 
 
 def _fingerprint(records: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -185,10 +230,20 @@ def _check_faults(records: Dataset, tokenized: Dataset, tokenizer: PreTrainedTok
     ]
     more = [f"  … and {len(rows) - _NUM_SHOWN} more"] if len(rows) > _NUM_SHOWN else []
     raise DataError(
-        f"The chat template of {name!r} cannot render {len(rows)} of {len(records)} records:\n"
+        f"{len(rows)} of {len(records)} records cannot be turned into tokens by the tokenizer "
+        f"{name!r} and its chat template:\n"
         + "\n".join([*shown, *more])
         + "\nFix or remove these records, or give another template with "
         "--data.chat_template FILE_OR_NAME."
+    )
+
+
+def timeout_error(where: str, tokenizer: PreTrainedTokenizerBase) -> DataError:
+    """The error to raise if the chat template takes too long for a record."""
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    return DataError(
+        f"{where}: the chat template of {name!r} takes longer than {SECONDS:g} s to render this "
+        "record, and was stopped. Give another template with --data.chat_template FILE_OR_NAME."
     )
 
 

@@ -239,5 +239,5 @@ def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = reason_of_failure(base, error)
-        raise ModelError(f"--model.policy {name} cannot be loaded: {reason}") from error
+        raise ModelError(f"the model {name} cannot be loaded: {reason}") from error
     return config.get_text_config().vocab_size

@@ -1,8 +1,9 @@
 """Loading of tokenizers, from a directory or hub id, with a padding token and a chat template."""
 
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from kto_lightning.errors import ModelError
 from kto_lightning.models.model_files import (
@@ -62,3 +63,20 @@ def _is_empty(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
     ids = tokenizer("some text", add_special_tokens=False)["input_ids"]
     return set(ids) <= set(tokenizer.all_special_ids)
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, model: str) -> set[int]:
+    """The tokens at which a model stops: of its generation_config.json, and the tokenizer's.
+
+    Args:
+        tokenizer: whose end-of-text token counts.
+        model: a directory or a hub id; for an adapter directory, that of its base.
+    """
+    try:
+        base = adapter_base(model) if is_adapter(model) else model
+        ids = GenerationConfig.from_pretrained(base).eos_token_id
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ModelError):
+        ids = None  # it has none; where it is damaged, loading the model says so
+    own: Any = tokenizer.eos_token_id  # Any: typed as any special token, lists included
+    found = [*(ids if isinstance(ids, list) else [ids]), own]
+    return {token for token in found if isinstance(token, int)}

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from kto_lightning.data.dataset import load_records
 from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.errors import DataError
+from kto_lightning.models.tokenizer import load_tokenizer
 from tests.data.rows import QUICK, ROWS, check_yields
 from tests.support.cli import fit, rows, run_cli
 from tests.support.factories import (
@@ -26,6 +27,8 @@ from tests.support.factories import (
     write_jsonl,
 )
 
+STREAMED = ("--data.streaming", "true")
+STREAMED += ("--model.desirable_weight", 1, "--model.undesirable_weight", 1)
 VALID_LINES = "".join(json.dumps(record) + "\n" for record in plain_records(3))
 
 
@@ -285,3 +288,71 @@ def test_a_record_of_ten_megabytes_is_trained_on(policy: Path, tmp_path: Path):
     truncation = report["lengths"]["truncation"]["truncated"]
     assert truncation["desirable"] + truncation["undesirable"] >= 1
     assert len(rows(output)) == 2
+
+
+def with_extra_token(policy: Path, target: Path) -> Path:
+    """A copy of the model whose tokenizer has one token that the model does not embed."""
+    shutil.copytree(policy, target)
+    tokenizer = load_tokenizer(str(target))
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def test_tokens_that_the_model_does_not_embed_only_matter_where_they_occur(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    bigger = with_extra_token(policy, tmp_path / "policy")
+    records = plain_records(8)
+    data = write_jsonl(tmp_path / "train.jsonl", records)
+    fit(bigger, data, tmp_path / "run", "--trainer.max_steps", 1)
+    assert f"the model {bigger} embeds only" in capsys.readouterr().out
+    records[4]["completion"] += "<extra>"
+    write_jsonl(data, records)
+    for options in ((), STREAMED):
+        fit(bigger, data, tmp_path / "other", *options, status=1)
+        error = message(capsys)
+        assert "train.jsonl:5: '<extra>' is token" in error
+        assert f"the model {bigger} embeds only" in error
+
+
+def test_the_reference_must_embed_every_token_too(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    bigger = save_model(tmp_path / "policy", "qwen2", tokenizer)
+    records = plain_records(8)
+    records[1]["prompt"] += "<extra>"
+    data = write_jsonl(tmp_path / "train.jsonl", records)
+    fit(bigger, data, tmp_path / "run", "--trainer.max_steps", 1)
+    capsys.readouterr()
+    fit(bigger, data, tmp_path / "other", "--model.reference", policy, status=1)
+    assert "train.jsonl:2: '<extra>' is token" in (error := message(capsys))
+    assert f"the model {policy} embeds only" in error
+
+
+@pytest.mark.parametrize("options", [(), STREAMED])
+def test_what_a_template_drops_is_said_before_the_first_step(
+    options: tuple, policy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}<|endoftext|>"
+    )
+    records = chat_records(8)
+    for row in records[3:]:
+        row["completion"][0]["reasoning"] = "first weigh the apples"
+    data = write_jsonl(tmp_path / "train.jsonl", records)
+    options = ("--data.chat_template", template, "--trainer.max_steps", 1, *options)
+    output = fit(policy, data, tmp_path / "run", *options)
+    said = "".join(capfd.readouterr())
+    count = "1 completion" if STREAMED[0] in options else "5 completions"
+    assert f"drops the reasoning of {count}, first at {data}:4" in said
+    if STREAMED[0] not in options:
+        report = json.loads((output / "data_report.json").read_text())
+        assert [part["count"] for part in report["lost_parts"]] == [5]
+        assert "reasoning of 5 completions" in "".join(report["findings"])
+        held_out = ("--data.validation", data, "--data.chat_template", template)
+        assert run_cli("validate", "--model.policy", policy, *held_out) == 0
+        assert "drops the reasoning of 5 completions" in capfd.readouterr().err

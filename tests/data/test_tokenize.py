@@ -17,11 +17,12 @@ from trl.trainer.kto_trainer import KTOTrainer
 
 from kto_lightning.data import tokenize
 from kto_lightning.data.examples import ExampleSet
-from kto_lightning.data.token_ids import token_ids, token_ids_of_records
+from kto_lightning.data.token_ids import TokenizedRecord, token_ids, token_ids_of_records
 from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.errors import ConfigError, DataError, ModelError
 from tests.support.factories import (
     BOS_ID,
+    EOS_ID,
     chat_records,
     make_model,
     make_tokenizer,
@@ -134,14 +135,18 @@ def test_tools_and_template_settings_have_trls_tokens(template: str, tmp_path: P
     assert ours(examples) == trls_or_skip(as_text, tokenizer, tmp_path)
 
 
+def ids_of(found: list[TokenizedRecord]) -> list[tuple[list[int], list[int], str | None]]:
+    return [(item.prompt_ids, item.text_ids, item.fault) for item in found]
+
+
 def test_batched_and_single_calls_give_the_same_ids() -> None:
     """Text and chat mixed, a text that recurs, and a record that has to go alone."""
     rows = [row for pair in zip(plain_records(6), chat_records(6), strict=True) for row in pair]
     rows += [rows[0], rows[1] | {"chat_template_kwargs": {"truncation": True, "max_length": 9}}]
     tokenizer = make_tokenizer(chat_template="llama3", bos=True)
     found = list(token_ids_of_records([json.dumps(row) for row in rows], tokenizer))
-    assert found == [(*token_ids(row, tokenizer), None) for row in rows]
-    assert len(found[-1][0]) == 9 < len(found[1][0])
+    assert ids_of(found) == [(*token_ids(row, tokenizer), None) for row in rows]
+    assert len(found[-1].prompt_ids) == 9 < len(found[1].prompt_ids)
 
 
 def test_a_text_that_fails_its_call_fails_no_other() -> None:
@@ -149,10 +154,10 @@ def test_a_text_that_fails_its_call_fails_no_other() -> None:
     rows[2]["completion"] = "\ud800"  # half of a character: nothing can encode it
     tokenizer = make_tokenizer()
     found = list(token_ids_of_records([json.dumps(row) for row in rows], tokenizer))
-    prompt_ids, text_ids, fault = found.pop(2)
-    assert fault is not None
-    assert prompt_ids == text_ids == []
-    assert found == [(*token_ids(rows[i], tokenizer), None) for i in (0, 1, 3)]
+    bad = found.pop(2)
+    assert bad.fault is not None
+    assert bad.prompt_ids == bad.text_ids == []
+    assert ids_of(found) == [(*token_ids(rows[i], tokenizer), None) for i in (0, 1, 3)]
 
 
 def test_a_record_may_be_text_and_the_next_a_conversation() -> None:
@@ -239,15 +244,27 @@ def test_keep_end_cuts_the_prompts_start_and_drops_nothing() -> None:
     assert examples.counts.completion_tokens == 4 + 5 + 9 + 10
 
 
-def test_an_example_without_a_token_is_dropped_and_counted() -> None:
-    chat = {"prompt": [{"role": "user", "content": ""}], "label": True}
-    chat["completion"] = [{"role": "assistant", "content": ""}]
-    tokenizer = make_tokenizer(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
-    examples = tokenize_records(as_dataset([chat, *chat_records(2)]), tokenizer, max_length=None)
-    assert examples.rows.tolist() == [1, 2]
-    assert (examples.counts.dropped_empty, examples.counts.dropped) == (1, ["train.jsonl:1"])
-    with pytest.raises(DataError, match="None of the 1 records has a token"):
-        tokenize_records(as_dataset([chat]), tokenizer, max_length=None)
+SKIPS_ROLES = (
+    "{% for m in messages if m.role in ('user', 'assistant') %}<|{{ m.role }}|>{{ m.content }}"
+    "{% endfor %}"
+)
+
+
+def test_a_completion_without_a_token_is_refused() -> None:
+    rows = chat_records(4)
+    rows[2]["completion"][0]["role"] = "bot"
+    tokenizer = make_tokenizer(chat_template=SKIPS_ROLES)
+    with pytest.raises(DataError) as error:
+        tokenize_records(as_dataset(rows), tokenizer, max_length=None)
+    assert "1 of 4 records cannot be turned into tokens" in str(error.value)
+    assert "train.jsonl:3: the completion has no token" in str(error.value)
+    assert 'writes nothing for the role "bot"' in str(error.value)
+
+
+def test_an_empty_completion_is_its_end_of_text_token() -> None:
+    row = {"prompt": "a", "completion": "", "label": True}
+    (example,) = tokenize_records(as_dataset([row]), make_tokenizer(), max_length=None)
+    assert example.completion_ids.tolist() == [EOS_ID]
 
 
 def test_labels_and_weights_follow_their_example() -> None:
@@ -373,9 +390,11 @@ def test_lengths_that_leave_nothing_say_what_to_do() -> None:
 
 
 def test_real_tool_calls_have_trls_tokens(shared_data: Path, tmp_path: Path) -> None:
+    """Their arguments are JSON text, which this template prints as it is."""
     with (shared_data / "toolcalls_2386.jsonl").open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file][::12]
-    tokenizer = make_tokenizer(chat_template="qwen2_5")
+    tokenizer = make_tokenizer(chat_template="qwen3")
     examples = tokenize_records(as_dataset(rows), tokenizer, max_length=None)
     assert any("tool_calls" in row["completion"][0] for row in rows)
     assert ours(examples) == trls(rows, tokenizer, tmp_path)
+    assert examples.lost_parts() == []

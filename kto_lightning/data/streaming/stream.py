@@ -13,13 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from kto_lightning.batches.class_weights import ClassWeights, resolve_weights
 from kto_lightning.data.dataset import read_records
-from kto_lightning.data.examples import Truncation, truncate_prompts
+from kto_lightning.data.examples import Truncation, decode_token, truncate_prompts
 from kto_lightning.data.labels import LabelReader, label_reader
+from kto_lightning.data.lost import LostPart, OtherEnd, losses_of
 from kto_lightning.data.records import Record, record_to_json
 from kto_lightning.data.rows import BadRecord
 from kto_lightning.data.sources import expand
 from kto_lightning.data.streaming.buffers import StreamedExample
-from kto_lightning.data.tokenize import tokenize_json_records, tokenizer_error
+from kto_lightning.data.template_limits import TemplateTimeout
+from kto_lightning.data.tokenize import timeout_error, tokenize_json_records, tokenizer_error
 from kto_lightning.errors import ConfigError, DataError
 
 _CHUNK = 64
@@ -56,17 +58,22 @@ class StreamCounts:
     records: int = 0
     """Usable records."""
     bad: int = 0
-    """Records that are invalid, or that the chat template cannot render."""
+    """Records that are invalid, or that cannot be turned into tokens."""
     dropped: int = 0
-    """Usable records without a token, or whose prompt fills `max_length`."""
+    """Usable records whose prompt fills `max_length`."""
     desirable: int = 0
     undesirable: int = 0
+    lost_parts: dict[str, int] = field(default_factory=dict)
+    """Parts of records that their tokens lack, such as `reasoning of completion`."""
+    other_ends: int = 0
+    """Completions that do not end with a token at which the model stops."""
 
     def __str__(self) -> str:
         return (
             f"{self.records} records read in the last epoch, {self.desirable} desirable and "
             f"{self.undesirable} undesirable ones tokenized, {self.dropped} dropped; bad records "
             f"skipped: {self.bad}"
+            + "".join(f"; without the {name}: {n}" for name, n in self.lost_parts.items())
         )
 
 
@@ -81,10 +88,16 @@ class ExampleStream:
     buffer_size: int
     """Examples per buffer, a multiple of the batch size."""
     warn: Callable[[str], None]
+    end_ids: set[int]
+    """The tokens at which the policy stops."""
+    check_id: Callable[[int, str], None]
+    """Raises ModelError if no model embeds the token; the second argument is its place."""
     labels: LabelReader = field(init=False)
     """Kept, so that the label column is searched for numbers once, not in every epoch."""
     counts: StreamCounts = field(default_factory=StreamCounts, init=False)
     _num_shown: int = field(default=0, init=False)
+    _reported: set[str] = field(default_factory=set, init=False)
+    """Lost parts, each of which is reported once."""
 
     def __post_init__(self) -> None:
         self.labels = label_reader(expand(self.source), streaming=True)
@@ -118,8 +131,8 @@ class ExampleStream:
         if not any_example:
             raise DataError(
                 f"None of the {self.counts.records + self.counts.bad} records in the stream can be "
-                f"trained on: {self.counts.bad} are bad, {self.counts.dropped} have no token or "
-                f"a prompt that fills --data.max_length {self.max_length}. Run `inspect` on them."
+                f"trained on: {self.counts.bad} are bad, {self.counts.dropped} have a prompt "
+                f"that fills --data.max_length {self.max_length}. Run `inspect` on them."
             )
 
     def _usable_records(self) -> Iterator["_UsableRecord"]:
@@ -149,13 +162,17 @@ class ExampleStream:
             )
 
     def _tokenize(self, chunk: list["_UsableRecord"]) -> Iterator[StreamedExample]:
-        columns = tokenize_json_records([usable.text for usable in chunk], self.tokenizer)
+        texts = [usable.text for usable in chunk]
+        try:
+            columns = tokenize_json_records(texts, list(range(len(chunk))), self.tokenizer)
+        except TemplateTimeout as error:
+            record = chunk[error.row or 0].record
+            raise timeout_error(f"{record.file}:{record.line}", self.tokenizer) from None
         prompts, completions = columns["prompt_ids"], columns["completion_ids"]
         prompt_lengths, completion_lengths = map(_lengths, (prompts, completions))
         kept, dropped = truncate_prompts(
             prompt_lengths, completion_lengths, self.max_length, self.truncation
         )
-        dropped |= prompt_lengths + completion_lengths == 0
         for row, usable in enumerate(chunk):
             record = usable.record
             location = f"{record.file}:{record.line}"
@@ -166,6 +183,8 @@ class ExampleStream:
                 self.counts.dropped += 1
                 continue
             self._count(record)
+            self.check_id(columns["max_id"][row], location)
+            self._audit(columns["lost_parts"][row], columns["end_id"][row], location)
             yield StreamedExample(
                 index=usable.index,
                 prompt_ids=prompts[row][len(prompts[row]) - int(kept[row]) :],
@@ -181,7 +200,27 @@ class ExampleStream:
         error = tokenizer_error(fault, location, self.tokenizer)
         if error is not None:
             raise error
-        self._count_bad(f"{location}: the chat template cannot render it: {fault}")
+        self._count_bad(f"{location}: it cannot be turned into tokens: {fault}")
+
+    def _audit(self, lost: list[str], end: int, location: str) -> None:
+        """Count what an example's tokens lack, and say so when it is met first."""
+        parts, other_end = self.counts.lost_parts, None
+        for name in lost:
+            parts[name] = parts.get(name, 0) + 1
+        if end not in self.end_ids:
+            self.counts.other_ends += 1
+            other_end = OtherEnd(
+                token=decode_token(end, self.tokenizer),
+                end_tokens=[decode_token(token, self.tokenizer) for token in sorted(self.end_ids)],
+                count=1,
+                first=location,
+            )
+        new = [LostPart(name=name, count=1, first=location) for name in lost]
+        for loss in losses_of(new, other_end):
+            key = loss.what.removesuffix(location)
+            if key not in self._reported:
+                self._reported.add(key)
+                self.warn(f"{loss.sentence} Further ones are only counted.")
 
     def _count(self, record: Record) -> None:
         if record.desirable:
@@ -214,6 +253,8 @@ def open_stream(
     buffer_size: int,
     batch_size: int,
     warn: Callable[[str], None],
+    end_ids: set[int],
+    check_id: Callable[[int, str], None],
 ) -> ExampleStream:
     """Open the stream of a source and read its first example, so that errors come before training.
 
@@ -227,6 +268,8 @@ def open_stream(
         truncation=truncation,
         buffer_size=-(-buffer_size // batch_size) * batch_size,
         warn=warn,
+        end_ids=end_ids,
+        check_id=check_id,
     )
     silent = replace(stream, warn=lambda _: None)
     silent.labels = stream.labels

@@ -9,9 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from kto_lightning.data.dataset import FEATURES, as_row, load_records, read_records
 from kto_lightning.data.examples import ExampleSet
+from kto_lightning.data.lost import LostPart, OtherEnd
 from kto_lightning.data.records import Record
 from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.errors import DataError
+from kto_lightning.models.tokenizer import end_token_ids
 from kto_lightning.reports.data.facts import (
     Facts,
     gather_facts,
@@ -64,7 +66,7 @@ def report_of_source(
     labels = labels_of(table["desirable"])
     weights = weights_of(labels.desirable, labels.undesirable)
     measured = table["prompt_characters"], table["completion_characters"], table["desirable"]
-    problem = None
+    problem = lost_parts = other_end = None
     if tokenizer is not None and len(facts):
         try:
             examples = _tokenize(source, facts, tokenizer)
@@ -73,6 +75,8 @@ def report_of_source(
         else:
             lengths, weights = _measure(examples, max_length)
             measured = examples.prompt_lengths, examples.completion_lengths, examples.desirable
+            end_ids = end_token_ids(tokenizer, tokenizer.name_or_path)
+            lost_parts, other_end = examples.lost_parts(), examples.other_end(end_ids, tokenizer)
     return _assemble(
         source,
         facts,
@@ -82,6 +86,8 @@ def report_of_source(
         batch_size=batch_size,
         tokenizer=None if tokenizer is None else tokenizer.name_or_path,
         problem=problem,
+        lost_parts=lost_parts,
+        other_end=other_end,
     )
 
 
@@ -93,6 +99,7 @@ def report_of_training_set(
     batch_size: int,
     max_length: int | None,
     tokenizer: str | None = None,
+    other_end: OtherEnd | None = None,
 ) -> DataReport:
     """Report on the training set of `fit`, without tokenizing again.
 
@@ -103,6 +110,7 @@ def report_of_training_set(
         batch_size: examples per batch, for the share of single-label batches.
         max_length: as in `examples`.
         tokenizer: its name.
+        other_end: from `examples`.
     """
     facts = gather_facts(records_of_dataset(records))
     counts = examples.counts
@@ -130,6 +138,8 @@ def report_of_training_set(
         shapes=shapes_of(*measured, facts.table["desirable"]),
         batch_size=batch_size,
         tokenizer=tokenizer,
+        lost_parts=examples.lost_parts(),
+        other_end=other_end,
     )
 
 
@@ -160,6 +170,8 @@ def _assemble(
     batch_size: int,
     tokenizer: str | None,
     problem: str | None = None,
+    lost_parts: list[LostPart] | None,
+    other_end: OtherEnd | None,
 ) -> DataReport:
     table = facts.table
     report = DataReport(
@@ -181,6 +193,8 @@ def _assemble(
         tokenizer_problem=problem,
         findings=[],
         shapes=shapes,
+        lost_parts=lost_parts,
+        other_end=other_end,
     )
     report.findings = [finding.sentence for finding in findings_of(report)]
     return report

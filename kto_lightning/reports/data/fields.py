@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from kto_lightning.data.lost import LostPart, OtherEnd
+
 T = TypeVar("T")
 
 
@@ -221,6 +223,10 @@ class DataReport:
     guessed_prompts: Places | None = None
     """Pairs whose prompt was cut from their answers without a sign of where it ends; None in
     reports of earlier versions."""
+    lost_parts: list[LostPart] | None = None
+    """Parts of records that their tokens lack; None: no tokenizer."""
+    other_end: OtherEnd | None = None
+    """Completions whose last token is none at which the model stops."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as values that JSON can store."""

@@ -6,9 +6,10 @@ from math import sqrt
 from pathlib import Path
 
 from kto_lightning.batches.class_weights import ClassWeights, imbalance_warning
+from kto_lightning.data.lost import losses_of
 from kto_lightning.reports.data.fields import DataReport, Places
 from kto_lightning.reports.data.order import single_label_chance
-from kto_lightning.reports.finding import Finding
+from kto_lightning.reports.finding import Finding, capitalize_first
 
 PREDICTIVE_AUC = 0.7
 """Length predicts the label if its AUC is at least this, or at most 1 minus this."""
@@ -23,7 +24,14 @@ MAX_SAME_PROMPT = 0.05
 
 def findings_of(report: DataReport) -> list[Finding]:
     """The findings of a report, by subject; its own `findings` are not read."""
-    parts = (_about_records, _about_labels, _about_order, _about_lengths, _about_prompts)
+    parts = (
+        _about_records,
+        _about_labels,
+        _about_order,
+        _about_losses,
+        _about_lengths,
+        _about_prompts,
+    )
     return [finding for part in parts for finding in part(report)]
 
 
@@ -151,6 +159,16 @@ def _batch_size_action(report: DataReport) -> str:
         if size > LARGE_BATCH:
             return "add records of the rarer label"
     return f"raise `--data.batch_size` to {size}"
+
+
+def _about_losses(report: DataReport) -> Iterator[Finding]:
+    for loss in losses_of(report.lost_parts or [], report.other_end):
+        yield Finding(
+            grade="warning",
+            what=capitalize_first(loss.what),
+            meaning=loss.meaning,
+            action=loss.action,
+        )
 
 
 def _about_lengths(report: DataReport) -> Iterator[Finding]:

@@ -175,7 +175,7 @@ def test_records_that_no_template_renders_are_skipped_too(
     data = write_jsonl(tmp_path / "chat.jsonl", records)
     fit(policy, data, tmp_path, *STREAM, "--data.chat_template", tmp_path / "template.jinja")
     said = capsys.readouterr()
-    assert f"{data}:5: the chat template cannot render it" in said.err
+    assert f"{data}:5: it cannot be turned into tokens" in said.err
     assert "bad records skipped: 1" in said.out
 
 

@@ -20,7 +20,7 @@ from kto_lightning.data.streaming.buffers import StreamedExample, cut_into_buffe
 from kto_lightning.data.streaming.sampler import StreamedBatches, StreamSampler
 from kto_lightning.data.streaming.stream import ExampleStream, StreamPosition, open_stream
 from kto_lightning.errors import DataError
-from tests.support.factories import make_tokenizer, plain_records, write_jsonl
+from tests.support.factories import EOS_ID, chat_records, make_tokenizer, plain_records, write_jsonl
 
 TOKENIZER = make_tokenizer()
 WEIGHTS = ClassWeights(desirable=1.0, undesirable=2.0)
@@ -66,6 +66,8 @@ def stream_of(path: Path, *, buffer_size: int = 8, **settings: Any) -> ExampleSt
         truncation=settings.get("truncation", "keep_start"),
         buffer_size=buffer_size,
         warn=settings.get("warn", print),
+        end_ids=settings.get("end_ids", {EOS_ID}),
+        check_id=settings.get("check_id", lambda *_: None),
     )
 
 
@@ -235,6 +237,8 @@ def test_opening_a_stream_reads_its_first_example(tmp_path: Path):
             buffer_size=10,
             batch_size=4,
             warn=said.append,
+            end_ids={EOS_ID},
+            check_id=lambda *_: None,
         )
 
     with pytest.raises(DataError, match="there is no file"):
@@ -292,3 +296,45 @@ def test_the_sampler_locates_its_examples(train: Path):
     index = batch.micro_batches[0].indices[0]
     assert sampler.location(index) == f"{train}:{index + 1}"
     assert sampler.location(36) == "record 36 of the stream"
+
+
+def test_what_a_stream_loses_is_said_once_and_counted(tmp_path: Path):
+    rows = chat_records(6)
+    for row in rows:
+        row["completion"][0]["reasoning_content"] = "first weigh the apples"
+    said: list[str] = []
+    stream = stream_of(write_jsonl(tmp_path / "a.jsonl", rows), warn=said.append, end_ids={7})
+    stream.tokenizer = make_tokenizer(
+        chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}<|endoftext|>"
+        "{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
+    )
+    for _ in range(2):
+        list(stream.examples(StreamPosition()))
+    assert len(said) == 2
+    assert "drops the reasoning of 1 completion, first at" in said[0]
+    assert "ends with '<|endoftext|>', at which the model does not stop" in said[1]
+    assert all("a.jsonl:1: " in text for text in said)
+    assert stream.counts.lost_parts == {"reasoning of completion": 6}
+    assert stream.counts.other_ends == 6
+    assert "without the reasoning of completion: 6" in str(stream.counts)
+
+
+def test_the_ids_of_a_stream_are_checked_as_they_come(tmp_path: Path):
+    seen: list[tuple[int, str]] = []
+    path = write_jsonl(tmp_path / "a.jsonl", plain_records(3))
+    list(stream_of(path, check_id=lambda *found: seen.append(found)).examples(StreamPosition()))
+    assert [where.rsplit(":", 1)[1] for _, where in seen] == ["1", "2", "3"]
+    assert all(EOS_ID <= token < len(TOKENIZER) for token, _ in seen)
+
+
+def test_a_template_that_takes_too_long_ends_a_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("kto_lightning.data.template_limits.SECONDS", 0.2)
+    stream = stream_of(write_jsonl(tmp_path / "a.jsonl", chat_records(3)))
+    stream.tokenizer = make_tokenizer(
+        chat_template="{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
+        "{% endfor %}{{ messages[0].content }}"
+    )
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the chat template of .* takes longer than"):
+        list(stream.examples(StreamPosition()))

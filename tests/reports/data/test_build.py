@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kto_lightning.data.dataset import load_records
+from kto_lightning.data.lost import LostPart, OtherEnd
 from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.errors import DataError
+from kto_lightning.models.tokenizer import load_tokenizer
 from kto_lightning.reports.data import (
     DataReport,
     report_of_source,
@@ -26,6 +28,7 @@ from kto_lightning.reports.data.fields import Column, Order, PerClass, Places
 from kto_lightning.reports.data.order import order_of, single_label_chance
 from kto_lightning.reports.data.statistics import length_auc
 from tests.support.factories import (
+    EOS_ID,
     chat_records,
     make_tokenizer,
     plain_records,
@@ -306,7 +309,7 @@ def test_a_template_that_cannot_render_falls_back_to_characters(tmp_path: Path) 
     found = report(tmp_path, records, tokenizer=tokenizer)
     assert found.lengths.unit == "characters"
     assert found.tokenizer_problem is not None
-    assert "cannot render 6 of 6 records" in found.tokenizer_problem
+    assert "6 of 6 records cannot be turned into tokens" in found.tokenizer_problem
     assert any("Lengths are in characters" in text for text in found.findings)
 
 
@@ -468,7 +471,13 @@ def test_a_training_set_has_the_report_of_its_file(tmp_path: Path, template: str
     records = load_records(source)
     examples = tokenize_records(records, tokenizer, max_length=1024)
     found = report_of_training_set(
-        source, records, examples, batch_size=8, max_length=1024, tokenizer=tokenizer.name_or_path
+        source,
+        records,
+        examples,
+        batch_size=8,
+        max_length=1024,
+        tokenizer=tokenizer.name_or_path,
+        other_end=examples.other_end({EOS_ID}, tokenizer),
     )
     assert found == report_of_source(source, tokenizer=tokenizer)
     path = tmp_path / "data_report.json"
@@ -506,3 +515,40 @@ def test_prompts_cut_from_answers_are_a_finding(tmp_path: Path) -> None:
     assert found.guessed_prompts == Places(count=1, first=[place])
     assert "column `prompt`" in finding(found, "1 pair has no prompt")
     assert not [text for text in report(tmp_path, pairs[1:]).findings if "no prompt" in text]
+
+
+def test_what_a_template_drops_is_a_finding(tmp_path: Path) -> None:
+    rows = chat_records(6)
+    for row in rows[2:]:
+        content = row["completion"][0]["content"]
+        row["completion"][0]["content"] = f"<think>\nweigh the apples\n</think>\n\n{content}"
+    tokenizer = make_tokenizer(chat_template="deepseek_r1_distill", bos=True)
+    found = report(tmp_path, rows, tokenizer=tokenizer)
+    first = f"{tmp_path / 'data.jsonl'}:3"
+    assert found.lost_parts == [LostPart(name="reasoning of completion", count=4, first=first)]
+    assert finding(found, "The chat template drops").startswith(
+        f"The chat template drops the reasoning of 4 completions, first at {first}: the model is "
+        "trained without them."
+    )
+    assert DataReport.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    whole = report(tmp_path, rows, tokenizer=make_tokenizer(chat_template="qwen3"))
+    assert whole.lost_parts == []
+    assert report(tmp_path, rows).lost_parts is None
+
+
+def test_completions_that_end_at_no_end_token_are_a_finding(tmp_path: Path) -> None:
+    rows = chat_records(4)
+    tokenizer = make_tokenizer(chat_template="qwen2_5")
+    found = report(tmp_path, rows, tokenizer=tokenizer)
+    first = f"{tmp_path / 'data.jsonl'}:1"
+    assert found.other_end == OtherEnd(
+        token="<|im_end|>", end_tokens=["<|endoftext|>"], count=4, first=first
+    )
+    assert "4 completions end with '<|im_end|>', at which the model" in finding(found, "4 compl")
+    directory = tmp_path / "model"
+    tokenizer.save_pretrained(directory)
+    ids = [EOS_ID, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    assert report(tmp_path, rows, tokenizer=load_tokenizer(str(directory))).other_end is None
+    tokenizer.eos_token = "<|im_end|>"  # which the template follows with a line break
+    assert report(tmp_path, rows, tokenizer=tokenizer).other_end is None
