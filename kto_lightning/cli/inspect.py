@@ -52,7 +52,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--tokenizer", metavar="DIR", help="measure lengths in tokens instead of characters"
     )
     parser.add_argument(
-        "--chat_template", metavar="FILE", help="a Jinja chat template instead of the tokenizer's"
+        "--chat_template",
+        metavar="FILE_OR_NAME",
+        help="a Jinja chat template, or a tokenizer that has one, instead of the tokenizer's",
     )
     parser.add_argument(
         "--batch_size", type=int, default=8, metavar="N", help="examples per step (default: 8)"

@@ -53,8 +53,8 @@ def losses_of(parts: list[LostPart], end: OtherEnd | None) -> Iterator[Loss]:
         yield Loss(
             what=f"the chat template drops {', and '.join(map(_shown, template))}",
             meaning="the model is trained without them",
-            action="give a template that writes them with `--data.chat_template FILE`, or train "
-            "on records without them",
+            action="give a template that writes them with `--data.chat_template FILE_OR_NAME`, or "
+            "train on records without them",
         )
     if len(template) < len(parts):
         (part,) = (part for part in parts if part not in template)

@@ -18,8 +18,6 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
     "tool": "tool",
 }
-TEXT_PARTS = ("text", "input_text", "output_text")
-"""Types of content parts that hold text, in OpenAI's two interfaces."""
 KEYS_REPLACING_CONTENT = ("tool_calls", "function_call", "reasoning", "reasoning_content")
 
 
@@ -68,19 +66,13 @@ def _check_content(where: str, message: dict) -> None:
         return
     if content is None and any(message.get(key) for key in KEYS_REPLACING_CONTENT):
         return
-    if isinstance(content, list) and all(map(_is_text_part, content)):
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
         return
     raise RecordError(
         f"'{where}.content' must be text (null only beside 'tool_calls'), got {quote(content)}. "
         "Fix or remove the line."
-    )
-
-
-def _is_text_part(part: object) -> bool:
-    return (
-        isinstance(part, dict)
-        and isinstance(part.get("text"), str)
-        and part.get("type", "text") in TEXT_PARTS
     )
 
 

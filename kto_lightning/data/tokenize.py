@@ -32,6 +32,7 @@ from kto_lightning.data.token_ids import (
     token_ids_of_records,
 )
 from kto_lightning.errors import ConfigError, DataError, ModelError
+from kto_lightning.models.tokenizer import template_name
 
 _FORMAT_VERSION = 2
 """Part of the cache key: raise it when the columns or the tokenization change."""
@@ -231,7 +232,7 @@ def _check_faults(records: Dataset, tokenized: Dataset, tokenizer: PreTrainedTok
     more = [f"  … and {len(rows) - _NUM_SHOWN} more"] if len(rows) > _NUM_SHOWN else []
     raise DataError(
         f"{len(rows)} of {len(records)} records cannot be turned into tokens by the tokenizer "
-        f"{name!r} and its chat template:\n"
+        f"{name!r} and {template_name(tokenizer)}:\n"
         + "\n".join([*shown, *more])
         + "\nFix or remove these records, or give another template with "
         "--data.chat_template FILE_OR_NAME."
@@ -240,10 +241,9 @@ def _check_faults(records: Dataset, tokenized: Dataset, tokenizer: PreTrainedTok
 
 def timeout_error(where: str, tokenizer: PreTrainedTokenizerBase) -> DataError:
     """The error to raise if the chat template takes too long for a record."""
-    name = tokenizer.name_or_path or type(tokenizer).__name__
     return DataError(
-        f"{where}: the chat template of {name!r} takes longer than {SECONDS:g} s to render this "
-        "record, and was stopped. Give another template with --data.chat_template FILE_OR_NAME."
+        f"{where}: {template_name(tokenizer)} takes longer than {SECONDS:g} s to render this "
+        "record, and was stopped. Give another one with --data.chat_template FILE_OR_NAME."
     )
 
 

@@ -16,6 +16,10 @@ from kto_lightning.models.model_files import (
 
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
+_TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
+_TEMPLATE_SOURCE = "chat_template_source"
+"""The attribute of a tokenizer that says which file or tokenizer its template was taken from."""
+
 
 def load_tokenizer(
     name: str, *, chat_template: str | None = None, trust_remote_code: bool = False
@@ -24,11 +28,12 @@ def load_tokenizer(
 
     Args:
         name: a directory or a hub id.
-        chat_template: path of a Jinja chat template that replaces the tokenizer's.
+        chat_template: what replaces the tokenizer's chat template: a file with a Jinja template, or
+            the directory or hub id of another tokenizer, whose template it is.
         trust_remote_code: run code that comes with the tokenizer.
 
     Raises:
-        ModelError: if there is no tokenizer, or no such template file.
+        ModelError: if there is no tokenizer, or no such template.
     """
     if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
         name = adapter_base(name)
@@ -49,12 +54,35 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            message = f"--data.chat_template {chat_template}: {first_line(error)}"
-            raise ModelError(message) from error
+        tokenizer.chat_template = _load_template(chat_template)
+        setattr(tokenizer, _TEMPLATE_SOURCE, chat_template)
     return tokenizer
+
+
+def _load_template(name: str) -> Any:  # Any: a text, or several by name
+    path = Path(name).expanduser()
+    if not path.is_dir() and (path.exists() or path.suffix in _TEMPLATE_SUFFIXES):
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"--data.chat_template {name}: {first_line(error)}") from error
+    try:
+        template = load_tokenizer(str(path)).chat_template
+    except ModelError as error:
+        raise ModelError(
+            f"--data.chat_template {name} is neither a file nor a tokenizer: {error}"
+        ) from error
+    if not template:
+        raise ModelError(f"--data.chat_template {name}: that tokenizer has no chat template.")
+    return template
+
+
+def template_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's chat template as messages name it, by where it came from."""
+    source = getattr(tokenizer, _TEMPLATE_SOURCE, None)
+    if source is not None:
+        return f"the chat template {source!r}"
+    return f"the chat template of {tokenizer.name_or_path or type(tokenizer).__name__!r}"
 
 
 def _is_empty(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -58,7 +58,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--lora", type=int, metavar="R", help="train a new LoRA adapter of this rank, alpha 2R"
     )
     parser.add_argument(
-        "--chat_template", metavar="FILE", help="a Jinja chat template instead of the tokenizer's"
+        "--chat_template",
+        metavar="FILE_OR_NAME",
+        help="a Jinja chat template, or a tokenizer that has one, instead of the tokenizer's",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     given, options = argv, []
