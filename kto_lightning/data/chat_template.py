@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from kto_lightning.data.strict_json import parse_json_or_text
-from kto_lightning.data.template_limits import TemplateTimeout
+from kto_lightning.data.template_limits import TemplateLimitError
 
 Message = dict[str, Any]  # Any: values of JSON
 _ContentForm = Callable[[list[str]], str | list[Message]]
@@ -116,7 +116,7 @@ class MessageForms:
         tools: list[Any] | None = [_TOOL] if with_tools else None  # Any: annotated as plain dicts
         try:
             return str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
-        except TemplateTimeout:
+        except TemplateLimitError:
             raise
         except Exception:  # a template is a program and can raise anything
             return None

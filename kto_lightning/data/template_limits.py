@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 SECONDS = 10.0
@@ -27,12 +27,18 @@ MAX_GROWTH = 100
 _MEMORY = Path("/proc/self/statm")
 
 
-class TemplateTimeout(Exception):
-    """A chat template has used up its time; `row` is the record, once it is known."""
+class TemplateLimitError(Exception):
+    """A chat template has used up its time or memory. Further records are not tried: it may do so
+    for each of them.
 
-    def __init__(self, row: int | None = None) -> None:
-        super().__init__(row)
-        self.row = row
+    Attributes:
+        what: what it does, for the message.
+        row: the record, once it is known.
+    """
+
+    def __init__(self, what: str, row: int | None = None) -> None:
+        super().__init__(what, row)
+        self.what, self.row = what, row
 
 
 @contextmanager
@@ -40,15 +46,17 @@ def limit_rendering(record_bytes: int) -> Iterator[None]:
     """Limit time and memory of the block, which renders a record of so many bytes.
 
     Raises:
-        TemplateTimeout: if it takes too long.
-        MemoryError: if it asks for too much memory.
+        TemplateLimitError: if it takes too long, or asks for too much memory.
     """
-    with _limit_memory(SPARE_BYTES + SPARE_PER_BYTE * record_bytes):
-        if not hasattr(signal, "setitimer") or not _in_main_thread():
+    spare = SPARE_BYTES + SPARE_PER_BYTE * record_bytes
+    seconds = SECONDS + record_bytes / BYTES_PER_SECOND
+    timed = hasattr(signal, "setitimer") and _in_main_thread()
+    try:
+        with _limit_memory(spare), _limit_time(seconds) if timed else nullcontext():
             yield
-            return
-        with _limit_time(SECONDS + record_bytes / BYTES_PER_SECOND):
-            yield
+    except MemoryError as error:
+        what = f"asks for more than {spare >> 20:,} MiB of memory to render this record"
+        raise TemplateLimitError(what) from error
 
 
 def _in_main_thread() -> bool:
@@ -58,7 +66,7 @@ def _in_main_thread() -> bool:
 @contextmanager
 def _limit_time(seconds: float) -> Iterator[None]:
     def expire(*_: object) -> None:
-        raise TemplateTimeout
+        raise TemplateLimitError(f"takes longer than {seconds:.3g} s to render this record")
 
     handler, start = signal.signal(signal.SIGALRM, expire), time.monotonic()
     # It repeats, because Python ignores what is raised while it runs a finalizer.
@@ -95,11 +103,11 @@ def check_growth(text: str, template_and_record: int) -> str:
     """The rendered text, if its length is in proportion to what it was rendered from.
 
     Raises:
-        ValueError: if it is not.
+        TemplateLimitError: if it is not.
     """
     if len(text) > MAX_GROWTH * template_and_record:
-        raise ValueError(
-            f"the rendered text has {len(text):,} characters, more than {MAX_GROWTH} times those "
-            "of the record and the template"
+        raise TemplateLimitError(
+            f"writes {len(text):,} characters for this record, more than {MAX_GROWTH} times those "
+            "of the record and of itself"
         )
     return text

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from kto_lightning.data.chat_template import MessageForms
-from kto_lightning.data.template_limits import TemplateTimeout, check_growth, limit_rendering
+from kto_lightning.data.template_limits import TemplateLimitError, check_growth, limit_rendering
 from kto_lightning.errors import ModelError
 
 NO_TEMPLATE = "no chat template"
@@ -52,7 +52,7 @@ def token_ids_of_records(
     a text makes the batched call fail, each record is tokenized on its own.
 
     Raises:
-        TemplateTimeout: if the chat template takes too long, at once: it would for further records.
+        TemplateLimitError: if the chat template takes too long or too much memory.
     """
     forms = MessageForms(tokenizer)
     parsed: list[RecordJson] = [json.loads(record) for record in records]
@@ -87,8 +87,8 @@ def _attempt(row: int, compute: Callable[[], _Result]) -> tuple[_Result | None, 
     """
     try:
         return compute(), None
-    except TemplateTimeout as error:
-        raise TemplateTimeout(row) from error
+    except TemplateLimitError as error:
+        raise TemplateLimitError(error.what, row) from error
     except ModelError as error:
         return None, str(error)
     except Exception as error:
@@ -147,7 +147,7 @@ def token_ids(
 
     Raises:
         ModelError: `NO_TEMPLATE` or `NO_EOS`, if the tokenizer lacks what the record needs.
-        TemplateTimeout: if the chat template takes too long.
+        TemplateLimitError: if the chat template exceeds its limits.
     """
     if isinstance(record["completion"], str):
         prompt, whole = _plain_texts(record, tokenizer)

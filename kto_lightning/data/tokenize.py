@@ -22,13 +22,12 @@ from transformers import PreTrainedTokenizerBase
 from kto_lightning.data.audit import lost_parts_of
 from kto_lightning.data.examples import ExampleSet, Truncation, location
 from kto_lightning.data.strict_json import quote
-from kto_lightning.data.template_limits import SECONDS, TemplateTimeout
+from kto_lightning.data.template_limits import TemplateLimitError
 from kto_lightning.data.token_ids import (
     NO_EOS,
     NO_TEMPLATE,
     TokenizedRecord,
     common_prefix_length,
-    token_ids,
     token_ids_of_records,
 )
 from kto_lightning.errors import ConfigError, DataError, ModelError
@@ -79,7 +78,7 @@ def tokenize_records(
 
     Raises:
         ConfigError: if `max_length` is below 2.
-        DataError: if the chat template cannot render a record or takes too long for it, a
+        DataError: if the chat template cannot render a record or exceeds its limits, a
             completion has no token, or no example is left.
         ModelError: if the tokenizer lacks the chat template or the end-of-text token that the
             records need.
@@ -104,10 +103,11 @@ def tokenize_records(
             new_fingerprint=_fingerprint(records, tokenizer),
             desc="Tokenizing",
         )
-    except TemplateTimeout as error:
-        raise timeout_error(location(records, error.row or 0), tokenizer) from None
-    _check_faults(records, tokenized, tokenizer)
-    lost = _lost_prompt_end(records, tokenized, tokenizer)
+        _check_faults(records, tokenized, tokenizer)
+        lost = _lost_prompt_end(records, tokenized, tokenizer)
+    except TemplateLimitError as error:
+        where = location(records, error.row or 0)
+        raise template_limit_error(where, error.what, tokenizer) from None
     return ExampleSet(
         records, tokenized, max_length=max_length, truncation=truncation, lost_prompt_end=lost
     )
@@ -119,13 +119,13 @@ def tokenize_json_records(
     """The columns of the cache for records as JSON; `fault` says why one cannot be tokenized.
 
     Raises:
-        TemplateTimeout: if the chat template takes too long; its `row` is one of `indices`.
+        TemplateLimitError: if the chat template exceeds its limits; `row` is one of `indices`.
     """
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}  # Any: one type a column
     try:
         tokenized = list(token_ids_of_records(records, tokenizer))
-    except TemplateTimeout as error:
-        raise TemplateTimeout(indices[error.row or 0]) from error
+    except TemplateLimitError as error:
+        raise TemplateLimitError(error.what, indices[error.row or 0]) from error
     starts = [common_prefix_length(item.prompt_ids, item.text_ids) for item in tokenized]
     is_space = _WhiteSpace(tokenizer)
     for item, start, lost in zip(
@@ -239,11 +239,11 @@ def _check_faults(records: Dataset, tokenized: Dataset, tokenizer: PreTrainedTok
     )
 
 
-def timeout_error(where: str, tokenizer: PreTrainedTokenizerBase) -> DataError:
-    """The error to raise if the chat template takes too long for a record."""
+def template_limit_error(where: str, what: str, tokenizer: PreTrainedTokenizerBase) -> DataError:
+    """The error to raise if the chat template exceeds its limits; `what` it does, see there."""
     return DataError(
-        f"{where}: {template_name(tokenizer)} takes longer than {SECONDS:g} s to render this "
-        "record, and was stopped. Give another one with --data.chat_template FILE_OR_NAME."
+        f"{where}: {template_name(tokenizer)} {what}, and was stopped. Give another one with "
+        "--data.chat_template FILE_OR_NAME."
     )
 
 
@@ -255,5 +255,5 @@ def _lost_prompt_end(
     if not num_lost.any():
         return None
     row = int(np.flatnonzero(num_lost)[0])
-    prompt_ids, _ = token_ids(json.loads(records[row]["record"]), tokenizer)
-    return str(tokenizer.decode(prompt_ids[-int(num_lost[row]) :]))
+    (found,) = token_ids_of_records([records[row]["record"]], tokenizer)
+    return str(tokenizer.decode(found.prompt_ids[-int(num_lost[row]) :]))

@@ -20,8 +20,8 @@ from kto_lightning.data.records import Record, record_to_json
 from kto_lightning.data.rows import BadRecord
 from kto_lightning.data.sources import expand
 from kto_lightning.data.streaming.buffers import StreamedExample
-from kto_lightning.data.template_limits import TemplateTimeout
-from kto_lightning.data.tokenize import timeout_error, tokenize_json_records, tokenizer_error
+from kto_lightning.data.template_limits import TemplateLimitError
+from kto_lightning.data.tokenize import template_limit_error, tokenize_json_records, tokenizer_error
 from kto_lightning.errors import ConfigError, DataError
 
 _CHUNK = 64
@@ -165,9 +165,10 @@ class ExampleStream:
         texts = [usable.text for usable in chunk]
         try:
             columns = tokenize_json_records(texts, list(range(len(chunk))), self.tokenizer)
-        except TemplateTimeout as error:
+        except TemplateLimitError as error:
             record = chunk[error.row or 0].record
-            raise timeout_error(f"{record.file}:{record.line}", self.tokenizer) from None
+            where = f"{record.file}:{record.line}"
+            raise template_limit_error(where, error.what, self.tokenizer) from None
         prompts, completions = columns["prompt_ids"], columns["completion_ids"]
         prompt_lengths, completion_lengths = map(_lengths, (prompts, completions))
         kept, dropped = truncate_prompts(
