@@ -4,12 +4,15 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
+import datasets.config
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from kto_lightning.data.bad_records import BadRecords, join_names
+from kto_lightning.data.caches import load_or_make
 from kto_lightning.data.examples import ExampleSet, Truncation
 from kto_lightning.data.labels import LabelReader, label_reader
 from kto_lightning.data.records import Record, parse_row, record_to_json
@@ -94,31 +97,39 @@ def load_records(
     Raises:
         DataError: as `read_records`; and if any record is bad, with their number and the first few.
     """
-    names = expand(source)
-    contents = [FORMAT_VERSION, labels_needed, [[name, content_hash(name)] for name in names]]
+    hashes = {name: content_hash(name) for name in expand(source)}
+    contents = [FORMAT_VERSION, labels_needed, list(hashes.items())]
     key = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]
-    try:
-        return datasets.Dataset.from_generator(
-            lambda: _rows(names, labels_needed),
-            features=FEATURES,
-            cache_dir=cache_dir,  # pyright: ignore[reportArgumentType]  annotated `str`, default None
-            fingerprint=key,
-            writer_batch_size=100,  # rows in memory at a time: a row may have 10 MB
-        )
-    except DatasetGenerationError as error:
-        cause = error.__cause__
-        if isinstance(cause, DataError):
-            raise cause from None
-        if isinstance(cause, OSError):
-            raise _cache_write_error(cause) from error
-        raise
-    except OSError as error:
-        raise _cache_write_error(error) from error
+    root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
+
+    def make() -> datasets.Dataset:
+        try:
+            return datasets.Dataset.from_generator(
+                lambda: _rows(hashes, labels_needed),
+                features=FEATURES,
+                cache_dir=str(root),
+                fingerprint=key,
+                writer_batch_size=100,  # rows in memory at a time: a row may have 10 MB
+            )
+        except DatasetGenerationError as error:
+            cause = error.__cause__
+            if isinstance(cause, DataError | OSError):
+                raise cause from None
+            raise
+
+    return load_or_make(
+        make,
+        root / "generator" / f"default-fingerprint={key}",
+        "0.0.0/[dg]*",  # dataset_info.json, generator-train.arrow
+        name="records",
+        removed="0.0.0",
+        what="parsed records",
+    )
 
 
-def _rows(names: list[str], labels_needed: bool) -> Iterator[dict[str, object]]:
+def _rows(hashes: dict[str, str], labels_needed: bool) -> Iterator[dict[str, object]]:
     """The rows of the data set; raises at the end, so that the error counts all bad records."""
-    bad, num_read = BadRecords(), 0
+    names, bad, num_read = list(hashes), BadRecords(), 0
     labels = label_reader(names, optional=not labels_needed)
     for record in read_records(names, labels=labels):
         num_read += 1
@@ -126,6 +137,11 @@ def _rows(names: list[str], labels_needed: bool) -> Iterator[dict[str, object]]:
             bad.add(record)
         else:
             yield as_row(record)
+    for name, before in hashes.items():
+        if content_hash(name) != before:
+            raise DataError(
+                f"{name} has changed while it was read. Wait until it is complete, and start again."
+            )
     if bad.count:
         raise bad.error(names, num_read)
 
@@ -140,13 +156,6 @@ def as_row(record: Record) -> dict[str, object]:
         "line": record.line,
         "prompt_guessed": record.prompt_guessed,
     }
-
-
-def _cache_write_error(error: OSError) -> DataError:
-    return DataError(
-        f"the cache of parsed records cannot be written: {error}. "
-        "Free disk space, or set HF_DATASETS_CACHE to another directory."
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

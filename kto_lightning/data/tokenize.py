@@ -12,14 +12,16 @@ The cache holds whole sequences, and `ExampleSet` truncates when it is created, 
 import json
 import os
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import transformers
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, is_caching_enabled
 from transformers import PreTrainedTokenizerBase
 
 from kto_lightning.data.audit import lost_parts_of
+from kto_lightning.data.caches import load_or_make
 from kto_lightning.data.examples import ExampleSet, Truncation, location
 from kto_lightning.data.strict_json import quote
 from kto_lightning.data.template_limits import TemplateLimitError
@@ -90,8 +92,10 @@ def tokenize_records(
         )
     if len(records) == 0:
         raise DataError("There is no record to train on. Check --data.train.")
-    try:
-        tokenized = records.map(
+    fingerprint = _fingerprint(records, tokenizer)
+
+    def make() -> Dataset:
+        return records.map(
             tokenize_json_records,
             batched=True,
             input_columns=["record"],
@@ -100,9 +104,17 @@ def tokenize_records(
             fn_kwargs={"tokenizer": tokenizer},
             with_indices=True,
             num_proc=_num_processes(len(records), num_workers),
-            new_fingerprint=_fingerprint(records, tokenizer),
+            new_fingerprint=fingerprint,
             desc="Tokenizing",
         )
+
+    try:
+        if records.cache_files and is_caching_enabled():
+            directory = Path(records.cache_files[0]["filename"]).parent
+            name = f"cache-{fingerprint}"
+            tokenized = load_or_make(make, directory, f"{name}*.arrow", name=name, what="token ids")
+        else:
+            tokenized = make()
         _check_faults(records, tokenized, tokenizer)
         lost = _lost_prompt_end(records, tokenized, tokenizer)
     except TemplateLimitError as error:
