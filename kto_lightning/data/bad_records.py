@@ -26,7 +26,7 @@ class BadRecords:
         self.count += 1
         if self.count <= NUM_SHOWN:
             self.first.append(record)
-        self.alike = self.alike and record.kind == self.first[0].kind
+        self.alike = self.alike and _kind(record) == _kind(self.first[0])
         if len(self.columns) < MAX_COLUMNS:
             self.columns.update(dict.fromkeys(record.keys))
 
@@ -46,6 +46,10 @@ class BadRecords:
             lines.append(f"… and {self.count - len(self.first)} more")
         advice = "Fix or remove them and start again; nothing has been trained."
         return DataError("\n  ".join(lines) + "\n" + advice)
+
+
+def _kind(record: BadRecord) -> str:
+    return record.kind or record.message
 
 
 def join_names(names: list[str]) -> str:

@@ -77,7 +77,7 @@ def read_records(
 
 def _bad_record(row: Row, message: str, kind: str = "") -> BadRecord:
     keys = [str(key) for key in row.value] if isinstance(row.value, dict) else []
-    return BadRecord(file=row.file, line=row.line, message=message, kind=kind or message, keys=keys)
+    return BadRecord(file=row.file, line=row.line, message=message, kind=kind, keys=keys)
 
 
 def load_records(

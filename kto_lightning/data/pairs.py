@@ -1,6 +1,7 @@
 """Pairs: the prompt that a chosen and a rejected completion share, given or found in them."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kto_lightning.data.messages import parse_messages
@@ -125,14 +126,17 @@ def _join(pair: Pair) -> Pair:
     return pair
 
 
-def is_said(text: str, messages: Text) -> bool:
-    """Whether one of the messages contains the text, up to white space."""
+def is_said(text: str, messages: Iterable[str | dict]) -> bool:
+    """Whether one of the messages or texts contains the text, up to white space."""
     wanted = " ".join(text.split())
-    return any(wanted in " ".join(said.split()) for said in map(_content, messages))
+    return any(wanted in " ".join(said.split()) for said in map(message_text, messages))
 
 
-def _content(message: object) -> str:
-    content = message.get("content") if isinstance(message, dict) else message
+def message_text(message: str | dict) -> str:
+    """The text of a message's content, or of its `value` in ShareGPT's form; or the text itself."""
+    content = message
+    if isinstance(message, dict):
+        content = message.get("content", message.get("value"))
     parts = content if isinstance(content, list) else [content]
     texts = (part.get("text") if isinstance(part, dict) else part for part in parts)
     return "".join(text for text in texts if isinstance(text, str))

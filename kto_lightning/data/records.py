@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kto_lightning.data.labels import LabelReader
-from kto_lightning.data.messages import parse_messages, split_last_turn
-from kto_lightning.data.pairs import CONVERSATION_KEYS, is_said, parse_pair
+from kto_lightning.data.messages import is_message, parse_messages, split_last_turn
+from kto_lightning.data.pairs import CONVERSATION_KEYS, is_said, message_text, parse_pair
 from kto_lightning.data.rows import Row
 from kto_lightning.data.strict_json import (
     RecordError,
@@ -131,6 +131,7 @@ def _records_of_row(row: Row, fields: dict, common: dict, labels: LabelReader) -
         prompt, completion = (
             parse_text(key, row.value, row.from_table) for key in ("prompt", "completion")
         )
+        _check_covers(fields, prompt, completion)
     desirable = _parse_label(row.value, labels)
     return [Record(prompt=prompt, completion=completion, desirable=desirable, **common)]
 
@@ -146,6 +147,24 @@ def _check_repeats(fields: dict, key: str, messages: list[dict], from_table: boo
         if given != messages[: len(given)]:
             raise RecordError(
                 f"'{other}' is not a part of '{key}', which is read. Keep one of the two."
+            )
+
+
+def _check_covers(fields: dict, prompt: Text, completion: Text) -> None:
+    """Raise RecordError if messages beside prompt and completion say more than these."""
+    read = [
+        *(prompt if isinstance(prompt, list) else [prompt]),
+        *(completion if isinstance(completion, list) else [completion]),
+    ]
+    for key in CONVERSATION_KEYS:
+        value = fields.get(key)
+        value = parse_json_or_text(value) if isinstance(value, str) else value
+        messages = value if isinstance(value, list) else []
+        said = [message_text(item) for item in messages if is_message(item)]
+        if not all(is_said(text, read) for text in said):
+            raise RecordError(
+                f"'{key}' says more than 'prompt' and 'completion', which are read. Keep one of "
+                "the two."
             )
 
 

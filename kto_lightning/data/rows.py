@@ -23,7 +23,7 @@ class BadRecord:
     line: int
     message: str
     kind: str = ""
-    """Equal where the same is wrong with two rows."""
+    """Equal where the same is wrong with two rows; without one, equal messages tell it."""
     keys: list[str] = field(default_factory=list)
     """The keys of the row."""
 

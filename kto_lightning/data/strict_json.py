@@ -18,7 +18,7 @@ class RecordError(ValueError):
     def __init__(self, message: str, line: int = 1, *, kind: str | None = None) -> None:
         super().__init__(message)
         self.line = line
-        self.kind = message if kind is None else kind
+        self.kind = message.split(", got ", 1)[0] if kind is None else kind
 
 
 def parse_json(text: str) -> object:

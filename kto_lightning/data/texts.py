@@ -75,12 +75,14 @@ def add_system(prompt: Text, completion: Text, system: str | None) -> Text:
     if isinstance(prompt, str) or isinstance(completion, str):
         raise RecordError(
             f"the system prompt {quote(system)} stands beside plain text, which has no place for "
-            "it. Write prompt and completion as messages, or put it into the prompt."
+            "it. Write prompt and completion as messages, or put it into the prompt.",
+            kind="'system' stands beside plain text",
         )
     if any(message["role"] in SYSTEM_ROLES for message in [*prompt, *completion]):
         raise RecordError(
             f"the system prompt {quote(system)} stands beside messages that have one already. "
-            "Keep one of the two."
+            "Keep one of the two.",
+            kind="'system' stands beside a system message",
         )
     return [{"role": "system", "content": system}, *prompt]
 

@@ -203,6 +203,9 @@ def test_records_that_fail_alike_are_one_message_with_all_columns(tmp_path: Path
         "The columns are prompt, completion, good, stars.",
         "Nothing has been trained.",
     ]
+    (tmp_path / "a.jsonl").write_text("{\n[\n")
+    with pytest.raises(DataError, match="2 of 2 records cannot be used"):
+        cached(tmp_path, source)
     jsonl(tmp_path / "a.jsonl", *rows, {"prompt": "a", "label": True})
     with pytest.raises(DataError, match="3 of 3 records cannot be used"):
         cached(tmp_path, source)

@@ -37,6 +37,14 @@ def test_a_prompt_may_repeat_a_part_of_the_messages(tmp_path: Path) -> None:
         assert read_one(tmp_path, row | {"prompt": prompt}).prompt == [USER]
 
 
+@pytest.mark.parametrize("beside", [[USER, GOOD], json.dumps([USER]), 2, "a note", [], None])
+def test_messages_beside_prompt_and_completion_may_repeat_them(
+    tmp_path: Path, beside: object
+) -> None:
+    record = read_one(tmp_path, PLAIN | {"messages": beside})
+    assert (record.prompt, record.completion) == (PLAIN["prompt"], PLAIN["completion"])
+
+
 def test_a_chat_record_keeps_what_templates_may_ask_for(tmp_path: Path) -> None:
     said = {"role": "tool", "content": "wet", "name": "sky", "tool_call_id": "1"}
     thought = GOOD | {"reasoning": "It is wet."}
@@ -282,6 +290,14 @@ def test_pairs_without_a_common_beginning_have_no_prompt(tmp_path: Path) -> None
         (
             {"prompt": "Snow?", "messages": [USER, GOOD], "label": True},
             "'prompt' is not a part of 'messages', which is read. Keep one of the two.",
+        ),
+        (
+            PLAIN | {"messages": [{"role": "system", "content": "Be brief."}, USER, GOOD]},
+            "'messages' says more than 'prompt' and 'completion', which are read.",
+        ),
+        (
+            PLAIN | {"conversations": [{"from": "human", "value": "Snow?"}]},
+            "'conversations' says more than 'prompt' and 'completion', which are read.",
         ),
         ([1], "a record must be a JSON object, got [1]. Drop or wrap it."),
     ],

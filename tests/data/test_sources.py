@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -299,3 +300,58 @@ def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "~").mkdir()
     jsonl(tmp_path / "~/b.jsonl", PLAIN)
     assert [record.file for record in read_records("~/b.jsonl")] == ["~/b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([2**62, -(2**62)], pa.timestamp("us")),
+        ([2**62, -(2**62)], pa.timestamp("us", tz="UTC")),
+        ([1, 2], pa.timestamp("us", tz="Mars/Base")),
+        ([2**31 - 1, -(2**31)], pa.date32()),
+        ([2**62, -(2**62)], pa.duration("s")),
+        ([[2**62], None], pa.list_(pa.timestamp("us"))),
+        ([{"at": 2**62}, None], pa.struct([("at", pa.timestamp("us"))])),
+    ],
+)
+def test_parquet_values_that_python_cannot_hold(
+    tmp_path: Path, values: list, kind: pa.DataType
+) -> None:
+    path = tmp_path / "a.parquet"
+    columns = {"prompt": ["a", "b"], "completion": ["c", "d"], "label": [True, False]}
+    pq.write_table(pa.table(columns | {"weight": pa.array(values, kind)}), path)
+    first = next(iter(read_records(str(path))))
+    assert isinstance(first, BadRecord)
+    assert first.message.startswith("'weight' ")
+    assert "that cannot be read" in first.message or "got" in first.message
+    assert (first.file, first.line) == (str(path), 1)
+    pq.write_table(pa.table({"prompt": ["a", "b"], "created": pa.array(values, kind)}), path)
+    first = next(iter(read_records(str(path))))
+    assert isinstance(first, BadRecord)
+    assert first.message.startswith("'completion' is missing; the record has prompt, created.")
+
+
+def test_decimals_of_parquet_are_numbers(tmp_path: Path) -> None:
+    decimals = {"label": [Decimal("1.00"), Decimal("0.00")], "weight": [Decimal("0.5")] * 2}
+    table = pa.table({"prompt": ["a", "b"], "completion": ["c", "d"]} | decimals)
+    pq.write_table(table, tmp_path / "a.parquet")
+    records = list(read_records(str(tmp_path / "a.parquet")))
+    assert [(r.desirable, r.weight) for r in records if isinstance(r, Record)] == [
+        (True, 0.5),
+        (False, 0.5),
+    ]
+
+
+def test_a_parquet_file_with_a_column_twice(tmp_path: Path) -> None:
+    columns = [pa.array(["a"])] * 2
+    pq.write_table(pa.Table.from_arrays(columns, ["prompt", "prompt"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a column is named twice: prompt, prompt"):
+        list(read_records(str(tmp_path / "a.parquet")))
+
+
+def test_columns_that_are_not_asked_for_are_named_where_one_is_missing(tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["a"], "completion": ["b"], "rating": [5]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    (bad,) = read_records(str(tmp_path / "a.parquet"))
+    assert isinstance(bad, BadRecord)
+    assert bad.message.startswith("'label' is missing; the record has prompt, completion, rating.")
