@@ -45,21 +45,64 @@ def pick_settings(kind: type[T], settings: Mapping[str, Any]) -> T:
     return kind(**{name: settings[name] for name in names if name in settings})
 
 
+LARGEST_COUNT = 2**31 - 1
+MOST_PROCESSES = 1024
+
+
+def check_count(
+    option: str,
+    value: Any,
+    *,
+    least: int = 1,
+    most: int = LARGEST_COUNT,
+    or_null: bool = False,
+) -> None:
+    """Raise ConfigError unless `value` is a whole number from `least` to `most`.
+
+    Args:
+        option: its name on the command line, such as --data.batch_size.
+        or_null: whether None is allowed too.
+    """
+    if value is None and or_null:
+        return
+    null = " or null" if or_null else ""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{option} must be a whole number{null}, got {value!r}.")
+    if value < least:
+        raise ConfigError(f"{option} must be at least {least}{null}, got {value}.")
+    if value > most:
+        raise ConfigError(f"{option} must be at most {most}{null}, got {value}.")
+
+
 def check_number(
     name: str,
-    value: float,
+    value: Any,
     *,
     least: float = 0.0,
     above: float | None = None,
     most: float = math.inf,
+    below: float = math.inf,
 ) -> None:
-    """Raise ConfigError unless `least` (or, exclusively, `above`) ≤ value ≤ `most` and finite."""
+    """Raise ConfigError unless `value` is finite and within limits.
+
+    Args:
+        name: of the option, without `--model.`.
+        least: the smallest value, unless `above` is given, which is excluded.
+        most: the largest value.
+        below: excluded, as all above it.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"--model.{name} must be a number, got {value!r}.")
     enough = value >= least if above is None else value > above
-    if enough and value <= most and math.isfinite(value):
+    if enough and value <= most and value < below:
         return
-    limits = f"at least {least:g}" if above is None else f"a number above {above:g}"
-    if math.isfinite(most):
+    limits = f"at least {least:g}" if above is None else f"above {above:g}"
+    if most < math.inf:
         limits = f"{limits} and at most {most:g}"
+    elif below < math.inf:
+        limits = f"{limits} and below {below:g}"
+    elif above is not None:
+        limits = f"a number {limits}"
     raise ConfigError(f"--model.{name} must be {limits}, got {value:g}.")
 
 

@@ -15,7 +15,7 @@ from kto_lightning.batches.pairing import Pairing, pair_distinct_prompts, pair_n
 from kto_lightning.batches.sampler import PlanSampler
 from kto_lightning.batches.types import StepBatch
 from kto_lightning.batches.workers import RememberingSampler, StepLoader, init_worker
-from kto_lightning.errors import ConfigError
+from kto_lightning.errors import MOST_PROCESSES, ConfigError, check_count
 
 PairingKind = Literal["distinct_prompts", "rotate"]
 
@@ -46,15 +46,12 @@ class Batching:
     num_workers: int
 
     def __post_init__(self) -> None:
-        for name, least in (
-            *(("batch_size", 1), ("max_tokens", 1)),
-            *(("num_workers", 0), ("pairing_seed", 0)),
-        ):
-            if getattr(self, name) < least:
-                got = getattr(self, name)
-                raise ConfigError(f"--data.{name} must be at least {least}, got {got}.")
-        if self.max_length is not None and self.max_length < 2:
-            raise ConfigError(f"--data.max_length must be at least 2, got {self.max_length}.")
+        check_count("--data.batch_size", self.batch_size)
+        check_count("--data.max_tokens", self.max_tokens)
+        check_count("--data.num_workers", self.num_workers, least=0, most=MOST_PROCESSES)
+        check_count("--data.pairing_seed", self.pairing_seed, least=0)
+        if self.max_length is not None:
+            check_count("--data.max_length", self.max_length, least=2)
 
     def pair(
         self, prompt_keys: Int64[np.ndarray, " examples"], *, needs_partners: bool, buffer: int = 0

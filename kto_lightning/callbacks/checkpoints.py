@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from kto_lightning.callbacks.lightning_state import kto_data, validates_now
-from kto_lightning.errors import ConfigError, StoppedRun
+from kto_lightning.errors import StoppedRun, check_count
 from kto_lightning.training.checkpoints import (
     checkpoints_of,
     list_checkpoints,
@@ -26,10 +26,7 @@ class Checkpoints(Checkpoint):
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ConfigError(
-                f"--checkpoint.every_n_steps must be at least 1 or null, got {every_n_steps}."
-            )
+        check_count("--checkpoint.every_n_steps", every_n_steps, or_null=True)
         self.every_n_steps = every_n_steps
         self._saved_step = -1
 

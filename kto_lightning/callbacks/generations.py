@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from transformers import GenerationConfig
 
 from kto_lightning.callbacks.lightning_state import kto_data, kto_module
-from kto_lightning.errors import ConfigError
+from kto_lightning.errors import ConfigError, check_count
 from kto_lightning.files import write_whole
 from kto_lightning.models.policy import Policy
 
@@ -34,12 +34,8 @@ class Generations(Callback):
     """
 
     def __init__(self, generate: int = 0, max_new_tokens: int = 64) -> None:
-        for name, value, least in (
-            ("generate", generate, 0),
-            ("max_new_tokens", max_new_tokens, 1),
-        ):
-            if value < least:
-                raise ConfigError(f"--report.{name} must be at least {least}, got {value}.")
+        check_count("--report.generate", generate, least=0)
+        check_count("--report.max_new_tokens", max_new_tokens)
         self.generate, self.max_new_tokens = generate, max_new_tokens
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import LightningArgumentParser
 
+from kto_lightning.cli.trainer_values import check_trainer_values
 from kto_lightning.errors import ConfigError
 from kto_lightning.training.optimizers import check_precision
 
@@ -68,6 +69,7 @@ def check_trainer_options(trainer: Any, *, trains: bool) -> None:
     Raises:
         ConfigError: with the key to use instead.
     """
+    check_trainer_values(trainer)
     for name, (allowed, reason) in REFUSED.items():
         if trainer.get(name) not in allowed:
             raise ConfigError(f"--trainer.{name} {reason}")
@@ -127,12 +129,6 @@ def check_monitors(callbacks: Iterable[Any], *, validates: bool, known: Collecti
 
 def _check_limits(trainer: Any) -> None:
     """Check the run's length; Lightning would end a run of no steps without an error."""
-    for name in ("max_steps", "max_epochs"):
-        value = trainer.get(name)
-        if value is not None and value != -1 and value < 1:
-            raise ConfigError(
-                f"--trainer.{name} must be at least 1, or -1 for no limit, got {value}."
-            )
     if trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise ConfigError(
             "the run would never end: --trainer.max_steps and --trainer.max_epochs are both -1. "

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from kto_lightning.callbacks.preemption import Preempted
 from kto_lightning.cli.lightning_cli import KTOCLI
-from kto_lightning.cli.parser import expand_short_options
+from kto_lightning.cli.parser import expand_short_options, shorten
 from kto_lightning.errors import ConfigError, KTOError, StoppedRun
 
 _INTERRUPTED = 128 + signal.SIGINT
@@ -40,7 +40,7 @@ def _silence_libraries() -> None:
 
 def _print_error(message: str) -> None:
     """Print an error; ranks other than 0 prefix it with their number."""
-    rank = getattr(rank_zero_only, "rank", 0)
+    rank, message = getattr(rank_zero_only, "rank", 0), shorten(message)
     print(f"[rank {rank}] error: {message}" if rank else f"error: {message}", file=sys.stderr)
 
 

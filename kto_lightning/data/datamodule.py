@@ -18,7 +18,7 @@ from kto_lightning.data.examples import ExampleSet, Truncation
 from kto_lightning.data.prepared import PreparedData, Source
 from kto_lightning.data.streaming.sampler import StreamedBatches, StreamSampler
 from kto_lightning.data.streaming.stream import StreamPosition
-from kto_lightning.errors import ConfigError, KTOError, pick_settings
+from kto_lightning.errors import ConfigError, KTOError, check_count, pick_settings
 from kto_lightning.models.loading import vocabulary_size
 from kto_lightning.models.tokenizer import end_token_ids
 
@@ -83,6 +83,8 @@ class KTODataModule(LightningDataModule):
         # Each setting has one owner, which checks it.
         self.reading = pick_settings(Reading, settings)
         self.batching = pick_settings(Batching, settings)
+        check_count("--data.buffer_size", buffer_size)
+        _check_validation(validation)
         self._prepared: PreparedData | None = None
         self._sampler: PlanSampler | StreamSampler | None = None
         self._loaders: list[StepLoader] = []
@@ -330,6 +332,15 @@ class KTODataModule(LightningDataModule):
                 "some would be seen twice and others never. Give the same --data.train as then, or "
                 "start a new run from the exported model."
             )
+
+
+def _check_validation(validation: Any) -> None:
+    is_flag = isinstance(validation, bool) or str(validation).lower() in ("true", "false")
+    if is_flag and not os.path.exists(str(validation)):
+        raise ConfigError(
+            "--data.validation must be a file of records or a fraction such as 0.1, got "
+            f"{str(validation).lower()}."
+        )
 
 
 def _run_seed() -> int:

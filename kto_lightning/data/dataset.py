@@ -20,7 +20,7 @@ from kto_lightning.data.rows import BadRecord, Row
 from kto_lightning.data.sources import content_hash, expand, read_rows
 from kto_lightning.data.strict_json import RecordError
 from kto_lightning.data.tokenize import tokenize_records
-from kto_lightning.errors import ConfigError, DataError
+from kto_lightning.errors import MOST_PROCESSES, DataError, check_count
 from kto_lightning.models.tokenizer import load_tokenizer
 
 FORMAT_VERSION = 2
@@ -169,11 +169,12 @@ class Reading:
     preprocessing_workers: int | None
 
     def __post_init__(self) -> None:
-        if self.preprocessing_workers is not None and self.preprocessing_workers < 1:
-            raise ConfigError(
-                "--data.preprocessing_workers must be at least 1, or null to choose, got "
-                f"{self.preprocessing_workers}."
-            )
+        check_count(
+            "--data.preprocessing_workers",
+            self.preprocessing_workers,
+            most=MOST_PROCESSES,
+            or_null=True,
+        )
 
     def load_tokenizer(self, policy: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
         """Load the tokenizer for a policy.

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
-from kto_lightning.errors import ConfigError
+from kto_lightning.errors import ConfigError, check_count, check_number
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.reference import FrozenReference, Reference, reshard
 
@@ -31,14 +31,8 @@ class Follow:
     """The policy's weight in an update, above 0 and at most 1; 1 copies the policy."""
 
     def __post_init__(self) -> None:
-        if self.every_n_steps < 1:
-            raise ConfigError(
-                f"--model.follow.every_n_steps must be at least 1, got {self.every_n_steps}."
-            )
-        if not 0.0 < self.alpha <= 1.0:
-            raise ConfigError(
-                f"--model.follow.alpha must be above 0 and at most 1, got {self.alpha:g}."
-            )
+        check_count("--model.follow.every_n_steps", self.every_n_steps)
+        check_number("follow.alpha", self.alpha, above=0.0, most=1.0)
 
     def __str__(self) -> str:
         often = "every step" if self.every_n_steps == 1 else f"every {self.every_n_steps} steps"

@@ -1,6 +1,5 @@
 """Loading of models and adapters, from a directory or hub id."""
 
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kto_lightning.errors import ConfigError, ModelError
+from kto_lightning.errors import ConfigError, ModelError, check_count, check_number
 from kto_lightning.models.model_files import (
     adapter_base,
     check_model_files,
@@ -30,6 +29,7 @@ from kto_lightning.models.model_files import (
 )
 from kto_lightning.models.quantization import Quantization, loading_options
 
+MAX_RANK = 65_536
 REFERENCE_ADAPTER = "reference"
 """peft's name for the frozen copy of an adapter that training starts from."""
 
@@ -48,14 +48,9 @@ class LoRA:
     """Dropout on the update's input; unlike the model's own, it is on whenever it is above 0."""
 
     def __post_init__(self) -> None:
-        for name, fits, limits in (
-            ("r", self.r >= 1, "at least 1"),
-            ("alpha", 0.0 < self.alpha < math.inf, "a number above 0"),
-            ("dropout", 0.0 <= self.dropout < 1.0, "at least 0 and below 1"),
-        ):
-            if not fits:
-                value = getattr(self, name)
-                raise ConfigError(f"--model.lora.{name} must be {limits}, got {value:g}.")
+        check_count("--model.lora.r", self.r, most=MAX_RANK)
+        check_number("lora.alpha", self.alpha, above=0.0)
+        check_number("lora.dropout", self.dropout, below=1.0)
 
 
 @dataclass(kw_only=True, slots=True)

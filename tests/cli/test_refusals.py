@@ -1,6 +1,7 @@
 """Bad options, data and models through the command line: a message and an exit status each."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ def refused(*options: Any, command: str = "fit") -> None:
     assert run_cli(command, *nowhere, *data, *options) == 2
 
 
-LORA_SETTINGS = "Settings of this class, as --OPTION.NAME: r, alpha, target_modules, dropout."
+LORA_SETTINGS = "It has r, alpha, target_modules, dropout."
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "predict"])
@@ -202,13 +203,13 @@ def test_an_unknown_key_is_answered_with_the_nearest(
     [
         ("model:\n  betta: 1\n", "'model.betta'. Did you mean '--model.beta'?"),
         ("modle:\n  beta: 1\n", "'modle.beta'. Did you mean '--model.beta'?"),
-        ("model:\n  lora:\n    rank: 8\n", "Option 'rank' is not accepted. " + LORA_SETTINGS),
+        ("model:\n  lora:\n    rank: 8\n", "--model.lora has no setting 'rank'. " + LORA_SETTINGS),
         (
             "model:\n  beta: x\n",
-            "--model.beta must be a number. Expected a <class 'float'>. Got value: x",
+            "--model.beta must be a number, got x.",
         ),
-        ("model:\n  dtype: x\n", "--model.dtype must be float32, bfloat16 or null. Given value: x"),
-        ("model: [\n", "parsing config: while parsing a flow"),
+        ("model:\n  dtype: x\n", "--model.dtype must be float32, bfloat16 or null, got x."),
+        ("model: [\n", "is not valid YAML: while parsing a flow"),
         ("just text\n", "Unexpected config: just text\n"),
         ("", "Unexpected config:\n"),
     ],
@@ -254,8 +255,8 @@ WRONG_VALUES = {
     ("model.dtype", "float16"): "--model.dtype must be float32, bfloat16 or null, got float16",
     ("model.dtype", "bfloat16"): "Add --model.lora",
     ("model.lora.r", "0"): "--model.lora.r must be at least 1, got 0",
-    ("model.lora.r", "x"): "r must be a whole number. Expected a <class 'int'>. Got value: x",
-    ("model.lora.rank", "8"): "Option 'rank' is not accepted. " + LORA_SETTINGS,
+    ("model.lora.r", "x"): "--model.lora.r must be a whole number, got x.",
+    ("model.lora.rank", "8"): "--model.lora has no setting 'rank'. " + LORA_SETTINGS,
     (
         "model.lora",
         "5",
@@ -289,9 +290,9 @@ WRONG_VALUES = {
         "trainer.use_distributed_sampler",
         "true",
     ): "would split batches over ranks a second time. Omit it",
-    ("trainer.strategy", "nothing"): "invalid strategy name",
-    ("trainer.accelerator", "nothing"): "invalid accelerator name",
-    ("trainer.devices", "0"): "devices",
+    ("trainer.strategy", "nothing"): "--trainer.strategy must be one of auto, ddp, fsdp2",
+    ("trainer.accelerator", "nothing"): "--trainer.accelerator must be one of auto, cpu",
+    ("trainer.devices", "0"): "--trainer.devices must be at least 1, got 0",
     ("trainer.max_time", "soon"): "DD:HH:MM:SS",
     ("trainer.precision", "half"): "--trainer.precision must be",
     ("trainer.precision", "bf16-true"): "Use bf16-mixed",
@@ -303,8 +304,176 @@ WRONG_VALUES = {
     (
         "trainer.logger",
         "CSVLogger",
-    ): "required: save_dir. Settings of this class, as --OPTION.NAME: save_dir, name",
+    ): "--trainer.logger needs save_dir. Its settings are save_dir, name",
 }
+
+
+ODD_VALUES = {
+    ("model.lora", "true"): "--model.lora must be LoRA (r, alpha, target_modules, dropout) or null",
+    ("model.lora.target_modules", "[1]"): "--model.lora.target_modules must be a text or a list",
+    ("model.follow.n", "2"): "--model.follow has no setting 'n'. It has every_n_steps, alpha.",
+    ("model.lora.r.x", "5"): "--model.lora.r must be a whole number, got its setting 'x' alone.",
+    ("model", "5"): "--model takes a YAML file with its settings. Or write --model.NAME.",
+    ("model.loss", ""): "--model.loss must be kto or apo_zero_unpaired, got ''.",
+    ("model.beta", "true"): "--model.beta must be a number, got true.",
+    ("data.batch_size", "true"): "--data.batch_size must be a whole number, got true.",
+    ("data.batch_size", "1e400"): "--data.batch_size must be a whole number, got 1e400.",
+    ("data.validation", "true"): "--data.validation must be a file of records or a fraction",
+    ("trainer.strategy", "foo"): "--trainer.strategy must be one of auto, ddp, fsdp2",
+    ("trainer.strategy", "null"): "--trainer.strategy must be one of auto, ddp, fsdp2",
+    ("trainer.strategy", "os.system"): "--trainer.strategy must be one of auto, ddp, fsdp2",
+    ("trainer.strategy", "xla"): "--trainer.strategy: Requirement 'torch_xla",
+    ("trainer.devices", "x"): "--trainer.devices must be auto or a number of processes",
+    ("trainer.devices", "-2"): "--trainer.devices must be auto or a number of processes",
+    ("trainer.devices", "1.5"): "--trainer.devices must be auto or a number of processes",
+    ("trainer.accelerator", "tpu"): "--trainer.accelerator tpu: PyTorch finds no such device",
+    ("trainer.callbacks", "nonsense"): "--trainer.callbacks must be a list, Callback or null",
+    ("trainer.callbacks", "os.system"): "--trainer.callbacks must be a list, Callback or null",
+    ("trainer.callbacks", "EarlyStopping"): "--trainer.callbacks needs monitor. Its settings are",
+    ("trainer.callbacks.monitor", "x"): "has no setting 'monitor'. Name a class first.",
+    ("trainer.logger", "nonsense"): "--trainer.logger must be Logger, a list, true or false or",
+    ("trainer.logger", "[CSVLogger]"): "--trainer.logger needs save_dir.",
+    ("trainer.logger.save_dir", "x"): "--trainer.logger must be Logger, a list",
+    ("trainer.profiler", "x"): "--trainer.profiler must be one of simple, advanced",
+    ("trainer.max_time", "5"): "--trainer.max_time must be a duration as DD:HH:MM:SS, got 5.",
+    ("trainer.max_time", "{a: 1}"): "--trainer.max_time is not a duration",
+    ("trainer.val_check_interval", "true"): "--trainer.val_check_interval must be a duration",
+    ("trainer.limit_val_batches", "1.5"): "--trainer.limit_val_batches must be a share from 0",
+    ("trainer.limit_train_batches", ".inf"): "--trainer.limit_train_batches must be a share",
+    ("trainer.min_steps", "-1"): "--trainer.min_steps must be at least 0, got -1.",
+    ("output_dir", "a\0b"): "--output_dir holds a NUL character",
+    ("model.policy", "a\0b"): "--model.policy holds a NUL character",
+    ("config", "a\0b"): "--config",
+    ("config", "x" * 5000): "…",
+    ("model.beta", "[" * 100_000): "--model.beta: line 1: it is nested more than 50 levels deep",
+    ("model.lora", "- " * 50_000): "--model.lora: line 1: it is nested more than 50 levels deep",
+    ("data.train", "&a [*a]"): "--data.train: line 1: *a stands inside its own &a",
+}
+
+
+@pytest.mark.parametrize(("key", "value"), ODD_VALUES)
+def test_an_odd_value_is_answered_in_one_line_with_its_key(
+    key: str, value: str, capsys: pytest.CaptureFixture[str]
+):
+    refused("--trainer.accelerator", "cpu", f"--{key}", value)
+    error = message(capsys)
+    assert ODD_VALUES[key, value] in error
+    assert len(error.splitlines()) <= 2
+    assert len(error) < 1500
+
+
+COUNTS = {
+    # option: whether it may be -1
+    **dict.fromkeys(("data.batch_size", "data.max_tokens", "data.max_length", "data.buffer_size")),
+    **dict.fromkeys(("data.num_workers", "data.preprocessing_workers", "data.pairing_seed")),
+    **dict.fromkeys(("checkpoint.every_n_steps", "report.generate", "report.max_new_tokens")),
+    **dict.fromkeys(("trainer.max_steps", "trainer.max_epochs"), True),
+    **dict.fromkeys(("trainer.min_steps", "trainer.min_epochs", "trainer.devices")),
+    **dict.fromkeys(("trainer.num_nodes", "trainer.val_check_interval")),
+    **dict.fromkeys(("trainer.limit_train_batches", "trainer.limit_val_batches")),
+    **dict.fromkeys(("trainer.check_val_every_n_epoch", "trainer.log_every_n_steps")),
+    "trainer.num_sanity_val_steps": True,
+    **dict.fromkeys(("trainer.reload_dataloaders_every_n_epochs", "seed_everything")),
+    **dict.fromkeys(("model.lora.r", "model.follow.every_n_steps")),
+}
+
+
+@pytest.mark.parametrize("key", COUNTS)
+def test_a_count_has_limits(key: str, capsys: pytest.CaptureFixture[str]):
+    for value in ("9" * 20, "-" + "9" * 20, *([] if COUNTS[key] else ["-1"])):
+        refused("--trainer.accelerator", "cpu", f"--{key}={value}")
+        assert f"--{key} must be" in message(capsys)
+
+
+def test_the_last_of_several_values_is_named(capsys: pytest.CaptureFixture[str]):
+    refused("--data.batch_size", "4", "--data.batch_size", "4.5")
+    assert "--data.batch_size must be a whole number, got 4.5." in message(capsys)
+
+
+ODD_FILES = {
+    "no text": (b"\xff\xfem\x00", ":1: byte 0 is not UTF-8. Save the file as UTF-8."),
+    "latin-1": ('model:\n  policy: "café"'.encode("latin-1"), ":2: byte 21 is not UTF-8."),
+    "NUL": (b"model:\n  beta: 0.2\0\n", "is not valid YAML: "),
+    "escaped NUL": (b'output_dir: "a\\0b"\n', "--output_dir holds a NUL character"),
+    "tag": (b"model: !!python/object/apply:os.system [exit]", "is not valid YAML: could not"),
+    "recursive": (b"model: &a [*a]", "line 1: *a stands inside its own &a"),
+    "recursive mapping": (b"a:\n  lora: &a {r: *a}", "line 2: *a stands inside its own &a"),
+    "deep": (b"[" * 100_000, "nested more than 50 levels deep"),
+    "deep in blocks": (b"- " * 100_000, "nested more than 50 levels deep"),
+    "bomb": (
+        b"a: &a [" + b"x," * 50 + b"]\nb: &b [" + b"*a," * 50 + b"]\nc: [" + b"*b," * 50 + b"]",
+        "its aliases stand for more than 100000 values",
+    ),
+    "twice": (b"model:\n  beta: 1\n  beta: 2\n", "line 3: the key 'beta' is there twice"),
+    "a number for a key": (b"1: 2", "Key must be a string, got: 1"),
+    "a list for a key": (b"? [a]\n: 1", "is not valid YAML: "),
+    "a number for a group": (b"model: 5", "'model' must hold settings, got 5."),
+    "a list for a group": (b"model: [1]", "'model' must hold settings, got [1]."),
+    "several documents": (b"model: {}\n---\nmodel: {}", "expected a single document"),
+    "many digits": (b"data: {batch_size: " + b"9" * 5000 + b"}", "is not valid YAML: it cannot"),
+    "another value on the command line": (
+        b"output_dir: 1e3",
+        "--output_dir must be a text or null",
+    ),
+    "only a comment": (b"# nothing", "holds no options such as"),
+    "large": (b"#" * 2_000_000, "has more than 1048576 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_an_odd_settings_file_is_named(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    content, part = ODD_FILES[name]
+    config = tmp_path / "settings.yaml"
+    config.write_bytes(content)
+    refused("--config", config)
+    error = message(capsys)
+    assert part in error
+    assert str(config) in error or part.startswith("--output_dir")
+    assert len(error) < 1500
+
+
+def test_a_settings_file_is_utf8_with_or_without_its_mark(tmp_path: Path):
+    config = tmp_path / "settings.yaml"
+    for encoding in ("utf-8", "utf-8-sig"):
+        config.write_bytes('model:\n  policy: "λ"\n  beta: 0.2\n'.encode(encoding))
+        assert run_cli("fit", "--config", config, "--data.train", "x", "--print_config") == 0
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "device", "missing"])
+def test_a_settings_file_that_is_none(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = Path("/dev/zero") if kind == "device" else tmp_path / "settings.yaml"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    refused("--config", path)
+    assert f"--config {path}" in message(capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("KTO_FIT__MODEL__BETA", "x", "--model.beta must be a number, got x."),
+        ("KTO_FIT__MODEL__LORA", "[" * 5000, "KTO_FIT__MODEL__LORA: line 1: it is nested"),
+        ("KTO_FIT__DATA__BATCH_SIZE", "9" * 20, "--data.batch_size must be at most 2147483647"),
+        ("KTO_FIT__CONFIG", "no", "--config: File does not exist"),
+        ("KTO_FIT__MODEL", "5", "--model takes a YAML file"),
+    ],
+)
+def test_an_odd_environment_variable(
+    name: str,
+    value: str,
+    part: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setenv(name, value)
+    refused()
+    assert part in message(capsys)
 
 
 @pytest.mark.parametrize(("key", "value"), WRONG_VALUES)
