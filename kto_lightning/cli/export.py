@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from kto_lightning.cli.paths import expanded_path
 from kto_lightning.errors import ConfigError, KTOError
 
 
@@ -47,10 +48,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", type=Path, help="such as OUTPUT/checkpoints/step=N.ckpt"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=expanded_path,
+        help="such as OUTPUT/checkpoints/step=N.ckpt",
     )
     parser.add_argument(
-        "directory", metavar="DIR", type=Path, help="where to write; must be new or empty"
+        "directory", metavar="DIR", type=expanded_path, help="where to write; must be new or empty"
     )
     parser.add_argument(
         "--merge", action="store_true", help="write the whole model with its adapter merged"

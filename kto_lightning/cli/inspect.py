@@ -4,10 +4,11 @@ Heavy modules are imported inside functions, so that help and usage errors appea
 """
 
 import argparse
+import os
 import re
 import sys
-from pathlib import Path
 
+from kto_lightning.cli.paths import expanded_path
 from kto_lightning.errors import KTOError
 
 DEFAULT_MAX_LENGTH = 1024
@@ -49,12 +50,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="a file (jsonl, json, csv, parquet), a glob in quotes, or a hub data set",
     )
     parser.add_argument(
-        "--tokenizer", metavar="DIR", help="measure lengths in tokens instead of characters"
+        "--tokenizer",
+        metavar="DIR",
+        type=os.path.expanduser,
+        help="measure lengths in tokens, not in characters",
     )
     parser.add_argument(
         "--chat_template",
         metavar="FILE_OR_NAME",
-        help="a Jinja chat template, or a tokenizer that has one, instead of the tokenizer's",
+        type=os.path.expanduser,
+        help="instead of the tokenizer's: a Jinja chat template, the name of one of its other "
+        "templates, or another tokenizer",
     )
     parser.add_argument(
         "--batch_size", type=int, default=8, metavar="N", help="examples per step (default: 8)"
@@ -70,7 +76,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--html",
-        type=Path,
+        type=expanded_path,
         metavar="FILE",
         help="also write the report, with plots, as an HTML page",
     )

@@ -1,6 +1,5 @@
 """`fit`, `validate` and `predict` as a LightningCLI: options, callbacks and output layout."""
 
-import os
 import sys
 import textwrap
 from pathlib import Path
@@ -23,6 +22,7 @@ from kto_lightning.callbacks.reporting import (
     WritableRewards,
 )
 from kto_lightning.cli.parser import PROG, Parser, first_cause
+from kto_lightning.cli.paths import expand_paths
 from kto_lightning.cli.refusals import (
     ENVIRONMENT,
     check_callbacks,
@@ -109,11 +109,13 @@ class KTOCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
+        expand_paths(config)
         trainer = config.trainer
         check_environment(str(self.subcommand), self._parser(self.subcommand))
         check_trainer_options(trainer, trains=self.subcommand == "fit")
         check_strategy(trainer.strategy, config.model)
-        self._rewards_dir = config.output_dir = _expand(config.output_dir)
+        config.output_dir = "." if config.output_dir == "" else config.output_dir
+        self._rewards_dir = config.output_dir
         config.output_dir = config.output_dir or "output"
         if self.subcommand == "fit":
             check_not_overwritten(config.output_dir, config.model)
@@ -273,11 +275,6 @@ def _warn_of_identical_reference(module: KTOModule) -> None:
         "trained weights as --ckpt_path.",
         file=sys.stderr,
     )
-
-
-def _expand(path: str | None) -> str | None:
-    """A path with `~` expanded; an empty one is the working directory."""
-    return None if path is None else os.path.expanduser(path) or "."
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -6,8 +6,8 @@ Heavy modules are imported inside functions, so that help and usage errors appea
 import argparse
 import sys
 import textwrap
-from pathlib import Path
 
+from kto_lightning.cli.paths import expanded_path
 from kto_lightning.errors import KTOError
 
 
@@ -40,8 +40,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "words, its curves, held-out numbers and data.",
         allow_abbrev=False,
     )
-    parser.add_argument("output_dir", metavar="OUTPUT", type=Path, help="a run's --output_dir")
     parser.add_argument(
-        "--html", metavar="FILE", type=Path, help="where to write (default: OUTPUT/report.html)"
+        "output_dir", metavar="OUTPUT", type=expanded_path, help="a run's --output_dir"
+    )
+    parser.add_argument(
+        "--html",
+        metavar="FILE",
+        type=expanded_path,
+        help="where to write (default: OUTPUT/report.html)",
     )
     return parser.parse_args(argv)

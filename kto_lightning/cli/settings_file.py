@@ -29,6 +29,7 @@ def read_settings(path: str) -> str:
         ConfigError: if it cannot be read, is no regular file, or is not UTF-8.
     """
     try:
+        path = os.path.expanduser(path)
         mode = os.stat(path).st_mode
         # A named pipe without a writer would be waited for; one of the shell's `<(…)` has one.
         if stat.S_ISDIR(mode) or (stat.S_ISFIFO(mode) and not path.startswith("/dev/fd/")):

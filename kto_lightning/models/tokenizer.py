@@ -28,8 +28,9 @@ def load_tokenizer(
 
     Args:
         name: a directory or a hub id.
-        chat_template: what replaces the tokenizer's chat template: a file with a Jinja template, or
-            the directory or hub id of another tokenizer, whose template it is.
+        chat_template: what replaces the tokenizer's chat template: a file with a Jinja template, the
+            name of one of those that the tokenizer has, or the directory or hub id of another
+            tokenizer, whose template it is.
         trust_remote_code: run code that comes with the tokenizer.
 
     Raises:
@@ -54,13 +55,18 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
-        tokenizer.chat_template = _load_template(chat_template)
+        tokenizer.chat_template = _find_template(chat_template, tokenizer)
         setattr(tokenizer, _TEMPLATE_SOURCE, chat_template)
     return tokenizer
 
 
-def _load_template(name: str) -> Any:  # Any: a text, or several by name
+def _find_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The template of that name, file or other tokenizer: a text, or several by name."""
     path = Path(name).expanduser()
+    templates: Any = tokenizer.chat_template  # several by name, or one, or None
+    named = templates if isinstance(templates, dict) else {}
+    if name in named and not path.exists():
+        return named[name]
     if not path.is_dir() and (path.exists() or path.suffix in _TEMPLATE_SUFFIXES):
         try:
             return path.read_text(encoding="utf-8")
@@ -69,8 +75,10 @@ def _load_template(name: str) -> Any:  # Any: a text, or several by name
     try:
         template = load_tokenizer(str(path)).chat_template
     except ModelError as error:
+        names = f"one of the tokenizer's templates ({', '.join(sorted(named))}) " if named else ""
         raise ModelError(
-            f"--data.chat_template {name} is neither a file nor a tokenizer: {error}"
+            f"--data.chat_template {name} is neither a file, {names}nor a tokenizer: "
+            f"{error}"
         ) from error
     if not template:
         raise ModelError(f"--data.chat_template {name}: that tokenizer has no chat template.")
