@@ -2,6 +2,9 @@
 
 import os
 import sys
+from contextlib import suppress
+from itertools import chain, count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,12 +35,15 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rename checkpoints of later steps than the one resumed from, so that `last` never means
-        one of them."""
+        one of them, and remove what a killed run left of one."""
         if not trainer.is_global_zero:
             return
+        for part in checkpoints_of(trainer.default_root_dir).glob(".step=*.ckpt.part"):
+            with suppress(OSError):
+                part.unlink()
         for step, path in list_checkpoints(trainer.default_root_dir):
             if step > trainer.global_step:
-                os.replace(path, path.with_suffix(".ckpt.old"))
+                os.replace(path, _unused_name(path.with_suffix(".ckpt.old")))
                 print(f"warning: {path} is of a later step; renamed to .ckpt.old", file=sys.stderr)
 
     def on_train_batch_end(
@@ -87,6 +93,12 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             for _, old in list_checkpoints(trainer.default_root_dir)[:-2]:
                 trainer.strategy.remove_checkpoint(old)
+
+
+def _unused_name(path: Path) -> Path:
+    """The path, or where that exists already, with the first number that does not."""
+    names = chain([path], (path.with_name(f"{path.name}.{n}") for n in count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 class StepSeed(Callback):

@@ -33,6 +33,7 @@ from kto_lightning.reports.diagnosis import RunningDiagnosis
 from kto_lightning.reports.run.run_file import RunFile, write_run_file
 from kto_lightning.reports.terminal import strip_trailing_spaces
 from kto_lightning.training.metrics_csv import MetricsFile
+from kto_lightning.training.run_lock import this_process
 
 Row = tuple[str, str]
 """A name and a text of the summary's table."""
@@ -116,6 +117,8 @@ class Summary(Callback):
         _print_summary(rows, warnings)
         content = RunFile(
             planned_steps=num_steps,
+            status="running",
+            process=this_process(),
             summary=[list(row) for row in rows],
             warnings=warnings,
         )

@@ -89,22 +89,13 @@ def _export(checkpoint_path: Path, directory: Path, *, merge: bool) -> None:
 
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:
-    from kto_lightning.training.checkpoints import AtomicCheckpointIO, is_whole
+    from kto_lightning.training.checkpoint_files import AtomicCheckpointIO
 
     if not path.exists():
         raise KTOError(f"there is no checkpoint {path}. Check the path.")
     if path.is_dir():
         raise KTOError(f"{path} is a directory. Give a checkpoint file that `fit` wrote.")
-    if not is_whole(path):  # unpickling an arbitrary file may raise any exception
-        raise KTOError(
-            f"{path} is not a readable checkpoint, or it is damaged. Give another that `fit` wrote."
-        )
-    checkpoint = AtomicCheckpointIO().load_checkpoint(path, map_location=_to_cpu)
-    if "kto" not in checkpoint:
-        raise KTOError(
-            f"{path} was not written by kto_lightning. Give a checkpoint that `fit` wrote."
-        )
-    return checkpoint
+    return AtomicCheckpointIO().load_checkpoint(path, map_location=_to_cpu)
 
 
 def _to_cpu(storage: Any, _: str) -> Any:

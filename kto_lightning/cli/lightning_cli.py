@@ -2,6 +2,7 @@
 
 import sys
 import textwrap
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from kto_lightning.callbacks.reporting import (
     Summary,
     WritableRewards,
 )
+from kto_lightning.cli.config_file import ConfigFile
 from kto_lightning.cli.parser import PROG, Parser, first_cause
 from kto_lightning.cli.paths import expand_paths
 from kto_lightning.cli.refusals import (
@@ -39,17 +41,19 @@ from kto_lightning.models.export import save_policy
 from kto_lightning.models.policy import Policy
 from kto_lightning.module import KTOModule
 from kto_lightning.reports.run import write_run_report
-from kto_lightning.reports.run.run_file import mark_finished
+from kto_lightning.reports.run.run_file import mark_finished, stops_recorded
 from kto_lightning.strategies.checks import check_strategy
 from kto_lightning.strategies.launcher import terminate_ranks_together
 from kto_lightning.strategies.protocol import training_strategy
+from kto_lightning.training.checkpoint_files import AtomicCheckpointIO
 from kto_lightning.training.checkpoints import (
-    AtomicCheckpointIO,
     check_not_overwritten,
     check_unused,
+    checkpoints_of,
     find_checkpoint,
 )
 from kto_lightning.training.metrics_csv import COLUMNS, MONITORABLE_METRICS, MetricsFile
+from kto_lightning.training.run_lock import run_lock
 
 
 class KTOCLI(LightningCLI):
@@ -59,6 +63,7 @@ class KTOCLI(LightningCLI):
         super().__init__(
             model_class=KTOModule,
             datamodule_class=KTODataModule,
+            save_config_callback=ConfigFile,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "max_epochs": None,
@@ -126,21 +131,6 @@ class KTOCLI(LightningCLI):
             trainer.precision = "bf16-mixed" if on_gpu else "32-true"
         if trainer.max_epochs is None:
             trainer.max_epochs = 1 if trainer.max_steps == -1 else -1
-        self._resolve_checkpoint(config)
-
-    def _resolve_checkpoint(self, config: Any) -> None:
-        """Replace `--ckpt_path last` by the path of the checkpoint."""
-        path = config.ckpt_path
-        trains = self.subcommand == "fit"
-        checkpoint = None if path is None else find_checkpoint(path, config.output_dir)
-        if path is not None and checkpoint is None and not trains:
-            raise KTOError(
-                f"--ckpt_path last: there is no checkpoint in {config.output_dir} yet. Check "
-                "--output_dir, or give a checkpoint file."
-            )
-        if trains:
-            check_unused(config.output_dir, checkpoint, resumes=path is not None)
-        config.ckpt_path = None if checkpoint is None else str(checkpoint)
 
     def instantiate_classes(self) -> None:
         """Turn errors of Lightning and of the classes that it creates into messages."""
@@ -191,7 +181,14 @@ class KTOCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with terminate_ranks_together(self.trainer), explain_lost_rank():
+        with ExitStack() as stack:
+            if subcommand == "fit" and self.trainer.is_global_zero:
+                output_dir = self.config[subcommand].output_dir
+                stack.enter_context(run_lock(output_dir))
+                stack.enter_context(stops_recorded(output_dir))
+            self._checkpoint = self._find_checkpoint()
+            stack.enter_context(terminate_ranks_together(self.trainer))
+            stack.enter_context(explain_lost_rank())
             super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
@@ -218,8 +215,23 @@ class KTOCLI(LightningCLI):
         print(f"metrics   {output / 'metrics.csv'}")
         _write_report(output)
 
+    def _find_checkpoint(self) -> Path | None:
+        """The checkpoint that `--ckpt_path` names; None: the run starts from the beginning."""
+        config, trains = self.config[str(self.subcommand)], self.subcommand == "fit"
+        path, output_dir = config.ckpt_path, config.output_dir
+        checkpoint = None if path is None else find_checkpoint(path, output_dir, trains=trains)
+        if path is not None and checkpoint is None and not trains:
+            raise KTOError(
+                f"--ckpt_path last: there is no whole checkpoint in {checkpoints_of(output_dir)}. "
+                "Check --output_dir, or give a checkpoint file."
+            )
+        if trains:
+            check_unused(output_dir, checkpoint, resumes=path is not None)
+        return checkpoint
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["ckpt_path"] = None if self._checkpoint is None else str(self._checkpoint)
         if subcommand == "validate":
             kwargs["verbose"] = False  # `after_validate` prints
         return kwargs

@@ -1,19 +1,13 @@
-"""Checkpoint files and the OUTPUT directory of a run: written whole, found, checked."""
+"""Checkpoints in the OUTPUT directory of a run: what they hold, which one a run resumes from."""
 
-import os
 import re
 import sys
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
-import torch
-from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from kto_lightning.batches.objective import Objective
@@ -23,63 +17,10 @@ from kto_lightning.models.following import reference_state
 from kto_lightning.models.model_files import resolve_name
 from kto_lightning.models.reference import Reference
 from kto_lightning.models.weights import drop_frozen
+from kto_lightning.training.checkpoint_files import problem_of_resuming, read_header
 from kto_lightning.training.optimizers import Optimization
 
-_NAME = re.compile(r"step=(\d+)\.ckpt")
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a file beside the target, syncs it to disk and renames it.
-
-    Lightning's own writes to the default temporary directory and moves the file, which is not
-    atomic across file systems.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
-    ) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
-        try:
-            with part.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, target)
-            _sync_directory(target.parent)
-        except (OSError, RuntimeError) as error:
-            part.unlink(missing_ok=True)
-            raise KTOError(
-                f"the checkpoint {target} cannot be written: {error}. Earlier checkpoints are "
-                "whole; free some space, then resume with --ckpt_path last."
-            ) from error
-
-    def load_checkpoint(
-        self,
-        path: _PATH,
-        map_location: Callable | None = lambda storage, _: storage,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        """Load tensors and plain values only, so that a foreign checkpoint cannot run code."""
-        try:
-            return super().load_checkpoint(path, map_location, weights_only=True)
-        except (UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
-            raise KTOError(
-                f"{path} is not a readable checkpoint, or it is damaged. Give one that `fit` "
-                "wrote, or --ckpt_path last."
-            ) from error
-
-
-def is_whole(path: Path) -> bool:
-    """Whether every byte of a checkpoint file matches its checksum; directories are not read."""
-    if path.is_dir():
-        return True
-    try:
-        with ZipFile(path) as archive:  # the format of `torch.save`, with a checksum per entry
-            return archive.testzip() is None
-    except (BadZipFile, OSError, EOFError, zlib.error):
-        return False
+_NAME = re.compile(r"step=([0-9]{1,18})\.ckpt")
 
 
 def normalize_loop_progress(
@@ -163,21 +104,13 @@ def policy_origin(
     }
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def checkpoints_of(output_dir: str | Path) -> Path:
     """The directory of a run's checkpoints."""
     return Path(output_dir) / "checkpoints"
 
 
 def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
-    """The checkpoints of a run and their steps, oldest first."""
+    """The checkpoints of a run by their names, whole or not, and their steps, oldest first."""
     found = [
         (int(match.group(1)), path)
         for path in checkpoints_of(output_dir).glob("step=*.ckpt")
@@ -186,48 +119,62 @@ def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def find_checkpoint(path: str, output_dir: str) -> Path | None:
+def find_checkpoint(path: str, output_dir: str, *, trains: bool) -> Path | None:
     """The checkpoint that `--ckpt_path` names.
 
     Args:
-        path: a checkpoint's path; `last`: the latest whole checkpoint in `output_dir`.
+        path: a checkpoint's path; `last`: the latest whole checkpoint in `output_dir`. One that is
+            damaged, or no checkpoint of `fit`, gives way to the one before, with a warning.
         output_dir: of the run that is resumed.
+        trains: whether the run is trained further, which needs more than the weights.
 
     Returns:
-        None for `last` if the run was killed before its first checkpoint, and so starts over.
+        None for `last` if there is none, because the run was killed before it wrote one: a run that
+        is trained further then starts over, with a warning.
 
     Raises:
-        KTOError: if there is no checkpoint, or the one given is damaged.
+        KTOError: if the checkpoint given is missing, damaged or not one of `fit`.
     """
-    if path == "last" and results_of(output_dir) == ["metrics.csv"]:
-        print(f"warning: {output_dir} has no checkpoint yet: starting over.", file=sys.stderr)
-        return None
     if path == "last":
-        return _last_checkpoint(output_dir)
-    if not Path(path).exists():
+        return _last_checkpoint(output_dir, trains=trains)
+    given = Path(path)
+    if not given.exists():
         raise KTOError(f"--ckpt_path {path}: there is no such checkpoint. Check the path.")
-    if Path(path).is_dir():
+    if given.is_dir():
         raise KTOError(
             f"--ckpt_path {path} is a directory. Give one of its checkpoints, or --ckpt_path last "
             "with the --output_dir of the run."
         )
-    if not is_whole(Path(path)):
+    header = read_header(given)
+    if header is None:
         raise KTOError(
             f"--ckpt_path {path} is not a readable checkpoint, or it is damaged. Give one that "
             "`fit` wrote, or --ckpt_path last."
         )
-    return Path(path)
+    problem = problem_of_resuming(header) if trains else None
+    if problem is not None:
+        raise KTOError(
+            f"--ckpt_path {path} cannot be trained further: it has {problem}. Give one that `fit` "
+            "wrote to OUTPUT/checkpoints, or start a new run from the model that `export` makes of "
+            "it."
+        )
+    return given
 
 
-def _last_checkpoint(output_dir: str) -> Path:
+def _last_checkpoint(output_dir: str, *, trains: bool) -> Path | None:
     for _, found in reversed(list_checkpoints(output_dir)):
-        if is_whole(found):
+        header = read_header(found)
+        if header is not None and not (trains and problem_of_resuming(header)):
             return found
-        print(f"warning: {found} is damaged; looking for the one before it.", file=sys.stderr)
-    raise KTOError(
-        f"--ckpt_path last: there is no whole checkpoint in {checkpoints_of(output_dir)}. "
-        "Check --output_dir, or remove --ckpt_path to start over."
-    )
+        _warn(f"{found} is damaged, or not a checkpoint of `fit`; looking for the one before it.")
+    if trains:
+        _warn(f"{output_dir} has no checkpoint yet: starting over.")
+    return None
+
+
+@rank_zero_only
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def check_not_overwritten(output_dir: str, model: Any) -> None:
@@ -261,7 +208,8 @@ def check_unused(output_dir: str, checkpoint: Path | None, *, resumes: bool) -> 
     Args:
         output_dir: of the run.
         checkpoint: what it resumes from; None: it starts from the beginning.
-        resumes: whether `--ckpt_path` was given.
+        resumes: whether `--ckpt_path` was given; with `checkpoint` None it was `last`, and the run
+            was killed before its first checkpoint.
 
     Raises:
         ConfigError: with the results found, and what to do.
@@ -269,13 +217,15 @@ def check_unused(output_dir: str, checkpoint: Path | None, *, resumes: bool) -> 
     if checkpoint is not None and checkpoint.resolve().parent == _resolved(output_dir):
         return
     found = results_of(output_dir)
-    if not found or (resumes and checkpoint is None):
+    has_model = not {"model", "adapter"}.isdisjoint(found)
+    if not found or (resumes and checkpoint is None and not has_model):
         return
-    can_resume = list_checkpoints(output_dir) or found == ["metrics.csv"]
+    can_resume = not resumes and (list_checkpoints(output_dir) or not has_model)
     resume = "resume it with --ckpt_path last, " if can_resume else ""
+    nothing = ", and no checkpoint to resume from" if resumes and checkpoint is None else ""
     raise ConfigError(
-        f"--output_dir {output_dir} holds an earlier run: {', '.join(found)}. Give another "
-        f"--output_dir, {resume}or remove {output_dir} first."
+        f"--output_dir {output_dir} holds an earlier run: {', '.join(found)}{nothing}. Give "
+        f"another --output_dir, {resume}or remove {output_dir} first."
     )
 
 

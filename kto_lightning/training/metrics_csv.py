@@ -92,11 +92,8 @@ class MetricsFile(Logger):
     @rank_zero_only
     def begin(self, after_step: int) -> None:
         """Open the file for the steps after `after_step`, and drop the rows of these from it."""
-        kept: list[dict[str, str]] = []
-        if after_step and self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                kept = [row for row in csv.DictReader(file) if _is_kept(row, after_step)]
         with self._explain_write_errors():
+            kept = list(_read_rows(self.path, after_step)) if after_step else []
             self._directory.mkdir(parents=True, exist_ok=True)
             self._overwrite(kept)
             self._open()
@@ -165,6 +162,14 @@ class MetricsFile(Logger):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _read_rows(path: Path, after_step: int) -> Iterator[dict[str, str]]:
+    """The rows to keep; none after a damaged one, which a power loss can leave."""
+    if not path.is_file():
+        return
+    with path.open(newline="", encoding="utf-8", errors="replace") as file, suppress(csv.Error):
+        yield from (row for row in csv.DictReader(file) if _is_kept(row, after_step))
 
 
 def _is_kept(row: dict[str, str], after_step: int) -> bool:

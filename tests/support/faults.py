@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,7 +46,7 @@ def fit_until(step: int, *arguments: Any, after_checkpoint: bool = True) -> None
             fit(*arguments)
 
 
-def call_in_step(action: Callable[[], None], step: int, method: str) -> None:
+def call_in_step(action: Callable[[], object], step: int, method: str) -> None:
     """Call `action` in this process during a training step, or at the start of the validation
     after it.
 
@@ -89,3 +91,24 @@ def corrupt_policy(
         return logps
 
     monkeypatch.setattr(Policy, "forward", corrupted_forward)
+
+
+def kill_at_file_operation(number: int, directory: Path) -> None:
+    """For `prepare` of a job: SIGKILL before its n-th change of a file below a directory.
+
+    Args:
+        number: counted from 1; opening for writing, creating, renaming and removing count.
+        directory: whose files count.
+    """
+    changes = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+    done = 0
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal done
+        writes = event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if (writes or event in changes) and str(arguments[0]).startswith(str(directory)):
+            done += 1
+            if done == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)

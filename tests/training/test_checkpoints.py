@@ -1,8 +1,10 @@
 """The output directory: a used one is refused, and a full disk leaves a run that resumes."""
 
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 
 from kto_lightning.cli import lightning_cli as cli
 from kto_lightning.module import KTOModule
-from kto_lightning.training.checkpoints import is_whole, list_checkpoints
+from kto_lightning.training.checkpoint_files import is_whole
+from kto_lightning.training.checkpoints import list_checkpoints
 from tests.support.cli import (
     EVERY_STEP,
     LAST,
@@ -22,6 +25,9 @@ from tests.support.cli import (
     small_data,
     weights,
 )
+from tests.support.comparison import assert_runs_equal
+from tests.support.faults import kill_at_file_operation
+from tests.support.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +70,51 @@ def test_any_part_of_a_run_makes_a_directory_used(
     assert ("--ckpt_path last" in error) == (left == "metrics.csv")
 
 
+@pytest.mark.parametrize(
+    "left", [None, "step,train/loss\n", "step,train/loss\n1,0.5\n", "step,tr\0\n1,"]
+)
 def test_a_run_killed_before_its_first_checkpoint_starts_over(
-    policy: Path, train: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    left: str | None,
+    policy: Path,
+    train: Path,
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
-    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,0.5\n")
-    assert run_cli("validate", *fit_arguments(policy, train, tmp_path, *LAST)) == 1
-    assert "there is no checkpoint in" in capsys.readouterr().err
-    fit(policy, train, tmp_path, *LAST)
-    assert f"warning: {tmp_path} has no checkpoint yet: starting over." in capsys.readouterr().err
-    assert rows(tmp_path) == rows(whole)
+    output = tmp_path / "run"
+    if left is not None:
+        output.mkdir()
+        (output / "metrics.csv").write_text(left)
+    assert run_cli("validate", *fit_arguments(policy, train, output, *LAST)) == 1
+    assert "there is no whole checkpoint in" in capsys.readouterr().err
+    fit(policy, train, output, *LAST)
+    assert f"warning: {output} has no checkpoint yet: starting over." in capsys.readouterr().err
+    assert rows(output) == rows(whole)
+
+
+def test_the_model_of_a_run_without_checkpoints_is_not_overwritten(
+    policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    fit(policy, train, tmp_path, *LAST, status=2)
+    error = capsys.readouterr().err
+    assert "holds an earlier run: model, and no checkpoint to resume from." in error
+    assert "--ckpt_path last" not in error
+
+
+@pytest.mark.parametrize("operation", [1, 4, 9, 14, 19, 25])
+def test_a_run_killed_at_a_file_operation_is_resumed(
+    operation: int, policy: Path, train: Path, whole: Path, tmp_path: Path
+):
+    output = tmp_path / "run"
+    command = ("fit", *fit_arguments(policy, train, output, *EVERY_STEP))
+    kill = partial(kill_at_file_operation, operation, output)
+    (killed,) = run_ranks(*command, ranks=1, prepare=kill)
+    assert killed.status == -signal.SIGKILL
+    fit(policy, train, output, *EVERY_STEP, *LAST)
+    assert_runs_equal(output, whole)
+    assert not list(output.rglob("*.part"))
 
 
 def test_a_run_that_ended_before_its_first_step_does_not_block_the_next(

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from kto_lightning.module import KTOModule
-from kto_lightning.training import checkpoints as checkpoint_io
 from kto_lightning.training.checkpoints import list_checkpoints
 from tests.support.cli import (
     EVERY_STEP,
@@ -27,6 +26,7 @@ from tests.support.cli import (
 )
 from tests.support.comparison import assert_runs_equal
 from tests.support.faults import Killed, fit_until
+from tests.training.test_checkpoint_files import strip_checksum
 
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "adamw, cosine": ("--model.lr_schedule", "cosine", "--model.warmup_ratio", 0.3),
@@ -215,7 +215,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
         save(checkpoint, file)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_io.torch, "save", full_disk)
+        patch.setattr(torch, "save", full_disk)
         fit(policy, train, tmp_path, *options, status=1)
     error = capsys.readouterr().err
     assert "step=4.ckpt cannot be written: [Errno 28] No space left on device" in error
@@ -241,7 +241,24 @@ def _empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [_truncate, _overwrite, _empty])
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _weights_only(path: Path) -> None:
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save({k: v for k, v in checkpoint.items() if k != "optimizer_states"}, path)
+
+
+@pytest.mark.parametrize(
+    "damage", [_truncate, _overwrite, _empty, _pipe, _directory, _weights_only]
+)
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
     damage, policy: Path, train: Path, whole_runs, tmp_path: Path, capsys
 ):
@@ -250,8 +267,38 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
     fit_until(8, policy, train, tmp_path, *options)
     damage(tmp_path / "checkpoints" / "step=8.ckpt")
     fit(policy, train, tmp_path, *options, "--ckpt_path", "last")
-    assert "step=8.ckpt is damaged" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("step=8.ckpt is damaged") == 1
     assert_runs_equal(tmp_path, whole_runs(name))
+
+
+def test_a_checkpoint_of_before_checksums_resumes(
+    policy: Path, train: Path, whole_runs, tmp_path: Path
+):
+    name = "adamw, cosine"
+    options = (*TWO_EPOCHS, *SETTINGS[name], *EVERY_STEP)
+    fit_until(8, policy, train, tmp_path, *options)
+    for _, path in list_checkpoints(tmp_path):
+        strip_checksum(path)
+    fit(policy, train, tmp_path, *options, "--ckpt_path", "last")
+    assert_runs_equal(tmp_path, whole_runs(name))
+
+
+def test_a_damaged_checkpoint_is_neither_exported_nor_validated(
+    policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = fit(policy, train, tmp_path / "run", "--trainer.max_steps", 1)
+    checkpoint = output / "checkpoints" / "step=1.ckpt"
+    content = bytearray(checkpoint.read_bytes())
+    content[content.rindex(b"PK\x01\x02") + 16] ^= 1  # the zip's index
+    checkpoint.write_bytes(content)
+    data = ("--data.validation", train, "--data.predict", train, "--ckpt_path", checkpoint)
+    for arguments in (
+        ("export", checkpoint, tmp_path / "exported"),
+        ("validate", "--model.policy", policy, *data),
+        ("predict", "--model.policy", policy, *data),
+    ):
+        assert run_cli(*arguments) == 1
+        assert "step=1.ckpt is not a readable checkpoint" in capsys.readouterr().err
 
 
 def refused(policy: Path, train: Path, output: Path, *options: Any, status: int) -> None:
@@ -289,11 +336,10 @@ def test_what_cannot_be_resumed_is_refused(
         assert part in error
         assert "Traceback" not in error
     _truncate(checkpoint)
-    refused(policy, train, output, *last, status=1)
-    assert "there is no whole checkpoint" in capsys.readouterr().err
-    status = fit(policy, train, tmp_path / "new", *last, status=1)
-    assert "--ckpt_path last: there is no whole checkpoint" in capsys.readouterr().err
-    assert status == tmp_path / "new"
+    refused(policy, train, output, *last, status=2)
+    assert "metrics.csv, checkpoints/step=2.ckpt, model, and no checkpoint to" in (
+        capsys.readouterr().err
+    )
 
 
 def test_validate_refuses_a_checkpoint_of_another_model(

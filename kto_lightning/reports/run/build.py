@@ -89,7 +89,7 @@ def _facts(run: Run) -> Iterator[Fact]:
     yield Fact(
         name="Steps",
         value=f"{run.steps[-1]:,}",
-        hint="finished" if run.file.finished else f"of {planned:,}" if planned else "",
+        hint="finished" if run.file.finished else _hint(run.status, planned),
     )
     for name, column, form in (
         ("Loss", "train/loss", "{:.3f}"),
@@ -115,6 +115,11 @@ def _facts(run: Run) -> Iterator[Fact]:
         yield Fact(name="Tokens per second", value=f"{np.median(speed):,.0f}", hint="median")
     if len(memory):
         yield Fact(name="Memory", value=f"{memory.max():,.0f} MiB", hint="highest")
+
+
+def _hint(status: str | None, planned: int | None) -> str:
+    of = [f"of {planned:,}"] if planned else []
+    return ", ".join([*of, *([status] if status else [])])
 
 
 def _held_out_sections(run: Run) -> Iterator[Section]:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from kto_lightning.errors import KTOError
-from kto_lightning.reports.run.run_file import RunFile, read_run_file
+from kto_lightning.reports.run.run_file import RunFile, current_status, read_run_file
 
 LABELS = ("desirable", "undesirable")
 
@@ -30,6 +30,8 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     """`config.yaml`; empty if it is missing or cannot be read."""
     file: RunFile = field(default_factory=RunFile)
+    status: str | None = None
+    """`running`, `killed`, `stopped` or `finished`; None if unknown."""
     data: dict[str, Any] | None = None
     """`data_report.json`."""
     generations: dict[str, Any] | None = None
@@ -76,13 +78,15 @@ def read_run(output_dir: str | Path) -> Run:
             "the --output_dir of a run."
         )
     steps, columns, non_finite = read_metrics(path)
+    file = read_run_file(directory)
     return Run(
         directory=directory,
         steps=steps,
         columns=columns,
         non_finite=non_finite,
         settings=_read_settings(directory / "config.yaml"),
-        file=read_run_file(directory),
+        file=file,
+        status=current_status(directory, file),
         data=_read_json(directory / "data_report.json"),
         generations=_read_json(directory / "generations.json"),
     )

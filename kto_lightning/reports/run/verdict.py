@@ -27,6 +27,12 @@ FEW_STEPS = 50
 """Steps below which the noise of means exceeds their change."""
 MOST_STEPS = 0.9
 """Share of clipped steps above which clipping is reported."""
+_STATUS = {
+    "running": "the run is still preparing",
+    "killed": "its process has ended without a word, as after kill -9, lack of memory or power",
+    "stopped": "it was stopped",
+}
+"""How a run without a model came to be, in words."""
 
 
 def verdict(run: Run) -> list[Finding]:
@@ -36,7 +42,7 @@ def verdict(run: Run) -> list[Finding]:
             Finding(
                 grade="problem",
                 what="No optimizer step has been completed",
-                meaning="the run was stopped before its first step ended, or is still preparing",
+                meaning=_STATUS.get(run.status or "", "it was stopped or is still preparing"),
                 action="read what `fit` printed, fix the cause and start it again",
             )
         ]
@@ -78,14 +84,9 @@ def _non_finite(run: Run) -> Iterator[Finding]:
 
 def _progress(run: Run) -> Iterator[Finding]:
     done, planned = int(run.steps[-1]), run.file.planned_steps
-    if planned is not None and done < planned and not run.file.finished:
-        yield Finding(
-            grade="warning",
-            what=f"The run is at step {done:,} of {planned:,}",
-            meaning="it was stopped or is still running; this report covers the steps so far",
-            action="if it was stopped, the same command with --ckpt_path last resumes from its "
-            "last checkpoint",
-        )
+    ends_early = planned is not None and done < planned and not run.file.finished
+    if ends_early or run.status in ("running", "killed", "stopped"):
+        yield _unfinished(run, f"step {done:,}" + (f" of {planned:,}" if planned else ""))
     if done < FEW_STEPS:
         yield Finding(
             grade="note",
@@ -94,6 +95,27 @@ def _progress(run: Run) -> Iterator[Finding]:
             action="train for some hundred steps: --trainer.max_epochs, --trainer.max_steps, or a "
             "smaller --data.batch_size",
         )
+
+
+def _unfinished(run: Run, place: str) -> Finding:
+    status, reason = run.status or "", run.file.reason
+    if status == "running":
+        return Finding(
+            grade="note",
+            what=f"The run is at {place}",
+            meaning=f"it is still running, as {run.file.process}; this report covers the steps so "
+            "far",
+        )
+    verb = "was killed at" if status == "killed" else "is at"
+    why = f" ({reason.splitlines()[0].rstrip('.')})" if status == "stopped" and reason else ""
+    return Finding(
+        grade="warning",
+        what=f"The run {verb} {place}",
+        meaning=_STATUS.get(status, "it was stopped or is still running")
+        + f"{why}; this report covers the steps so far",
+        action=("if it was stopped, " if status not in _STATUS else "")
+        + "the same command with --ckpt_path last resumes from its last checkpoint",
+    )
 
 
 def _reference_point(run: Run) -> Iterator[Finding]:

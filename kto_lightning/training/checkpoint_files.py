@@ -1,0 +1,209 @@
+"""Checkpoint files: written whole with a checksum of every byte, checked before they are read.
+
+A file is what `torch.save` writes, followed by a line with the SHA-256 of all bytes before it,
+which `torch.load` and `zipfile` ignore. The CRC-32 that the zip format keeps for each entry does
+not cover the zip's own index, and a changed byte there can load one tensor in place of another. A
+file without that line is one of before it was written, if it ends where its zip ends, and is
+checked by the CRC-32 of its entries; anything else behind the zip is a damaged checksum.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, BinaryIO
+from zipfile import ZipFile
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
+
+from kto_lightning.errors import KTOError
+
+_MARK = b"\nkto_lightning sha256 "
+_TRAILER_SIZE = len(_MARK) + 64 + 1
+_END_OF_ZIP = b"PK\x05\x06"
+_END_OF_ZIP_SIZE = 22
+"""Bytes of the zip's last record, without a comment."""
+_CHUNK = 1 << 20
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a file beside the target, syncs it to disk and renames it.
+
+    Lightning's own writes to the default temporary directory and moves the file, which is not
+    atomic across file systems.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
+    ) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = part_of(target)
+        try:
+            with part.open("wb") as file:
+                hashing = _HashingFile(file)
+                torch.save(checkpoint, hashing)
+                file.write(_trailer(hashing.digest.hexdigest()))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, target)
+            _sync_directory(target.parent)
+        except (OSError, RuntimeError) as error:
+            part.unlink(missing_ok=True)
+            raise KTOError(
+                f"the checkpoint {target} cannot be written: {error}. Earlier checkpoints are "
+                "whole; free some space, then resume with --ckpt_path last."
+            ) from error
+
+    def load_checkpoint(
+        self,
+        path: _PATH,
+        map_location: Callable | None = lambda storage, _: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Load tensors and plain values only, so that a foreign checkpoint cannot run code.
+
+        Raises:
+            KTOError: if the file is damaged or was not written by `fit`.
+        """
+        if not is_whole(Path(path)):
+            raise _unreadable(path)
+        try:
+            checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # unpickling a foreign file may raise any
+            raise _unreadable(path) from error
+        problem = problem_of(checkpoint)
+        if problem is not None:
+            raise KTOError(
+                f"{path} was not written by kto_lightning: it has {problem}. Give a checkpoint "
+                "that `fit` wrote."
+            )
+        return checkpoint
+
+
+def _unreadable(path: _PATH) -> KTOError:
+    return KTOError(
+        f"{path} is not a readable checkpoint, or it is damaged. Give one that `fit` wrote, or "
+        "--ckpt_path last."
+    )
+
+
+class _HashingFile:
+    """A file to write to, from its start to its end, which hashes what is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def part_of(checkpoint: Path) -> Path:
+    """The name under which a checkpoint is written before it is whole."""
+    return checkpoint.with_name(f".{checkpoint.name}.part")
+
+
+def _trailer(digest: str) -> bytes:
+    return _MARK + digest.encode() + b"\n"
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether this is a regular file of which every byte matches its checksum.
+
+    The whole file is read, once per process as long as it stays as it is.
+    """
+    try:
+        status = path.stat()  # before it is opened: a pipe would never end
+        if not stat.S_ISREG(status.st_mode):
+            return False
+        return _matches_checksum(path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns)
+    except OSError:
+        return False
+
+
+@lru_cache(maxsize=8)
+def _matches_checksum(path: Path, inode: int, size: int, changed_ns: int) -> bool:
+    """Whether the content is whole; inode, size and time of change tell the cache of another."""
+    with path.open("rb") as file:
+        file.seek(max(0, size - _TRAILER_SIZE))
+        end = file.read()
+        if not end.startswith(_MARK):
+            return _matches_zip(file, end)
+        file.seek(0)
+        digest, left = sha256(), size - _TRAILER_SIZE
+        while left > 0 and (chunk := file.read(min(_CHUNK, left))):
+            digest.update(chunk)
+            left -= len(chunk)
+        return end == _trailer(digest.hexdigest())
+
+
+def _matches_zip(file: BinaryIO, end: bytes) -> bool:
+    """Whether a file without checksum is a zip, to its last byte, and its entries match theirs."""
+    last = end[-_END_OF_ZIP_SIZE:]
+    if not last.startswith(_END_OF_ZIP) or not last.endswith(b"\0\0"):
+        return False
+    try:
+        with ZipFile(file) as archive:
+            return archive.testzip() is None
+    except OSError:
+        raise
+    except Exception:  # what a damaged index leads to: an unknown method, encryption, any offset
+        return False
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """A checkpoint without the data of its tensors, which are on the device `meta`; None if it is
+    damaged or was not written by `fit`."""
+    if not is_whole(path):
+        return None
+    try:
+        header = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception:  # unpickling a foreign file may raise any
+        return None
+    return header if problem_of(header) is None else None
+
+
+def problem_of(checkpoint: Any) -> str | None:
+    """What a checkpoint lacks that `fit` writes in every one; None: nothing."""
+    if not isinstance(checkpoint, Mapping):
+        return "no checkpoint"
+    for name, kind in (("state_dict", Mapping), ("kto", Mapping), ("global_step", int)):
+        if not isinstance(checkpoint.get(name), kind):
+            return f"no {name}"
+    return None
+
+
+def problem_of_resuming(checkpoint: Mapping[str, Any]) -> str | None:
+    """What a checkpoint lacks to be trained further; None: nothing."""
+    for name in ("optimizer_states", "lr_schedulers"):
+        states = checkpoint.get(name)
+        if not isinstance(states, list) or not all(isinstance(one, dict) for one in states):
+            return f"no {name}"
+        if len(states) != 1:
+            return f"no {name}"
+    loops = checkpoint.get("loops")
+    fit_loop = loops.get("fit_loop") if isinstance(loops, Mapping) else None
+    if not isinstance(fit_loop, Mapping) or "epoch_progress" not in fit_loop:
+        return "no loops"
+    return None
