@@ -35,10 +35,11 @@ from kto_lightning.training.metrics import (
 from kto_lightning.training.optimizers import (
     Optimization,
     check_precision,
-    check_same_optimizer,
     count_steps,
+    use_settings,
 )
 from kto_lightning.training.publishing import PublishedMetrics
+from kto_lightning.training.resuming import Resumption, run_settings
 from kto_lightning.training.scoring import BatchScorer
 
 
@@ -124,6 +125,8 @@ class KTOModule(LightningModule):
         """Why the model runs padded; None: it runs packed."""
         self.published = PublishedMetrics()
         self.validated_step = -1
+        self.resumption = Resumption()
+        """The models that the run started from, and the settings that changed since."""
         self._validation = ValidationSums(torch.device("cpu"))
         self._clock = StepClock()
         self._guard = NonFiniteGuard(non_finite)
@@ -153,6 +156,8 @@ class KTOModule(LightningModule):
             reference_keys=lambda: data.reference_keys(),
         )
         self.policy, self.reference = models.policy, models.reference
+        if self.trainer.state.fn == "fit":
+            self.resumption.identify(settings, self.trainer)
         self.padding_reason = models.padding_reason
         longest = getattr(data, "longest_sequence", None)  # as `facts` below
         if longest is not None:
@@ -196,9 +201,12 @@ class KTOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
-        return self.optimization.configure(
+        configured = self.optimization.configure(
             self.policy.named_parameters(), num_steps=self.num_training_steps()
         )
+        groups = configured["optimizer"].param_groups
+        self._weight_decays = [group["weight_decay"] for group in groups]
+        return configured
 
     def num_training_steps(self) -> int | None:
         """Optimizer steps of the whole run, over which a schedule stretches; None: unknown.
@@ -220,6 +228,9 @@ class KTOModule(LightningModule):
         self.train()
 
     def on_train_start(self) -> None:
+        if self.trainer.global_step:  # the restored optimizer has the settings of then
+            optimizer, scheduler = self.trainer.optimizers[0], self.lr_schedulers()
+            use_settings(self.optimization, optimizer, scheduler, self._weight_decays)
         self._clock.start()
 
     def on_train_batch_end(self, *args: Any) -> None:
@@ -329,24 +340,27 @@ class KTOModule(LightningModule):
         add_policy_state(checkpoint, self, self.reference, self.origin())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse other models' weights, and settings that the restored optimizer would override."""
+        """Refuse other models' weights, and settings with which the run cannot be resumed."""
         trains = self.trainer.state.fn == "fit"
-        check_weights_fit(checkpoint, self)
+        same_reference = False
         if trains:
+            same_reference = self.resumption.compare(checkpoint, self.origin())
             check_epochs_left(checkpoint, self.trainer.max_epochs)
-            check_same_optimizer(checkpoint.get("kto", {}), self.origin())
-        name = self.model_settings.reference
+        check_weights_fit(checkpoint, self)
+        name = None if same_reference else self.model_settings.reference
         requested = None if name is None else resolve_name(name)
         restore_reference(checkpoint, self.reference, requested=requested, resuming=trains)
 
     def origin(self) -> dict[str, Any]:
         """The policy's origin in plain values, see `policy_origin`."""
-        facts = getattr(self._data, "facts", dict)  # a data module of another kind has none
+        facts = getattr(self._data, "facts", dict)()  # a data module of another kind has none
+        owners = self.model_settings, self.objective, self.optimization
         return policy_origin(
-            self.model_settings,
-            self.objective,
-            self.optimization,
+            *owners,
             step=self.trainer.global_step,
             results=self.published.latest,
-            data=facts(),
+            data=facts,
+            settings=run_settings(*owners, trainer=self.trainer, data=facts),
+            identities=self.resumption.identities,
+            changes=self.resumption.changes,
         )

@@ -139,6 +139,12 @@ class PlanSampler(Sampler[StepPlan]):
                 be seen twice and others never.
         """
         for name, now in self._order_settings().items():
+            if state[name] != now and name == "pairing_checksum":
+                raise ConfigError(
+                    "cannot resume within an epoch: the examples have other partners than when the "
+                    "checkpoint was saved. Use the same data, --data settings and seeds as then, "
+                    "or start a new run from the exported model."
+                )
             if state[name] != now:
                 raise ConfigError(
                     f"cannot resume within an epoch: {name} was {state[name]} when the checkpoint "

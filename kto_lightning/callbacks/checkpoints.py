@@ -31,6 +31,7 @@ class Checkpoints(Checkpoint):
     def __init__(self, every_n_steps: int | None = None) -> None:
         check_count("--checkpoint.every_n_steps", every_n_steps, or_null=True)
         self.every_n_steps = every_n_steps
+        self.resume_settings = {"checkpoint.every_n_steps": every_n_steps}
         self._saved_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -37,6 +37,10 @@ class Generations(Callback):
         check_count("--report.generate", generate, least=0)
         check_count("--report.max_new_tokens", max_new_tokens)
         self.generate, self.max_new_tokens = generate, max_new_tokens
+        self.resume_settings = {
+            "report.generate": generate,
+            "report.max_new_tokens": max_new_tokens,
+        }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.generate and stage == "fit":

@@ -114,11 +114,14 @@ class Summary(Callback):
         warnings, num_steps = list(data.prepared.warnings), module.num_training_steps()
         if isinstance(module.reference, FollowingReference) and num_steps is not None:
             warnings += module.reference.warnings(num_steps)
+        for change in module.resumption.latest:
+            print(f"changed   {change}")
         _print_summary(rows, warnings)
         content = RunFile(
             planned_steps=num_steps,
             status="running",
             process=this_process(),
+            changes=module.resumption.changes,
             summary=[list(row) for row in rows],
             warnings=warnings,
         )

@@ -14,6 +14,7 @@ from kto_lightning.batches.sampler import PlanSampler
 from kto_lightning.batches.types import StepBatch
 from kto_lightning.batches.workers import StepLoader
 from kto_lightning.data.dataset import Reading
+from kto_lightning.data.digests import check_same_records, record_digests
 from kto_lightning.data.examples import ExampleSet, Truncation
 from kto_lightning.data.prepared import PreparedData, Source
 from kto_lightning.data.streaming.sampler import StreamedBatches, StreamSampler
@@ -90,6 +91,8 @@ class KTODataModule(LightningDataModule):
         self._loaders: list[StepLoader] = []
         self._state: dict[str, Any] = {}
         """The state of the run that this one resumes."""
+        self._digests: dict[str, Any] | None = None
+        """Of the training set, once they are needed."""
         self._error: KTOError | None = None
 
     @property
@@ -206,10 +209,10 @@ class KTODataModule(LightningDataModule):
             batches = self._batches(data.train_set, data.class_weights)
             shuffle = self.batching.shuffle
             self._sampler = self._plans(data.train_set, data.train_pairing, shuffle=shuffle)
-        if "sampler" in self._state:
-            self._sampler.load_state(self._state["sampler"])
         if data.train_set is not None:
             self._check_records(data.train_set)
+        if "sampler" in self._state:
+            self._sampler.load_state(self._state["sampler"])
         return self._loader(batches, self._sampler)
 
     def val_dataloader(self) -> DataLoader[StepBatch] | list[Any]:
@@ -285,7 +288,10 @@ class KTODataModule(LightningDataModule):
             "batch_size": self.batching.batch_size,
             "max_length": self.batching.max_length,
             "truncation": self.reading.truncation,
+            "shuffle": self.batching.shuffle,
             "pairing": self.batching.pairing,
+            "pairing_seed": self.batching.pairing_seed,
+            "streaming": self.streaming,
             "tokenizer": self.reading.tokenizer,
             "chat_template": data.tokenizer.chat_template if self.reading.chat_template else None,
         }
@@ -297,6 +303,7 @@ class KTODataModule(LightningDataModule):
         state: dict[str, Any] = {"sampler": self._sampler.state_dict(**self._steps_done())}
         if self.prepared.train_set is not None:
             state["records_checksum"] = self.prepared.train_set.checksum()
+            state["records"] = self._digests_of(self.prepared.train_set)
         return state
 
     def _steps_done(self) -> dict[str, Any]:
@@ -325,6 +332,9 @@ class KTODataModule(LightningDataModule):
 
     def _check_records(self, examples: ExampleSet) -> None:
         """Refuse to resume with other records than the checkpoint's run had."""
+        digests = self._state.get("records")
+        if isinstance(digests, dict):
+            check_same_records(digests, self._digests_of(examples))
         now = examples.checksum()
         if self._state.get("records_checksum", now) != now:
             raise ConfigError(
@@ -332,6 +342,11 @@ class KTODataModule(LightningDataModule):
                 "some would be seen twice and others never. Give the same --data.train as then, or "
                 "start a new run from the exported model."
             )
+
+    def _digests_of(self, examples: ExampleSet) -> dict[str, Any]:
+        if self._digests is None:
+            self._digests = record_digests(examples)
+        return self._digests
 
 
 def _check_validation(validation: Any) -> None:

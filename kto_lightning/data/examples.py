@@ -172,6 +172,11 @@ class ExampleSet:
         """All records as they were read, dropped ones included; `rows` indexes it."""
         return self._records
 
+    @property
+    def tokenized(self) -> Dataset:
+        """The token ids of all records, by the rows of `records`."""
+        return self._tokenized
+
     def location(self, index: int) -> str:
         """Where an example was written, as `file:line`."""
         return location(self._records, int(self.rows[index]))
@@ -221,11 +226,8 @@ class ExampleSet:
         return min(length, _limit(self.max_length))
 
     def checksum(self) -> int:
-        """CRC-32 that identifies the records and their order on resume.
-
-        It covers labels and completion lengths only: a chat template may write today's date into
-        the prompts.
-        """
+        """CRC-32 of labels and completion lengths, by which checkpoints of before `record_digests`
+        identify the records and their order."""
         return crc32(self.completion_lengths.tobytes(), crc32(self.desirable.tobytes()))
 
     def _room(self) -> Int64[np.ndarray, " examples"]:

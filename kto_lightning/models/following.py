@@ -55,7 +55,7 @@ class FollowingReference(FrozenReference):
         subject = "a copy that" if start.name is None else f"{start.name}, which"
         description = f"{subject} follows the policy: {follow}"
         super().__init__(start.policy, description, name=start.name, offloaded=start.offloaded)
-        self.follow = follow
+        self.follow, self.in_checkpoints = follow, True
         own, new = _shapes(self.policy), _shapes(policy)
         odd = sorted(dict(own.items() ^ new.items()))
         if odd:
@@ -98,11 +98,12 @@ def _shapes(policy: Policy) -> dict[str, torch.Size]:
 
 
 def reference_state(reference: Reference | None) -> dict[str, Any]:
-    """Entries of a checkpoint: the weights of a reference that follows the policy, else none.
+    """Entries of a checkpoint: the weights of a reference that follows the policy or has, else
+    none.
 
     Every rank must call it; under FSDP2 only rank 0 gets the weights.
     """
-    if not isinstance(reference, FollowingReference):
+    if not isinstance(reference, FrozenReference) or not reference.in_checkpoints:
         return {}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return {CHECKPOINT_KEY: get_model_state_dict(reference.policy, options=options)}
@@ -118,7 +119,8 @@ def restore_reference(
     """Load the weights of a reference that followed the policy, if the checkpoint has them.
 
     Outside training, a `requested` reference other than the one that the run started with replaces
-    the checkpoint's, and nothing is loaded. A run that is resumed needs the checkpoint's.
+    the checkpoint's, and nothing is loaded. A run that is resumed needs the checkpoint's, which may
+    follow the policy no longer.
 
     Args:
         checkpoint: as `fit` writes it.
@@ -136,11 +138,11 @@ def restore_reference(
     is_another = requested is not None and requested != origin["reference"]
     if is_another and not resuming:
         return
-    if is_another or (resuming and not isinstance(reference, FollowingReference)):
+    if is_another:
         raise ConfigError(
             "the checkpoint holds a reference that follows the policy, which started as "
             f"{origin['reference']} (--model.follow {origin['follow']}). Give the same "
-            "--model.reference and a --model.follow, or start a new run from the exported model."
+            "--model.reference, or start a new run from the exported model."
         )
     if not isinstance(reference, FrozenReference):
         raise ConfigError(
@@ -149,4 +151,5 @@ def restore_reference(
         )
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(reference.policy, state, options=options)
+    reference.in_checkpoints = True
     reference.description += ", from the checkpoint"

@@ -72,6 +72,9 @@ class FrozenReference:
         self.policy = policy.requires_grad_(False).eval()
         self.description = description
         self.name, self.offloaded = name, offloaded
+        self.in_checkpoints = False
+        """Whether its weights are part of the run's state: it follows the policy, or has done
+        so."""
         self._device: torch.device | None = None
         """Offloaded: the device to score on."""
 

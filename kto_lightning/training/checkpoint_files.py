@@ -45,7 +45,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         part = part_of(target)
         try:
             with part.open("wb") as file:
-                hashing = _HashingFile(file)
+                hashing: Any = _HashingFile(file)  # with what `torch.save` needs of a file
                 torch.save(checkpoint, hashing)
                 file.write(_trailer(hashing.digest.hexdigest()))
                 file.flush()

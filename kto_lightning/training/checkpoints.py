@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,9 @@ def policy_origin(
     step: int,
     results: Mapping[str, float],
     data: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    identities: Mapping[str, str],
+    changes: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The origin of a policy in plain values, from which `export` builds it again.
 
@@ -86,6 +89,9 @@ def policy_origin(
         step: optimizer steps that are completed.
         results: its latest metrics.
         data: facts about the records, from the data module.
+        settings: by option (`run_settings`).
+        identities: hashes of the content of the `policy` and `reference` that it started from.
+        changes: of the settings, where the run was resumed.
     """
     return {
         "policy": resolve_name(models.policy),
@@ -101,6 +107,9 @@ def policy_origin(
         "step": step,
         "results": dict(results),
         "data": dict(data),
+        "settings": dict(settings),
+        "identities": dict(identities),
+        "changes": [dict(change) for change in changes],
     }
 
 

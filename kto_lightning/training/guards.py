@@ -127,8 +127,9 @@ class NonFiniteGuard:
         if self._action == "stop":
             raise StoppedRun(
                 f"{problem} The step was not taken: the weights are those of step {step - 1}. Look "
-                "at these records, lower --model.learning_rate, set --model.gradient_clip_norm, or "
-                "skip such steps with --model.non_finite skip."
+                "at these records; lower --model.learning_rate, set --model.gradient_clip_norm, or "
+                "skip such steps with --model.non_finite skip, each of which --ckpt_path last can "
+                "resume with."
             )
         self._num_skipped += 1
         self._num_skipped_in_a_row += 1

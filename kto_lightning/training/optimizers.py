@@ -4,7 +4,7 @@ import importlib.util
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,23 +138,27 @@ def _check_bitsandbytes() -> None:
         )
 
 
-def check_same_optimizer(then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse settings that the restored optimizer of a resumed run would override.
+def use_settings(
+    settings: Optimization,
+    optimizer: Optimizer,
+    scheduler: Any,
+    weight_decays: Sequence[float],
+) -> None:
+    """Give a restored optimizer and its schedule the settings of this run, in place.
+
+    Restoring brings back learning rate and weight decay of the checkpoint. With the same settings
+    this changes no number.
 
     Args:
-        then: `KTOModule.origin` of the checkpoint.
-        now: that of the resumed run.
-
-    Raises:
-        ConfigError: if the two differ.
+        scheduler: of `make_scheduler`; its count of steps stays, over this run's number of them.
+        weight_decays: of each parameter group.
     """
-    for name in ("optimizer", "learning_rate", "weight_decay"):
-        if then.get(name, now[name]) != now[name]:
-            raise ConfigError(
-                f"--model.{name} is {now[name]}, and was {then[name]} in the run of --ckpt_path, "
-                "whose optimizer is restored. Give the same, or start a new run from the exported "
-                "model."
-            )
+    scheduler.base_lrs = [settings.learning_rate] * len(weight_decays)
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    for group, decay, factor in zip(optimizer.param_groups, weight_decays, factors, strict=True):
+        group["initial_lr"] = settings.learning_rate
+        group["lr"] = settings.learning_rate * factor
+        group["weight_decay"] = decay
 
 
 def check_precision(precision: int | str | None) -> None:

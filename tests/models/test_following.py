@@ -333,11 +333,9 @@ def test_settings_that_do_not_fit_the_checkpoint_are_rejected(
 ) -> None:
     other = small_model(tmp_path / "other", seed=1)
     checkpoint = ("--ckpt_path", whole / "checkpoints" / "step=8.ckpt")
-    for options in ((), (*FOLLOW, "--model.reference", other)):
-        fit(policy, train, tmp_path, *TWO_EPOCHS, *checkpoint, *options, status=2)
-        error = capsys.readouterr().err
-        assert "the checkpoint holds a reference that follows the policy" in error
-        assert "'every_n_steps': 4" in error
+    options = (*FOLLOW, "--model.reference", other)
+    fit(policy, train, tmp_path, *TWO_EPOCHS, *checkpoint, *options, status=2)
+    assert "other does not hold the weights of" in capsys.readouterr().err
     cached = ("--model.reference_cache", tmp_path / "cache", "--data.validation", train)
     assert run_cli("validate", "--model.policy", policy, *checkpoint, *cached) == 2
     assert "Remove --model.reference_cache." in capsys.readouterr().err

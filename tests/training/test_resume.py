@@ -319,15 +319,18 @@ def test_what_cannot_be_resumed_is_refused(
     backwards.write_text("".join(reversed(train.read_text().splitlines(keepends=True))))
     capsys.readouterr()
     for arguments, status, part in (
-        ((policy, train, output, *last, "--model.lora.r", 4), 2, "does not hold the weights of"),
-        ((other_model, train, output, *last), 2, "does not hold the weights of this policy"),
-        ((policy, other_data, output, *last), 2, "num_examples was 24"),
-        ((policy, backwards, output, *last), 2, "on other records, or on these in another order"),
+        ((policy, train, output, *last, "--model.lora.r", 4), 2, "lora is {r: 4, alpha: 32.0, "),
+        ((other_model, train, output, *last), 2, "other does not hold the weights of /"),
+        ((policy, other_data, output, *last), 2, "was trained on 24 records, and now there are 30"),
+        ((policy, backwards, output, *last), 2, "differs: their prompts, completions or order; "),
         ((policy, train, output, "--ckpt_path", output), 1, "is a directory. Give one of its"),
-        ((policy, train, output, *last, "--data.batch_size", 8), 2, "batch_size was 4"),
-        ((policy, train, output, *last, "--seed_everything", 1), 2, "seed was 0"),
-        ((policy, train, output, *last, "--model.learning_rate", 1.0), 2, "learning_rate is 1.0"),
-        ((policy, train, output, *last, "--model.optimizer", "sgd"), 2, "optimizer is sgd"),
+        ((policy, train, output, *last, "--data.batch_size", 8), 2, "batch_size is 8 (was 4)"),
+        ((policy, train, output, *last, "--seed_everything", 1), 2, "seed_everything is 1 (was 0)"),
+        (
+            (policy, train, output, *last, "--model.optimizer", "sgd"),
+            2,
+            "optimizer is sgd (was adamw)",
+        ),
         ((policy, train, output, "--ckpt_path", train), 1, "is not a readable checkpoint"),
         ((policy, train, output, "--ckpt_path", "missing"), 1, "there is no such checkpoint"),
     ):

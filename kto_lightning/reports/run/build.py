@@ -47,9 +47,10 @@ def run_page(run: Run, findings: list[Finding]) -> Page:
     if charts:
         sections.append(Section(title="Curves", charts=charts, text=[_curves_text(run)]))
     sections += [*_held_out_sections(run), *_generation_sections(run), *_data_sections(run)]
-    if run.file.summary or run.file.warnings:
+    details = [*_changes(run), *run.file.warnings]
+    if run.file.summary or details:
         table = Table(header=[], rows=[list(row) for row in run.file.summary])
-        sections.append(Section(title="The run", table=table, details=list(run.file.warnings)))
+        sections.append(Section(title="The run", table=table, details=details))
     settings = list(_flat(run.settings))
     if settings:
         sections.append(
@@ -115,6 +116,12 @@ def _facts(run: Run) -> Iterator[Fact]:
         yield Fact(name="Tokens per second", value=f"{np.median(speed):,.0f}", hint="median")
     if len(memory):
         yield Fact(name="Memory", value=f"{memory.max():,.0f} MiB", hint="highest")
+
+
+def _changes(run: Run) -> Iterator[str]:
+    for change in run.file.changes:
+        key, before, after, step = map(change.get, ("key", "before", "after", "step"))
+        yield f"--{key} {before} -> {after} from step {step} on"
 
 
 def _hint(status: str | None, planned: int | None) -> str:

@@ -41,7 +41,7 @@ def write_run_file(output_dir: str | Path, content: RunFile) -> None:
     Raises:
         KTOError: if it cannot be written.
     """
-    text = json.dumps(asdict(content), indent=2) + "\n"
+    text = json.dumps(asdict(content), indent=2, default=str) + "\n"
     write_whole(Path(output_dir) / "run.json", text, what="the run's record")
 
 

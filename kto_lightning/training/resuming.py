@@ -1,0 +1,222 @@
+"""Resuming with other settings: which must stay the same, and which may change from now on."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning import Trainer
+
+from kto_lightning.batches.objective import Objective
+from kto_lightning.errors import ConfigError
+from kto_lightning.models.build import ModelSettings
+from kto_lightning.models.model_files import model_identity
+from kto_lightning.training.optimizers import Optimization
+
+FIXED = (
+    *("model.loss", "model.lora", "model.optimizer", "model.dtype", "model.quantization"),
+    *("data.batch_size", "data.shuffle", "data.pairing", "data.pairing_seed", "data.truncation"),
+    *("data.streaming", "seed_everything"),
+)
+"""Settings that must stay the same: another would contradict the optimizer's state, or let the
+steps before and after the checkpoint belong to two different runs."""
+_FORMER_MODEL = (
+    *("beta", "loss", "dtype", "quantization", "lora", "follow"),
+    *("optimizer", "learning_rate", "weight_decay", "warmup_ratio", "lr_schedule"),
+    "gradient_clip_norm",
+)
+_FORMER_DATA = ("batch_size", "max_length", "truncation", "pairing")
+_ADVICE = "Give the same, or start a new run from the exported model."
+
+
+_DATA = (*_FORMER_DATA, "shuffle", "pairing_seed", "streaming")
+_WEIGHTS = ("desirable_weight", "undesirable_weight")
+
+
+def run_settings(
+    models: ModelSettings,
+    objective: Objective,
+    optimization: Optimization,
+    *,
+    trainer: Trainer,
+    data: Mapping[str, Any],
+) -> dict[str, Any]:
+    """A run's settings by option, in plain values: those that decide its result, and how long it
+    is.
+
+    Args:
+        trainer: of the run. Its callbacks may have settings of their own, `resume_settings`.
+        data: facts about the records, from the data module.
+    """
+    settings: dict[str, Any] = {
+        "model.loss": objective.loss,
+        "model.beta": objective.beta,
+        **{f"model.{name}": data[name] for name in _WEIGHTS if name in data},
+        **{f"model.{name}": value for name, value in asdict(optimization).items()},
+        "model.lora": asdict(models.lora) if models.lora is not None else None,
+        "model.follow": asdict(models.follow) if models.follow is not None else None,
+        "model.dtype": models.dtype,
+        "model.quantization": models.quantization,
+        "model.dropout": models.dropout,
+        **{f"data.{name}": data[name] for name in _DATA if name in data},
+        "seed_everything": int(os.environ.get("PL_GLOBAL_SEED", "0")),
+        "trainer.max_steps": _limit(trainer.max_steps),
+        "trainer.max_epochs": _limit(trainer.max_epochs),
+        "trainer.limit_train_batches": trainer.limit_train_batches,
+        "trainer.precision": str(trainer.precision),
+    }
+    # `Any`: Lightning's callbacks, of which ours have the attribute.
+    callbacks: Any = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    for callback in callbacks:
+        settings |= getattr(callback, "resume_settings", {})
+    return settings
+
+
+def _limit(value: int | None) -> int | None:
+    return None if value is None or value < 0 else value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """A setting that changed when a run was resumed."""
+
+    key: str
+    before: Any
+    after: Any
+    step: int
+    """The checkpoint's; the new value holds for the steps after it."""
+
+    def __str__(self) -> str:
+        values = f"{_shown(self.before)} -> {_shown(self.after)}"
+        return f"--{self.key} {values} from step {self.step} on"
+
+
+def recorded_settings(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by option, as far as a checkpoint's `kto` has them; older ones have some."""
+    settings = origin.get("settings")
+    if isinstance(settings, Mapping):
+        return dict(settings)
+    found = {f"model.{name}": origin[name] for name in _FORMER_MODEL if name in origin}
+    data = origin.get("data")
+    if isinstance(data, Mapping):
+        found |= {f"data.{name}": data[name] for name in _FORMER_DATA if name in data}
+        found |= {f"model.{name}": data[name] for name in _WEIGHTS if name in data}
+    return found
+
+
+def compare_settings(then: Mapping[str, Any], now: Mapping[str, Any], *, step: int) -> list[Change]:
+    """The settings that changed; one that is not known on either side is not compared.
+
+    Args:
+        then: `recorded_settings` of the checkpoint.
+        now: the settings of this run, by option.
+        step: the checkpoint's.
+
+    Raises:
+        ConfigError: if one of `FIXED` is another, with all that are.
+    """
+    changes = [
+        Change(key=key, before=before, after=after, step=step)
+        for name in now
+        if name in then
+        for key, before, after in _differences(name, then[name], now[name])
+    ]
+    wrong = [change for change in changes if _is_fixed(change.key)]
+    if wrong:
+        raise ConfigError(f"{_described(wrong)}. {_ADVICE}")
+    return changes
+
+
+def _is_fixed(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in FIXED)
+
+
+def _described(wrong: list[Change]) -> str:
+    pairs = (f"--{one.key} is {_shown(one.after)} (was {_shown(one.before)})" for one in wrong)
+    return f"the run of --ckpt_path cannot be resumed with other settings: {', '.join(pairs)}"
+
+
+def _differences(name: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The setting if it differs, or the fields of it that do."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in after:
+            if key in before:
+                yield from _differences(f"{name}.{key}", before[key], after[key])
+    elif _comparable(before) != _comparable(after):
+        yield name, before, after
+
+
+def _comparable(value: Any) -> Any:
+    """Lists, of module names, regardless of their order."""
+    return sorted(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_shown(inner)}" for key, inner in value.items()) + "}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+class Resumption:
+    """The content of the models that a run started from, and the settings that changed since.
+
+    Attributes:
+        identities: hashes of the content of `policy` and `reference`, in a run that trains.
+        changes: of its settings, oldest first, as plain values.
+    """
+
+    def __init__(self) -> None:
+        self.identities: dict[str, str] = {}
+        self.changes: list[dict[str, Any]] = []
+        self.latest: list[Change] = []
+        """Of this resumption."""
+
+    def identify(self, models: ModelSettings, trainer: Trainer) -> None:
+        """Hash the models' files; to be called on all ranks, of which the first reads them.
+
+        Raises:
+            ModelError: if a file cannot be read.
+        """
+        names = {"policy": models.policy, "reference": models.reference or models.policy}
+        own = {}
+        if trainer.is_global_zero:
+            own = {key: model_identity(name) for key, name in names.items()}
+        self.identities = trainer.strategy.broadcast(own)
+
+    def compare(self, checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+        """Compare models and settings with a checkpoint's, and keep what changed.
+
+        Args:
+            checkpoint: as `fit` writes it.
+            now: the origin of the run that resumes from it.
+
+        Returns:
+            whether the references are known to be the same.
+
+        Raises:
+            ConfigError: if it cannot be resumed by this run.
+        """
+        then = checkpoint["kto"]
+        changes = compare_settings(
+            recorded_settings(then), now["settings"], step=checkpoint["global_step"]
+        )
+        identities = then.get("identities")
+        identities = identities if isinstance(identities, Mapping) else {}
+        for key in ("policy", "reference"):
+            if identities.get(key, self.identities.get(key)) != self.identities.get(key):
+                raise _other_model(key, then.get(key), now[key])
+        earlier = then.get("changes")
+        known = earlier if isinstance(earlier, list) else []
+        self.latest = changes
+        self.changes = [one for one in known if isinstance(one, dict)]
+        self.changes += [asdict(change) for change in changes]
+        return "reference" in identities and "reference" in self.identities
+
+
+def _other_model(key: str, before: Any, after: str) -> ConfigError:
+    was = "that it had" if before == after else f"of {before}"
+    return ConfigError(
+        f"--model.{key} {after} does not hold the weights {was} in the run of --ckpt_path. "
+        f"{_ADVICE}"
+    )
