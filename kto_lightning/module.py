@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from kto_lightning.batches.objective import LossName, Objective
@@ -24,6 +25,7 @@ from kto_lightning.models.reference import Reference, recorded_reference
 from kto_lightning.models.reference_cache import CachedReference
 from kto_lightning.models.weights import check_weights_fit
 from kto_lightning.strategies.protocol import TrainingStrategy, training_strategy
+from kto_lightning.training.averaging import drop_frozen_averages, restore_averages
 from kto_lightning.training.checkpoints import add_policy_state, check_epochs_left, policy_origin
 from kto_lightning.training.evaluation import ValidationSums, predict_batch, validate_batch
 from kto_lightning.training.guards import NonFiniteGuard, explain_out_of_memory
@@ -176,6 +178,11 @@ class KTOModule(LightningModule):
     def _data(self) -> Any:
         # Lightning sets this attribute without declaring it.
         return self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def _callbacks(self) -> list[Any]:
+        # Likewise.
+        return self.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
 
     def _check_data(self) -> None:
         if self._data is None:
@@ -338,6 +345,7 @@ class KTOModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the trained weights only: under LoRA the frozen base is loaded from its origin."""
         add_policy_state(checkpoint, self, self.reference, self.origin())
+        drop_frozen_averages(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse other models' weights, and settings with which the run cannot be resumed."""
@@ -347,6 +355,9 @@ class KTOModule(LightningModule):
             same_reference = self.resumption.compare(checkpoint, self.origin())
             check_epochs_left(checkpoint, self.trainer.max_epochs)
         check_weights_fit(checkpoint, self)
+        if trains:
+            averages = any(isinstance(one, WeightAveraging) for one in self._callbacks)
+            restore_averages(checkpoint, self, averages=averages)
         name = None if same_reference else self.model_settings.reference
         requested = None if name is None else resolve_name(name)
         restore_reference(checkpoint, self.reference, requested=requested, resuming=trains)

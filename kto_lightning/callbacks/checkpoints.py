@@ -12,8 +12,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from kto_lightning.callbacks.lightning_state import kto_data, validates_now
-from kto_lightning.errors import StoppedRun, check_count
+from kto_lightning.callbacks.lightning_state import ends_epoch, kto_data, validates_now
+from kto_lightning.errors import ConfigError, StoppedRun, check_count
 from kto_lightning.training.checkpoints import (
     checkpoints_of,
     list_checkpoints,
@@ -50,12 +50,19 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        if self._is_due(trainer) and not validates_now(trainer):
+        if self._is_due(trainer) and not validates_now(trainer) and not ends_epoch(trainer):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save a validated step only now: a run resumed from it would skip its validation."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_due(trainer):
+        fits = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if fits and self._is_due(trainer) and not ends_epoch(trainer):
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step of an epoch only now: what other callbacks do at an epoch's end, such
+        as EarlyStopping, a run resumed from it would skip."""
+        if self._is_due(trainer):
             self._save(trainer)
 
     def _is_due(self, trainer: Trainer) -> bool:

@@ -1,4 +1,5 @@
-"""Access to what Lightning leaves untyped or private: a run's module and data, a due validation."""
+"""Access to what Lightning leaves untyped or private: a run's module and data, a due validation,
+the end of an epoch."""
 
 from lightning import LightningModule, Trainer
 
@@ -25,3 +26,8 @@ def validates_now(trainer: Trainer) -> bool:
     loop = trainer.fit_loop.epoch_loop
     # Set up before the first step; its type says that it may be None.
     return loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # pyright: ignore[reportArgumentType]
+
+
+def ends_epoch(trainer: Trainer) -> bool:
+    """Whether the latest step is the last of its epoch."""
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch

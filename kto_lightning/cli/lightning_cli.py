@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from kto_lightning.callbacks.checkpoints import Checkpoints, StepSeed
 from kto_lightning.callbacks.generations import Generations
+from kto_lightning.callbacks.others import BeforeOthers, averaging_callback
 from kto_lightning.callbacks.preemption import Preemption
 from kto_lightning.callbacks.progress import ProgressBar, ProgressLines
 from kto_lightning.callbacks.reporting import (
@@ -42,7 +43,8 @@ from kto_lightning.models.policy import Policy
 from kto_lightning.module import KTOModule
 from kto_lightning.reports.run import write_run_report
 from kto_lightning.reports.run.run_file import mark_finished, stops_recorded
-from kto_lightning.strategies.checks import check_strategy
+from kto_lightning.strategies.checks import check_strategy, strategy_name
+from kto_lightning.strategies.fsdp2 import NAME as FSDP2_NAME
 from kto_lightning.strategies.launcher import terminate_ranks_together
 from kto_lightning.strategies.protocol import training_strategy
 from kto_lightning.training.checkpoint_files import AtomicCheckpointIO
@@ -158,11 +160,13 @@ class KTOCLI(LightningCLI):
         kwargs["logger"] = [metrics_file, *(logger for logger in loggers if _is_logger(logger))]
         progress = ProgressBar() if sys.stdout.isatty() else ProgressLines()
         callbacks = _as_list(trainer.callbacks)
-        check_callbacks(callbacks)
+        check_callbacks(callbacks, shards=strategy_name(trainer.strategy).startswith(FSDP2_NAME))
         if self.subcommand == "fit":
             validates = self._module_and_data()[1].validation is not None
             check_monitors(callbacks, validates=validates, known=MONITORABLE_METRICS)
+        configs = self.config[str(self.subcommand)].trainer.callbacks
         kwargs["callbacks"] = [
+            BeforeOthers([one.as_dict() for one in _as_list(configs)]),
             *callbacks,
             MetricsStart(),
             StepSeed(),
@@ -211,7 +215,9 @@ class KTOCLI(LightningCLI):
         assert data.prepared.tokenizer is not None
         output = Path(self.trainer.default_root_dir)
         save_policy(policy, data.prepared.tokenizer, output, origin=origin)
-        print(f"model     {output / 'model'}")
+        averaging = averaging_callback(self.trainer)
+        by = f" (weights averaged by {type(averaging).__name__})" if averaging is not None else ""
+        print(f"model     {output / 'model'}{by}")
         print(f"metrics   {output / 'metrics.csv'}")
         _write_report(output)
 

@@ -7,13 +7,17 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     ProgressBar,
+    StochasticWeightAveraging,
     Timer,
+    WeightAveraging,
 )
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -55,6 +59,11 @@ _REFUSED_CALLBACKS = {
     GradientAccumulationScheduler: f"has nothing to accumulate here. {_BATCHES}",
     LearningRateFinder: "needs Lightning's own optimization. Use --model.learning_rate.",
     ProgressBar: "would be a second progress display. Omit it.",
+    StochasticWeightAveraging: "replaces the learning-rate schedule, and no checkpoint holds its "
+    "average. Use WeightAveraging or EMAWeightAveraging.",
+    ModelPruning: "gives weights other names, under which no checkpoint can be resumed. Prune the "
+    "exported model.",
+    BaseFinetuning: "freezes weights, which then are in no checkpoint. Use --model.lora.",
     Timer: "cannot be written to config.yaml. Use --trainer.max_time.",
 }
 
@@ -93,8 +102,11 @@ def check_environment(command: str, parser: LightningArgumentParser) -> None:
             raise ConfigError(f"the environment variable {name} sets no option of {command}.{hint}")
 
 
-def check_callbacks(callbacks: list[Any]) -> None:
+def check_callbacks(callbacks: list[Any], *, shards: bool = False) -> None:
     """Check for Lightning's callbacks that cannot work here, before the model is loaded.
+
+    Args:
+        shards: whether the strategy shards the weights.
 
     Raises:
         ConfigError: with what to use instead.
@@ -103,6 +115,21 @@ def check_callbacks(callbacks: list[Any]) -> None:
         for kind, reason in _REFUSED_CALLBACKS.items():
             if isinstance(callback, kind):
                 raise ConfigError(f"--trainer.callbacks {type(callback).__name__} {reason}")
+        if isinstance(callback, WeightAveraging):
+            _check_averaging(callback, shards=shards)
+
+
+def _check_averaging(callback: WeightAveraging, *, shards: bool) -> None:
+    name = f"--trainer.callbacks {type(callback).__name__}"
+    if shards:
+        raise ConfigError(
+            f"{name} averages whole models, and this strategy shards them. Use ddp, or omit it."
+        )
+    if any(callback.should_update(epoch_idx=epoch) for epoch in (0, 1, 10**6)):
+        raise ConfigError(
+            f"{name} averages at the end of epochs, which a checkpoint saved there does not tell. "
+            "Average after steps: update_starting_at_step, update_every_n_steps."
+        )
 
 
 def check_monitors(callbacks: Iterable[Any], *, validates: bool, known: Collection[str]) -> None:

@@ -45,8 +45,8 @@ class KTODataModule(LightningDataModule):
         pairing_seed: draws the partners of distinct_prompts; apart from the run's seed, so that
             another seed keeps the reference's log-probs.
         tokenizer: a directory or hub id; null: the policy's.
-        chat_template: instead of the tokenizer's: a file with a Jinja chat template, the name of one
-            of its other templates, or another tokenizer (a directory or hub id).
+        chat_template: instead of the tokenizer's: a file with a Jinja chat template, the name of
+            one of its other templates, or another tokenizer (a directory or hub id).
         num_workers: loader processes per device.
         preprocessing_workers: processes that tokenize; null: as many as there are cores, up to 8.
         streaming: read `train` again in every epoch instead of keeping it on disk. Needs explicit

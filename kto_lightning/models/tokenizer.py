@@ -28,8 +28,8 @@ def load_tokenizer(
 
     Args:
         name: a directory or a hub id.
-        chat_template: what replaces the tokenizer's chat template: a file with a Jinja template, the
-            name of one of those that the tokenizer has, or the directory or hub id of another
+        chat_template: what replaces the tokenizer's chat template: a file with a Jinja template,
+            the name of one of those that the tokenizer has, or the directory or hub id of another
             tokenizer, whose template it is.
         trust_remote_code: run code that comes with the tokenizer.
 
@@ -75,10 +75,9 @@ def _find_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     try:
         template = load_tokenizer(str(path)).chat_template
     except ModelError as error:
-        names = f"one of the tokenizer's templates ({', '.join(sorted(named))}) " if named else ""
+        names = f", one of the tokenizer's templates ({', '.join(sorted(named))})" if named else ""
         raise ModelError(
-            f"--data.chat_template {name} is neither a file, {names}nor a tokenizer: "
-            f"{error}"
+            f"--data.chat_template {name} is neither a file{names} nor a tokenizer: {error}"
         ) from error
     if not template:
         raise ModelError(f"--data.chat_template {name}: that tokenizer has no chat template.")

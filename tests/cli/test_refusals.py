@@ -649,6 +649,26 @@ def test_a_callback_that_monitors_an_unavailable_metric(
         ),
         ("LearningRateFinder", (), "Use --model.learning_rate."),
         ("RichProgressBar", (), "would be a second progress display."),
+        (
+            "StochasticWeightAveraging",
+            ("--trainer.callbacks.swa_lrs", "0.1"),
+            "Use WeightAveraging or EMAWeightAveraging.",
+        ),
+        (
+            "ModelPruning",
+            ("--trainer.callbacks.pruning_fn", "l1_unstructured"),
+            "Prune the exported model.",
+        ),
+        (
+            "EMAWeightAveraging",
+            ("--trainer.callbacks.update_starting_at_epoch", "1"),
+            "averages at the end of epochs",
+        ),
+        (
+            "EMAWeightAveraging",
+            ("--trainer.strategy", "fsdp2"),
+            "averages whole models, and this strategy shards them.",
+        ),
         ("Timer", (), "cannot be written to config.yaml. Use --trainer.max_time."),
     ],
 )
