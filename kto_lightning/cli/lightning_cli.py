@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from kto_lightning.callbacks.checkpoints import Checkpoints, StepSeed
 from kto_lightning.callbacks.generations import Generations
+from kto_lightning.callbacks.lightning_state import explain_restoring
 from kto_lightning.callbacks.others import BeforeOthers, averaging_callback
 from kto_lightning.callbacks.preemption import Preemption
 from kto_lightning.callbacks.progress import ProgressBar, ProgressLines
@@ -191,6 +192,8 @@ class KTOCLI(LightningCLI):
                 stack.enter_context(run_lock(output_dir))
                 stack.enter_context(stops_recorded(output_dir))
             self._checkpoint = self._find_checkpoint()
+            if self._checkpoint is not None:
+                explain_restoring(self.trainer, self._checkpoint)
             stack.enter_context(terminate_ranks_together(self.trainer))
             stack.enter_context(explain_lost_rank())
             super()._run_subcommand(subcommand)
@@ -224,7 +227,8 @@ class KTOCLI(LightningCLI):
     def _find_checkpoint(self) -> Path | None:
         """The checkpoint that `--ckpt_path` names; None: the run starts from the beginning."""
         config, trains = self.config[str(self.subcommand)], self.subcommand == "fit"
-        path, output_dir = config.ckpt_path, config.output_dir
+        output_dir = config.output_dir
+        path = None if config.ckpt_path is None else os.path.expanduser(config.ckpt_path)
         checkpoint = None if path is None else find_checkpoint(path, output_dir, trains=trains)
         if path is not None and checkpoint is None and not trains:
             raise KTOError(

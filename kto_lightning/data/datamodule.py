@@ -212,7 +212,13 @@ class KTODataModule(LightningDataModule):
         if data.train_set is not None:
             self._check_records(data.train_set)
         if "sampler" in self._state:
-            self._sampler.load_state(self._state["sampler"])
+            try:
+                self._sampler.load_state(self._state["sampler"])
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                raise ConfigError(
+                    "the checkpoint does not tell its run's place in the data, or tells a wrong "
+                    "one. Give another checkpoint that `fit` wrote."
+                ) from error
         return self._loader(batches, self._sampler)
 
     def val_dataloader(self) -> DataLoader[StepBatch] | list[Any]:

@@ -119,7 +119,7 @@ def compare_settings(then: Mapping[str, Any], now: Mapping[str, Any], *, step: i
     changes = [
         Change(key=key, before=before, after=after, step=step)
         for name in now
-        if name in then
+        if name in then and _is_plain(then[name])
         for key, before, after in _differences(name, then[name], now[name])
     ]
     wrong = [change for change in changes if _is_fixed(change.key)]
@@ -145,6 +145,15 @@ def _differences(name: str, before: Any, after: Any) -> Iterator[tuple[str, Any,
                 yield from _differences(f"{name}.{key}", before[key], after[key])
     elif _comparable(before) != _comparable(after):
         yield name, before, after
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is one that `run_settings` can have written."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float)
 
 
 def _comparable(value: Any) -> Any:

@@ -10,7 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.cli import LAST, fit, numbers, rows, small_model, weights
+from tests.support.cli import (
+    LAST,
+    fit,
+    fit_arguments,
+    numbers,
+    rows,
+    run_cli,
+    small_model,
+    weights,
+)
 from tests.support.comparison import assert_runs_equal
 from tests.support.factories import plain_records, save_adapter, write_jsonl
 
@@ -254,3 +263,50 @@ def test_a_reference_may_follow_otherwise_or_no_longer(
         capsys.readouterr().out
     )
     assert len(rows(output)) == 5
+
+
+def odd(*keys: str) -> Callable[[dict[str, Any]], None]:
+    """An edit of a checkpoint that puts a list in place of the value at these keys."""
+
+    def edit(checkpoint: dict[str, Any]) -> None:
+        *path, last = keys
+        for key in path:
+            checkpoint = checkpoint[key]
+        checkpoint[last] = ["odd"]
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("kto", "settings", "model.beta"),
+        ("kto", "settings"),
+        ("kto", "identities"),
+        ("kto", "changes"),
+        ("kto", "data"),
+        ("KTODataModule",),
+        ("KTODataModule", "sampler"),
+        ("KTODataModule", "records"),
+        ("loops", "fit_loop", "epoch_progress"),
+        ("loops", "fit_loop", "epoch_loop.batch_progress"),
+        ("callbacks",),
+        ("callbacks", "Preemption"),
+        ("optimizer_states",),
+        ("lr_schedulers",),
+    ],
+)
+def test_a_checkpoint_with_odd_values_resumes_or_is_refused(
+    keys: tuple[str, ...],
+    policy: Path,
+    train: Path,
+    begun,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    output = begun(tmp_path)
+    edit_checkpoint(output, odd(*keys))
+    status = run_cli("fit", *fit_arguments(policy, train, output, *LAST))
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert status == 0 or (status in (1, 2) and "error: " in error)
