@@ -13,7 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from kto_lightning.callbacks.lightning_state import ends_epoch, kto_data, validates_now
-from kto_lightning.errors import ConfigError, StoppedRun, check_count
+from kto_lightning.errors import StoppedRun, check_count
 from kto_lightning.training.checkpoints import (
     checkpoints_of,
     list_checkpoints,
