@@ -48,7 +48,8 @@ class StepLoader(DataLoader[StepBatch]):
             try:
                 self._check_workers()
                 with _calling_when_child_ends(self._check_workers):
-                    batches = batches or self._start_workers()
+                    if batches is None:  # its truth would be a length, which a stream has not
+                        batches = self._start_workers()
                     batch = next(batches)
             except StopIteration:
                 return
