@@ -67,6 +67,8 @@ class StreamCounts:
     """Parts of records that their tokens lack, such as `reasoning of completion`."""
     other_ends: int = 0
     """Completions that do not end with a token at which the model stops."""
+    guessed_prompts: int = 0
+    """Pairs whose prompt was cut from their answers without a sign of where it ends."""
 
     def __str__(self) -> str:
         return (
@@ -96,6 +98,8 @@ class ExampleStream:
     """Kept, so that the label column is searched for numbers once, not in every epoch."""
     counts: StreamCounts = field(default_factory=StreamCounts, init=False)
     _num_shown: int = field(default=0, init=False)
+    _whole_checksum: int | None = field(default=None, init=False)
+    """CRC-32 of all usable records in the latest epoch that was read to its end."""
     _reported: set[str] = field(default_factory=set, init=False)
     """Lost parts, each of which is reported once."""
 
@@ -147,6 +151,23 @@ class ExampleStream:
             )
             self.counts.records += 1
             checksum = crc32(f"{record.desirable} {record.weight} {text}".encode(), checksum)
+            if record.prompt_guessed and record.desirable:
+                self._count_guess(record)
+        if self._whole_checksum not in (None, checksum):
+            self.warn(
+                "the records of --data.train have changed since the last epoch. To resume within "
+                "an epoch, the files must be as they were in it."
+            )
+        self._whole_checksum = checksum
+
+    def _count_guess(self, record: Record) -> None:
+        self.counts.guessed_prompts += 1
+        if "prompt" not in self._reported:
+            self._reported.add("prompt")
+            self.warn(
+                f"{record.file}:{record.line}: a pair without a prompt of its own: what both "
+                "answers begin with was taken, up to a whole word. Further ones are only counted."
+            )
 
     def _count_bad(self, message: str) -> None:
         self.counts.bad += 1

@@ -338,3 +338,27 @@ def test_a_template_that_takes_too_long_ends_a_stream(
     )
     with pytest.raises(DataError, match=r"a\.jsonl:1: the chat template of .* takes longer than"):
         list(stream.examples(StreamPosition()))
+
+
+def test_a_stream_that_changes_between_epochs_says_so(tmp_path: Path):
+    path = write_jsonl(tmp_path / "a.jsonl", plain_records(6))
+    said: list[str] = []
+    stream = stream_of(path, warn=said.append)
+    for _ in range(2):
+        list(stream.examples(StreamPosition()))
+    assert not said
+    write_jsonl(path, plain_records(7))
+    list(stream.examples(StreamPosition()))
+    assert len(said) == 1
+    assert "the records of --data.train have changed since the last epoch" in said[0]
+
+
+def test_a_stream_counts_prompts_that_were_guessed(tmp_path: Path):
+    pairs = [{"chosen": "river cat sat", "rejected": "river dog ran"}] * 3
+    said: list[str] = []
+    stream = stream_of(write_jsonl(tmp_path / "a.jsonl", pairs), warn=said.append)
+    for _ in range(2):
+        list(stream.examples(StreamPosition()))
+    assert stream.counts.guessed_prompts == 3
+    assert len(said) == 1
+    assert "a.jsonl:1: a pair without a prompt of its own" in said[0]
