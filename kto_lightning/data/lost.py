@@ -50,11 +50,14 @@ def losses_of(parts: list[LostPart], end: OtherEnd | None) -> Iterator[Loss]:
     """What is to be said, a sentence each."""
     template = [part for part in parts if not part.name.startswith("some ")]
     if template:
+        # Many templates show a model its earlier answers without their reasoning.
+        intended = any(part.name == "reasoning of prompt" for part in template)
         yield Loss(
             what=f"the chat template drops {', and '.join(map(_shown, template))}",
             meaning="the model is trained without them",
             action="give a template that writes them with `--data.chat_template FILE_OR_NAME`, or "
-            "train on records without them",
+            "train on records without them"
+            + (" (of reasoning in a prompt this may be intended)" if intended else ""),
         )
     if len(template) < len(parts):
         (part,) = (part for part in parts if part not in template)
@@ -69,8 +72,9 @@ def losses_of(parts: list[LostPart], end: OtherEnd | None) -> Iterator[Loss]:
             what=f"{end.count:,} {completions} with {end.token!r}, at which the model does not "
             f"stop, first at {end.first}",
             meaning=f"it stops at {_join(map(repr, end.end_tokens)) or 'no token at all'}",
-            action="add the token to `eos_token_id` in the model's generation_config.json, or use "
-            "a tokenizer and a template that end with one of the model's",
+            action="end completions with such a token by `--data.chat_template FILE_OR_NAME`, or, "
+            "if the token only ends turns, add it to `eos_token_id` in the model's "
+            "generation_config.json",
         )
 
 

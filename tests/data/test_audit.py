@@ -172,6 +172,9 @@ def test_sentences_count_and_name_the_first() -> None:
     )
     assert ends.startswith(
         "1 completion ends with '<|im_end|>', at which the model does not stop, first at "
-        "x.jsonl:9: it stops at '</s>' and '<eos>'. Add"
+        "x.jsonl:9: it stops at '</s>' and '<eos>'. End"
     )
     assert list(losses_of([], None)) == []
+    (earlier,) = losses_of([LostPart(name="reasoning of prompt", count=1, first="x:1")], None)
+    assert "may be intended" in earlier.action
+    assert "may be intended" not in template
