@@ -143,7 +143,7 @@ class KTOCLI(LightningCLI):
             cause = first_cause(error)
             message = " ".join(str(cause).split())
             if isinstance(cause, ImportError):  # a package of the class that an option names
-                message = f"--trainer.logger, --trainer.callbacks or --trainer.strategy: {message}"
+                message = f"--trainer.logger or --trainer.callbacks: {message}"
             raise ConfigError(message) from error
 
     def _set_seed(self) -> None:

@@ -13,8 +13,9 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from yaml import YAMLError
 
-from kto_lightning.cli.settings_file import RefusedYAML, check_yaml, load_yaml, read_settings
+from kto_lightning.cli.settings_file import load_yaml, read_settings
 from kto_lightning.errors import ConfigError
+from kto_lightning.strict_yaml import RefusedYAML, check_yaml
 
 PROG = "python -m kto_lightning"
 SHORT_OPTIONS = {"--generate": "--report.generate"}

@@ -56,7 +56,8 @@ def check_trainer_values(trainer: Any) -> None:
     _check_name("profiler", trainer.get("profiler"), _PROFILERS, listed=_PROFILERS)
     _check_accelerator(trainer.accelerator)
     _check_devices(trainer.devices, on_cpu=_runs_on_cpu(trainer.accelerator))
-    strategies = ["auto", *StrategyRegistry.available_strategies()]
+    registered = StrategyRegistry.available_strategies()
+    strategies = ["auto", *(name for name in registered if "xla" not in name and "tpu" not in name)]
     _check_name("strategy", trainer.strategy, strategies, listed=_LISTED)
 
 

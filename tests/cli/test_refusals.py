@@ -322,7 +322,7 @@ ODD_VALUES = {
     ("trainer.strategy", "foo"): "--trainer.strategy must be one of auto, ddp, fsdp2",
     ("trainer.strategy", "null"): "--trainer.strategy must be one of auto, ddp, fsdp2",
     ("trainer.strategy", "os.system"): "--trainer.strategy must be one of auto, ddp, fsdp2",
-    ("trainer.strategy", "xla"): "--trainer.strategy: Requirement 'torch_xla",
+    ("trainer.strategy", "xla"): "--trainer.strategy must be one of auto, ddp, fsdp2",
     ("trainer.devices", "x"): "--trainer.devices must be auto or a number of processes",
     ("trainer.devices", "-2"): "--trainer.devices must be auto or a number of processes",
     ("trainer.devices", "1.5"): "--trainer.devices must be auto or a number of processes",

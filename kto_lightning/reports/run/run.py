@@ -13,6 +13,8 @@ from jaxtyping import Float, Int64
 from kto_lightning.errors import KTOError
 from kto_lightning.reports.run.run_file import RunFile, current_status, read_run_file
 
+_MOST_DIGITS = 15
+"""Of a step: an int64 has room for them."""
 LABELS = ("desirable", "undesirable")
 
 
@@ -101,21 +103,13 @@ def read_metrics(
         Steps, columns by name, and the first non-finite step of columns that have one, as in `Run`.
 
     Raises:
-        KTOError: if it cannot be read or has no column `step`.
+        KTOError: if it cannot be read, has no column `step`, or holds what is no number.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise KTOError(f"{path} cannot be read: {error.strerror}. Check the file.") from error
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    reader = csv.reader(lines)
-    header = next(reader, [])
-    if "step" not in header:
-        raise KTOError(f"{path} has no column 'step'. Give the --output_dir of a run of `fit`.")
-    at = header.index("step")
-    by_step = {
-        int(row[at]): row for row in reader if len(row) == len(header) and row[at].isdecimal()
-    }
+    header, by_step = _rows(path, text[: text.rfind("\n") + 1])
     steps = np.array(sorted(by_step), dtype=np.int64)
     columns: dict[str, np.ndarray] = {}
     non_finite: dict[str, int] = {}
@@ -123,7 +117,7 @@ def read_metrics(
         if name == "step":
             continue
         cells = [by_step[step][place] for step in steps.tolist()]
-        values = np.array([_number(cell) for cell in cells], dtype=np.float64)
+        values = np.array([float(cell or "nan") for cell in cells], dtype=np.float64)
         wrong = [
             step
             for step, cell, value in zip(steps.tolist(), cells, values, strict=True)
@@ -135,21 +129,61 @@ def read_metrics(
     return steps, columns, non_finite
 
 
-def _number(cell: str) -> float:
+def _rows(path: Path, text: str) -> tuple[list[str], dict[int, list[str]]]:
+    """The header, and the rows by step; the last row of a step counts.
+
+    Raises:
+        KTOError: with the line, if a cell is not what `fit` writes there.
+    """
+    reader = csv.reader(text.split("\n")[:-1], strict=True)
+    by_step: dict[int, list[str]] = {}
+    header: list[str] = []
     try:
-        return float(cell) if cell else math.nan
-    except ValueError:
-        return math.nan
+        header = next(reader, [])
+        if "step" not in header:
+            raise KTOError(f"{path} has no column 'step'. Give the --output_dir of a run of `fit`.")
+        if len(set(header)) < len(header):
+            raise _odd_line(path, 1, "a column is there twice")
+        for row in reader:
+            step = _check_row(path, reader.line_num, dict(zip(header, row, strict=False)))
+            if len(row) != len(header):
+                raise _odd_line(path, reader.line_num, f"{len(row)} cells, not {len(header)}")
+            by_step[step] = row
+    except csv.Error as error:
+        raise _odd_line(path, reader.line_num, str(error)) from error
+    return header, by_step
+
+
+def _check_row(path: Path, line: int, cells: dict[str, str]) -> int:
+    """The step of a row, all of whose cells are numbers or empty."""
+    for name, cell in cells.items():
+        try:
+            float(cell or "nan")
+        except ValueError as error:
+            problem = f"the column '{name[:60]}' must be a number, got {cell[:60]!r}"
+            raise _odd_line(path, line, problem) from error
+    step = cells.get("step", "")
+    if not (step.isascii() and step.isdigit() and len(step) <= _MOST_DIGITS):
+        raise _odd_line(path, line, f"'step' must be a number of steps, got {step[:60]!r}")
+    return int(step)
+
+
+def _odd_line(path: Path, line: int, problem: str) -> KTOError:
+    return KTOError(f"{path}:{line}: {problem}. Remove the line.")
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
     import yaml
 
+    from kto_lightning.strict_yaml import check_yaml
+
     try:
         # The C reader is fast, but not in every build of PyYAML.
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-    except (OSError, ValueError, yaml.YAMLError):
+        text = path.read_text(encoding="utf-8")
+        check_yaml(text)
+        found = yaml.load(text, Loader=loader)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -157,6 +191,6 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -217,3 +217,41 @@ def test_run_file_round_trip(tmp_path: Path) -> None:
     write_run_file(tmp_path, content)
     assert read_run_file(tmp_path) == content
     assert read_run_file(tmp_path / "nowhere") == RunFile()
+
+
+@pytest.mark.parametrize(
+    ("rows", "part"),
+    [
+        ("1,0.5\n2,abc\n", ":3: the column 'train/loss' must be a number, got 'abc'. Remove"),
+        ("1,0.5\nx,0.5\n", ":3: the column 'step' must be a number, got 'x'"),
+        ("1.5,0.5\n", ":2: 'step' must be a number of steps, got '1.5'"),
+        (f"{'9' * 30},0.5\n", ":2: 'step' must be a number of steps"),
+        ("1,0.5,0.6\n", ":2: 3 cells, not 2"),
+        ("1\n", ":2: 1 cells, not 2"),
+        ("1,\0\n", ":2: "),
+        ('1,"0.5\n', ":2: unexpected end of data"),
+        (f"1,{'9' * 200_000}\n", ":2: field larger than field limit"),
+    ],
+)
+def test_an_odd_cell_is_named_with_its_line(rows: str, part: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text(f"step,train/loss\n{rows}", encoding="utf-8")
+    with pytest.raises(KTOError) as error:
+        read_run(tmp_path)
+    assert f"{path}{part}" in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_numbers_without_a_value_are_read(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,a\n1,nan\n2,1e400\n3,\n4,1", encoding="utf-8")
+    run = read_run(tmp_path)
+    assert run.steps.tolist() == [1, 2, 3]
+    assert run.non_finite == {"a": 1}
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.yaml", "data_report.json"])
+def test_a_file_that_is_nested_too_deeply_is_left_out(name: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,a\n1,1\n", encoding="utf-8")
+    (tmp_path / name).write_text("[" * 100_000, encoding="utf-8")
+    run = read_run(tmp_path)
+    assert (run.settings, run.data) == ({}, None)
