@@ -228,7 +228,7 @@ class KTOCLI(LightningCLI):
         """The checkpoint that `--ckpt_path` names; None: the run starts from the beginning."""
         config, trains = self.config[str(self.subcommand)], self.subcommand == "fit"
         output_dir = config.output_dir
-        path = None if config.ckpt_path is None else os.path.expanduser(config.ckpt_path)
+        path = config.ckpt_path
         checkpoint = None if path is None else find_checkpoint(path, output_dir, trains=trains)
         if path is not None and checkpoint is None and not trains:
             raise KTOError(

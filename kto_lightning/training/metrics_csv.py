@@ -175,4 +175,5 @@ def _read_rows(path: Path, after_step: int) -> Iterator[dict[str, str]]:
 def _is_kept(row: dict[str, str], after_step: int) -> bool:
     """Whether a row is complete, as the last of a killed run may not be, and of no later step."""
     step = row.get("step") or ""
-    return step.isdigit() and int(step) <= after_step and None not in row.values()
+    is_number = step.isascii() and step.isdigit() and len(step) < 16
+    return is_number and int(step) <= after_step and None not in row.values()
