@@ -114,6 +114,8 @@ def test_a_stream_of_ratings_trains_on_none(tmp_path: Path) -> None:
             buffer_size=8,
             batch_size=4,
             warn=lambda _: None,
+            end_ids=set(),
+            check_id=lambda *_: None,
         )
 
 
