@@ -41,6 +41,8 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 )
 """Arguments of `apply_chat_template` that tokenization sets itself."""
 MAX_NESTING = 100
+MAX_CHARACTERS = 4_000_000
+"""Of a record. Tokenizers take some 300 bytes for each; no model reads a million tokens."""
 FLOAT32 = np.finfo(np.float32)
 
 
@@ -249,7 +251,8 @@ def _match_kinds(prompt: Text, completion: Text) -> tuple[Text, Text]:
 
 
 def _check_serializable(record: Record) -> None:
-    """Raise RecordError for what cannot be written as JSON in UTF-8, as the data set stores it."""
+    """Raise RecordError for what cannot be written as JSON in UTF-8, as the data set stores it, or
+    is too long or too deep."""
     try:
         content = record_to_json(record)
         content.encode()
@@ -262,6 +265,11 @@ def _check_serializable(record: Record) -> None:
         raise RecordError(
             f"a value cannot be written as JSON ({error}). Fix or remove it."
         ) from error
+    if len(content) > MAX_CHARACTERS:
+        raise RecordError(
+            f"the record has {len(content):,} characters, and at most {MAX_CHARACTERS:,} are read. "
+            "Shorten or drop it."
+        )
     # The number of brackets is an upper bound on the depth: few records need the exact walk.
     brackets = content.count("[") + content.count("{")
     values = [record.prompt, record.completion, record.tools, record.chat_template_kwargs]

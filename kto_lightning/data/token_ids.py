@@ -24,6 +24,9 @@ _TOKENIZATION_KWARGS = frozenset(
 )
 """Arguments of `apply_chat_template` that take effect after rendering."""
 
+_CHARACTERS_PER_CALL = 2_000_000
+"""A tokenizer's own results take some 300 bytes for each until its call is over."""
+
 RecordJson = dict[str, Any]  # Any: values of the JSON in the column `record`
 _Result = TypeVar("_Result")
 
@@ -48,8 +51,8 @@ def token_ids_of_records(
 ) -> Iterator[TokenizedRecord]:
     """Tokenize records, given as JSON.
 
-    All texts are tokenized in two calls, duplicates once: one call per text takes twice as long. If
-    a text makes the batched call fail, each record is tokenized on its own.
+    Many texts are tokenized in one call, duplicates once: one call per text takes twice as long. If
+    a text makes such a call fail, each record is tokenized on its own.
 
     Raises:
         TemplateLimitError: if the chat template takes too long or too much memory.
@@ -132,12 +135,29 @@ def _tokenize_texts(
     for pair in texts:
         unique[pair.special] |= {pair.prompt: None, pair.whole: None}
     return {
-        special: dict(
-            zip(found, _ids(tokenizer(list(found), add_special_tokens=special)), strict=True)
-        )
+        special: {
+            text: ids
+            for texts in _split(found)
+            for text, ids in zip(
+                texts, _ids(tokenizer(texts, add_special_tokens=special)), strict=True
+            )
+        }
         for special, found in unique.items()
-        if found
     }
+
+
+def _split(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of texts with at most `_CHARACTERS_PER_CALL` characters together, or of one text."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > _CHARACTERS_PER_CALL:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
 
 
 def token_ids(

@@ -7,7 +7,7 @@ import pytest
 from trl.data_utils import extract_prompt
 
 from kto_lightning.data.dataset import read_records
-from kto_lightning.data.records import Record
+from kto_lightning.data.records import MAX_CHARACTERS, Record
 from tests.data.rows import BAD, CALL, GOOD, PLAIN, USER, jsonl, message_of, read_one
 
 
@@ -309,3 +309,10 @@ def test_messages_of_bad_records(tmp_path: Path, row: object, message: str) -> N
 @pytest.mark.parametrize("weight", [0, True, "heavy", 1e-50, 1e39, 10**400, [1], "nan"])
 def test_bad_weights(tmp_path: Path, weight: object) -> None:
     assert message_of(tmp_path, PLAIN | {"weight": weight}).startswith("'weight' must be")
+
+
+def test_a_record_too_long_to_tokenize_is_refused(tmp_path: Path) -> None:
+    row = {"prompt": "a" * (MAX_CHARACTERS + 1), "completion": "b", "label": True}
+    message = message_of(tmp_path, row)
+    assert "characters, and at most 4,000,000 are read" in message
+    assert len(message) < 200

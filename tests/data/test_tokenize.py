@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
+from kto_lightning.data import token_ids as token_ids_module
 from kto_lightning.data import tokenize
 from kto_lightning.data.examples import ExampleSet
 from kto_lightning.data.token_ids import TokenizedRecord, token_ids, token_ids_of_records
@@ -398,3 +399,24 @@ def test_real_tool_calls_have_trls_tokens(shared_data: Path, tmp_path: Path) -> 
     assert any("tool_calls" in row["completion"][0] for row in rows)
     assert ours(examples) == trls(rows, tokenizer, tmp_path)
     assert examples.lost_parts() == []
+
+
+def test_many_long_texts_take_many_calls_and_give_the_same_ids(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = make_tokenizer()
+    records = as_dataset(plain_records(40))["record"]
+    whole = [(item.prompt_ids, item.text_ids) for item in token_ids_of_records(records, tokenizer)]
+    sizes: list[int] = []
+    call = type(tokenizer).__call__
+
+    def counted_call(self: Any, texts: Any, **options: Any) -> Any:
+        sizes.append(sum(map(len, texts)))
+        return call(self, texts, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counted_call)
+    monkeypatch.setattr(token_ids_module, "_CHARACTERS_PER_CALL", 1000)
+    split = [(item.prompt_ids, item.text_ids) for item in token_ids_of_records(records, tokenizer)]
+    assert split == whole
+    assert len(sizes) > 4
+    assert max(sizes) <= 1000
