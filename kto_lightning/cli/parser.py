@@ -23,6 +23,7 @@ _GIVEN = ("Given value:", "Got value:")
 _QUOTE = "'"
 _REFUSED_KEY = re.compile(r"Option '([^']*)' is not accepted")
 _LONG_WORD = re.compile(r"(\S{300})\S+")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _class_problems: list[str] = []
 """What parsers of classes have refused, for the parser of the option that names the class."""
 _TYPES = {
@@ -115,6 +116,11 @@ class Parser(LightningArgumentParser):
                 self._exit(self._describe_unknown(key))
             if "\\x00" in repr(value):
                 self._exit(f"--{key} holds a NUL character, which no path or text may.")
+        for action in self._actions:
+            expected = _expected(getattr(action, "_typehint", Any))
+            has_default = action.default is not None and hasattr(action, "_typehint")
+            if has_default and "null" not in expected and settings.get(action.dest, 0) is None:
+                self._exit(f"--{action.dest} must be {' or '.join(expected)}, got null.")
         required = [action.dest for action in self._actions if action.required]
         missing = [f"--{key}" for key in required if settings.get(key) is None]
         if missing:
@@ -226,8 +232,10 @@ class Parser(LightningArgumentParser):
 
 
 def shorten(message: str) -> str:
-    """A message whose longest words are cut, such as a value of a megabyte."""
-    return _LONG_WORD.sub(r"\1…", message)
+    """A message whose longest words are cut, such as a value of a megabyte, and whose control
+    characters are escape sequences to read."""
+    cut = _LONG_WORD.sub(r"\1…", message)
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), cut)
 
 
 def _read_as(value: str) -> str | None:

@@ -209,6 +209,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(
             "--model.beta must be a number, got x.",
         ),
         ("model:\n  dtype: x\n", "--model.dtype must be float32, bfloat16 or null, got x."),
+        ("data:\n  batch_size: null\n", "--data.batch_size must be a whole number, got null."),
         ("model: [\n", "is not valid YAML: while parsing a flow"),
         ("just text\n", "Unexpected config: just text\n"),
         ("", "Unexpected config:\n"),

@@ -65,13 +65,13 @@ def arguments(settings: dict[str, Any]) -> list[str]:
     return ["fit", *required, *(f"--{key}={value}" for key, value in settings.items())]
 
 
-@fuzz(60)
+@fuzz(15)
 @given(options=st.dictionaries(KEYS, ODD_WORDS | st.text(max_size=20), min_size=1, max_size=3))
 def test_odd_options_end_in_a_message(options: dict[str, str]) -> None:
     run_within_bounds(*arguments(options), names=(*options, "no/such"))
 
 
-@fuzz(30)
+@fuzz(8)
 @given(key=KEYS, value=ODD_VALUES | st.just(deep(60)), other=KEYS)
 def test_odd_values_in_a_settings_file_end_in_a_message(key: str, value: Any, other: str) -> None:
     content: dict[str, Any] = json.loads(json.dumps(NOWHERE))
@@ -84,7 +84,7 @@ def test_odd_values_in_a_settings_file_end_in_a_message(key: str, value: Any, ot
     run_within_bounds("fit", "--config", "settings.yaml", names=("settings.yaml", key, "no/such"))
 
 
-@fuzz(40)
+@fuzz(6)
 @given(data=st.data())
 def test_damaged_settings_files_end_in_a_message(data: st.DataObject) -> None:
     content = yaml.safe_dump(NOWHERE | {"seed_everything": 1, "trainer": {"max_steps": 1}})
@@ -92,7 +92,7 @@ def test_damaged_settings_files_end_in_a_message(data: st.DataObject) -> None:
     run_within_bounds("fit", "--config", "settings.yaml")
 
 
-@fuzz(20)
+@fuzz(6)
 @given(key=KEYS, value=ODD_WORDS)
 def test_odd_environment_variables_end_in_a_message(key: str, value: str) -> None:
     name = f"KTO_FIT__{key.upper().replace('.', '__')}"
