@@ -117,14 +117,25 @@ class Parser(LightningArgumentParser):
             if "\\x00" in repr(value):
                 self._exit(f"--{key} holds a NUL character, which no path or text may.")
         for action in self._actions:
-            expected = _expected(getattr(action, "_typehint", Any))
-            has_default = action.default is not None and hasattr(action, "_typehint")
-            if has_default and "null" not in expected and settings.get(action.dest, 0) is None:
-                self._exit(f"--{action.dest} must be {' or '.join(expected)}, got null.")
+            self._check_null(action, settings)
         required = [action.dest for action in self._actions if action.required]
         missing = [f"--{key}" for key in required if settings.get(key) is None]
         if missing:
             self._exit(f"the following arguments are required: {', '.join(missing)}")
+
+    def _check_null(self, action: Any, settings: Namespace) -> None:
+        """Check for null where an option, or a setting of a class of ours, does not take it."""
+        hint = getattr(action, "_typehint", None)
+        if hint is None:
+            return
+        value, expected = settings.get(action.dest, 0), _expected(hint)
+        if value is None and action.default is not None and "null" not in expected:
+            self._exit(f"--{action.dest} must be {' or '.join(expected)}, got null.")
+        value = value.get("init_args", value) if isinstance(value, Namespace) else value
+        for kind in filter(is_dataclass, get_args(hint)):
+            for setting in fields(kind):
+                if isinstance(value, Namespace) and value.get(setting.name, 0) is None:
+                    self._exit(f"--{action.dest}.{setting.name} must not be null.")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         unknown = [] if ex else [key for key, _ in self._options() if not self._accepts(key)]

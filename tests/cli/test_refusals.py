@@ -311,6 +311,7 @@ WRONG_VALUES = {
 
 ODD_VALUES = {
     ("model.lora", "true"): "--model.lora must be LoRA (r, alpha, target_modules, dropout) or null",
+    ("model.lora.alpha", "null"): "--model.lora.alpha must not be null.",
     ("model.lora.target_modules", "[1]"): "--model.lora.target_modules must be a text or a list",
     ("model.follow.n", "2"): "--model.follow has no setting 'n'. It has every_n_steps, alpha.",
     ("model.lora.r.x", "5"): "--model.lora.r must be a whole number, got its setting 'x' alone.",
