@@ -405,7 +405,7 @@ def test_many_long_texts_take_many_calls_and_give_the_same_ids(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tokenizer = make_tokenizer()
-    records = as_dataset(plain_records(40))["record"]
+    records = list(as_dataset(plain_records(40))["record"])
     whole = [(item.prompt_ids, item.text_ids) for item in token_ids_of_records(records, tokenizer)]
     sizes: list[int] = []
     call = type(tokenizer).__call__
