@@ -5,6 +5,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from kto_lightning.cli.streams import lost_output, protect_streams
+from kto_lightning.errors import printable
 
 TRAINER = "kto_lightning.cli.trainer"
 COMMANDS = {
@@ -66,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if command not in COMMANDS and not command.startswith("-"):
         sys.stderr.write(
-            f"error: there is no command '{command}'. There are: {', '.join(COMMANDS)}.\n"
+            f"error: there is no command '{printable(command)}'. "
+            f"There are: {', '.join(COMMANDS)}.\n"
             "help: python -m kto_lightning --help\n"
         )
         return 2

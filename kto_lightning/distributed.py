@@ -13,7 +13,7 @@ from lightning import Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from kto_lightning.errors import KTOError
+from kto_lightning.errors import KTOError, printable
 
 T = TypeVar("T")
 _NO_LIMIT = timedelta(days=1000)
@@ -91,7 +91,7 @@ def warn(trainer: Trainer, message: str) -> None:
     if trainer.is_global_zero:
         bar = trainer.progress_bar_callback
         say = print if bar is None else bar.print
-        say(f"warning: {message}", file=sys.stderr)
+        say(f"warning: {printable(message)}", file=sys.stderr)
 
 
 def is_first_rank() -> bool:

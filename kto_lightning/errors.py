@@ -8,8 +8,37 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
+from unicodedata import category
 
 T = TypeVar("T")
+_INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode's categories of controls, format characters, surrogates and line separators."""
+_JOINERS = "\u200c\u200d"
+"""Format characters that words of some scripts, and emoji, are written with."""
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    r"""Text from outside (data, templates, names of files, exceptions) as a terminal may show it.
+
+    Escape sequences could otherwise clear the screen or fake a line, and bidirectional controls
+    reorder one. Such characters are shown as in Python: `\x1b`, `\n`, `\u202e`.
+
+    Args:
+        keep: characters to leave as they are, such as the line breaks of a text of several lines.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if category(character) in _INVISIBLE and character not in keep + _JOINERS
+        else character
+        for character in text
+    )
+
+
+def error_message(error: BaseException) -> str:
+    """An error as a terminal may show it, on one line; a `DataError` may list several records."""
+    return printable(str(error), keep="\n" if isinstance(error, DataError) else "")
 
 
 class KTOError(Exception):

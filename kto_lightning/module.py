@@ -81,6 +81,8 @@ class KTOModule(LightningModule):
             only; null: it stays frozen.
         offload_reference: keep a second model in host memory except while it scores.
         trust_remote_code: allow code that comes with a model to run.
+        adapter_base: the base model of adapter directories that are the policy or reference; null:
+            the one that adapter_config.json names.
 
     Raises:
         ConfigError: if a setting is outside what it may be, or two contradict each other.
@@ -111,6 +113,7 @@ class KTOModule(LightningModule):
         follow: Follow | None = None,
         offload_reference: bool = False,
         trust_remote_code: bool = False,
+        adapter_base: str | None = None,
     ) -> None:
         settings = dict(locals())
         super().__init__()

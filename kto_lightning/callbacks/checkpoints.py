@@ -13,7 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from kto_lightning.callbacks.lightning_state import ends_epoch, kto_data, validates_now
-from kto_lightning.errors import StoppedRun, check_count
+from kto_lightning.errors import StoppedRun, check_count, printable
 from kto_lightning.training.checkpoints import (
     checkpoints_of,
     list_checkpoints,
@@ -45,7 +45,8 @@ class Checkpoints(Checkpoint):
         for step, path in list_checkpoints(trainer.default_root_dir):
             if step > trainer.global_step:
                 os.replace(path, _unused_name(path.with_suffix(".ckpt.old")))
-                print(f"warning: {path} is of a later step; renamed to .ckpt.old", file=sys.stderr)
+                where = printable(str(path))
+                print(f"warning: {where} is of a later step; renamed to .ckpt.old", file=sys.stderr)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any

@@ -12,6 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kto_lightning.batches.class_weights import effective_ratio
 from kto_lightning.callbacks.lightning_state import kto_data, kto_module
@@ -20,6 +21,7 @@ from kto_lightning.data.prepared import PreparedData
 from kto_lightning.data.rewards import check_writable, rewards_paths
 from kto_lightning.data.streaming.stream import ExampleStream
 from kto_lightning.distributed import warn
+from kto_lightning.errors import printable
 from kto_lightning.files import write_whole
 from kto_lightning.models.following import FollowingReference
 from kto_lightning.module import KTOModule
@@ -140,11 +142,11 @@ def _print_summary(rows: list[Row], warnings: list[str]) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     with strip_trailing_spaces(console):
         console.print(table)
     for warning in warnings:
-        console.print(f"warning: {warning}", style="yellow")
+        console.print(Text(f"warning: {printable(warning)}", style="yellow"))
 
 
 def _data_rows(module_data: KTODataModule) -> list[Row]:

@@ -9,8 +9,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from kto_lightning.cli.arguments import PrintableParser
 from kto_lightning.cli.paths import expanded_path
-from kto_lightning.errors import ConfigError, KTOError
+from kto_lightning.errors import ConfigError, KTOError, error_message, printable
 
 
 def main(argv: list[str]) -> int:
@@ -25,15 +26,15 @@ def main(argv: list[str]) -> int:
     except SystemExit as end:  # argparse has printed its help or its usage error
         return int(end.code or 0)
     try:
-        _export(arguments.checkpoint, arguments.directory, merge=arguments.merge)
+        _export(arguments)
     except KTOError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_message(error)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except OSError as error:  # a directory that cannot be created, a file without permission
         where = f"{error.filename}: " if error.filename else ""
         print(
-            f"error: {where}{error.strerror or error}. Check the path, its permissions and free "
-            "disk space.",
+            printable(f"error: {where}{error.strerror or error}. ")
+            + "Check the path, its permissions and free disk space.",
             file=sys.stderr,
         )
         return 1
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = PrintableParser(
         prog="python -m kto_lightning export",
         description="Write the trained weights of a checkpoint as a Hugging Face directory: the "
         "model, or after training with LoRA the adapter.",
@@ -59,6 +60,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--merge", action="store_true", help="write the whole model with its adapter merged"
     )
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="allow code that comes with the policy to run, whatever the checkpoint says",
+    )
+    parser.add_argument(
+        "--adapter_base",
+        metavar="DIR",
+        help="the base model, where the policy was an adapter whose base has moved",
+    )
     arguments = parser.parse_args(argv)
     directory = arguments.directory
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
@@ -66,47 +77,62 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _export(checkpoint_path: Path, directory: Path, *, merge: bool) -> None:
+def _export(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from kto_lightning.models.build import load_policy_from_checkpoint
     from kto_lightning.models.export import has_adapter, merge_adapter, save_weights
 
+    checkpoint_path, directory = arguments.checkpoint, arguments.directory
     checkpoint = _load_checkpoint(checkpoint_path)
     origin = checkpoint["kto"]
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    policy = load_policy_from_checkpoint(checkpoint)
-    if merge:
+    policy = load_policy_from_checkpoint(
+        checkpoint,
+        trust_remote_code=arguments.trust_remote_code,
+        adapter_base=arguments.adapter_base,
+    )
+    if arguments.merge:
         if not has_adapter(policy):
             raise ConfigError(
                 f"--merge: {checkpoint_path} holds a full model without an adapter. Omit --merge."
             )
         merge_adapter(policy)
-    save_weights(policy, _load_tokenizer(origin), directory, origin=origin)
+    tokenizer = _load_tokenizer(origin, arguments)
+    save_weights(policy, tokenizer, directory, origin=origin)
     kind = "adapter" if has_adapter(policy) else "model"
-    print(f"{kind:9} {directory}")
+    print(f"{kind:9} {printable(str(directory))}")
 
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:
+    from kto_lightning.models.origin import check_origin
     from kto_lightning.training.checkpoint_files import AtomicCheckpointIO
 
     if not path.exists():
         raise KTOError(f"there is no checkpoint {path}. Check the path.")
     if path.is_dir():
         raise KTOError(f"{path} is a directory. Give a checkpoint file that `fit` wrote.")
-    return AtomicCheckpointIO().load_checkpoint(path, map_location=_to_cpu)
+    if not path.is_file():  # a pipe would be waited for
+        raise KTOError(f"{path} is not a readable checkpoint. Give another that `fit` wrote.")
+    checkpoint = AtomicCheckpointIO().load_checkpoint(path, map_location=_to_cpu)
+    check_origin(checkpoint, str(path))
+    return checkpoint
 
 
 def _to_cpu(storage: Any, _: str) -> Any:
     return storage
 
 
-def _load_tokenizer(origin: dict[str, Any]) -> Any:
+def _load_tokenizer(origin: dict[str, Any], arguments: argparse.Namespace) -> Any:
     from kto_lightning.models.tokenizer import load_tokenizer
 
     name = origin["data"]["tokenizer"] or origin["policy"]
-    tokenizer = load_tokenizer(name, trust_remote_code=origin["trust_remote_code"])
+    tokenizer = load_tokenizer(
+        name,
+        trust_remote_code=arguments.trust_remote_code,
+        given_base=arguments.adapter_base or origin.get("adapter_base"),
+    )
     if origin["data"]["chat_template"]:
         tokenizer.chat_template = origin["data"]["chat_template"]
     return tokenizer

@@ -8,8 +8,9 @@ import os
 import re
 import sys
 
+from kto_lightning.cli.arguments import PrintableParser
 from kto_lightning.cli.paths import expanded_path
-from kto_lightning.errors import KTOError
+from kto_lightning.errors import KTOError, error_message, printable
 
 DEFAULT_MAX_LENGTH = 1024
 FIT_KEYS = re.compile(r"--data\.(tokenizer|chat_template|max_length)\b")
@@ -30,14 +31,14 @@ def main(argv: list[str]) -> int:
     try:
         _inspect(arguments)
     except KTOError as error:
-        message = FIT_KEYS.sub(r"--\1", str(error))
+        message = FIT_KEYS.sub(r"--\1", error_message(error))
         print(f"error: {message}", file=sys.stderr)
         return 1
     return 0
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = PrintableParser(
         prog="python -m kto_lightning inspect",
         description="Report on feedback data: labels and their order, class weights, lengths, "
         "duplicates, and advice. Several files are shown side by side.",
@@ -123,7 +124,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     else:
         show_reports(Console(highlight=False), reports)
         if arguments.html is not None:
-            print(f"\npage      {arguments.html}")
+            print(f"\npage      {printable(str(arguments.html))}")
     unusable = [
         file for file, report in zip(arguments.files, reports, strict=True) if not report.examples
     ]

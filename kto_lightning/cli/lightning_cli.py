@@ -37,7 +37,7 @@ from kto_lightning.cli.refusals import (
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.data.rewards import write_rewards
 from kto_lightning.distributed import explain_lost_rank, gathered, wait_for_each_other
-from kto_lightning.errors import ConfigError, KTOError
+from kto_lightning.errors import ConfigError, KTOError, error_message, printable
 from kto_lightning.models.build import load_policy_from_checkpoint
 from kto_lightning.models.export import save_policy
 from kto_lightning.models.policy import Policy
@@ -210,18 +210,24 @@ class KTOCLI(LightningCLI):
                 policy = module.policy
                 if gathered_state is not None:
                     checkpoint = {"state_dict": gathered_state, "kto": origin}
-                    policy = load_policy_from_checkpoint(checkpoint)
+                    policy = load_policy_from_checkpoint(
+                        checkpoint, trust_remote_code=module.model_settings.trust_remote_code
+                    )
                 assert policy is not None
-                self._export(policy, data, origin)
+                self._export(policy, origin)
 
-    def _export(self, policy: Policy, data: KTODataModule, origin: dict[str, Any]) -> None:
+    def _export(self, policy: Policy, origin: dict[str, Any]) -> None:
+        module, data = self._module_and_data()
         assert data.prepared.tokenizer is not None
         output = Path(self.trainer.default_root_dir)
-        save_policy(policy, data.prepared.tokenizer, output, origin=origin)
+        trusted = module.model_settings.trust_remote_code
+        save_policy(
+            policy, data.prepared.tokenizer, output, origin=origin, trust_remote_code=trusted
+        )
         averaging = averaging_callback(self.trainer)
         by = f" (weights averaged by {type(averaging).__name__})" if averaging is not None else ""
-        print(f"model     {output / 'model'}{by}")
-        print(f"metrics   {output / 'metrics.csv'}")
+        print(f"model     {printable(str(output / 'model'))}{by}")
+        print(f"metrics   {printable(str(output / 'metrics.csv'))}")
         _write_report(output)
 
     def _find_checkpoint(self) -> Path | None:
@@ -250,7 +256,7 @@ class KTOCLI(LightningCLI):
     def after_validate(self) -> None:
         module, data = self._module_and_data()
         for warning in data.prepared.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+            print(f"warning: {printable(warning)}", file=sys.stderr)
         metrics = module.published.latest
         if not any(metrics.get(f"val/reward/{side}") for side in ("desirable", "undesirable")):
             _warn_of_identical_reference(module)
@@ -262,7 +268,7 @@ class KTOCLI(LightningCLI):
         module, data = self._module_and_data()
         assert data.prepared.predict_set is not None
         for warning in data.prepared.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+            print(f"warning: {printable(warning)}", file=sys.stderr)
         batches = self.trainer.predict_loop.predictions
         predictions = gathered([prediction for batch in batches for prediction in batch])
         if not self.trainer.is_global_zero:
@@ -270,7 +276,7 @@ class KTOCLI(LightningCLI):
         if not any(prediction.reward for prediction in predictions):
             _warn_of_identical_reference(module)
         for path in write_rewards(data.prepared.predict_set, predictions, self._rewards_dir):
-            print(f"rewards   {path}")
+            print(f"rewards   {printable(str(path))}")
 
     def _module_and_data(self) -> tuple[KTOModule, KTODataModule]:
         assert isinstance(self.model, KTOModule)
@@ -284,15 +290,16 @@ def _write_report(output: Path) -> None:
         mark_finished(output)
         path, verdict = write_run_report(output)
     except KTOError as error:
-        print(f"warning: the report was not written: {error}", file=sys.stderr)
+        print(f"warning: the report was not written: {error_message(error)}", file=sys.stderr)
         return
-    print(f"report    {path}")
-    print(textwrap.fill(verdict, width=79))
+    print(f"report    {printable(str(path))}")
+    print(textwrap.fill(printable(verdict), width=79))
 
 
 def _warn_of_identical_reference(module: KTOModule) -> None:
     print(
-        f"warning: every reward is 0: the policy {module.model_settings.policy} and its reference "
+        f"warning: every reward is 0: the policy {printable(module.model_settings.policy)} and its "
+        "reference "
         "are the same model. Give the model that it was trained from as --model.reference, or "
         "trained weights as --ckpt_path.",
         file=sys.stderr,

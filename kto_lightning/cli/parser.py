@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from yaml import YAMLError
 
 from kto_lightning.cli.settings_file import load_yaml, read_settings
-from kto_lightning.errors import ConfigError
+from kto_lightning.errors import ConfigError, printable
 from kto_lightning.strict_yaml import RefusedYAML, check_yaml
 
 PROG = "python -m kto_lightning"
@@ -164,7 +164,8 @@ class Parser(LightningArgumentParser):
 
     def _exit(self, message: str, ex: Exception | None = None) -> NoReturn:
         prog = self.prog.replace(" [options]", "")
-        print(f"error: {shorten(' '.join(message.split()))}\nhelp: {prog} --help", file=sys.stderr)
+        shown = printable(shorten(" ".join(message.split())))
+        print(f"error: {shown}\nhelp: {prog} --help", file=sys.stderr)
         raise SystemExit(2) from ex
 
     def _options(self) -> list[tuple[str, str]]:

@@ -7,8 +7,9 @@ import argparse
 import sys
 import textwrap
 
+from kto_lightning.cli.arguments import PrintableParser
 from kto_lightning.cli.paths import expanded_path
-from kto_lightning.errors import KTOError
+from kto_lightning.errors import KTOError, error_message, printable
 
 
 def main(argv: list[str]) -> int:
@@ -26,15 +27,15 @@ def main(argv: list[str]) -> int:
 
         path, verdict = write_run_report(arguments.output_dir, arguments.html)
     except KTOError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_message(error)}", file=sys.stderr)
         return 1
-    print(textwrap.fill(verdict, width=79))
-    print(f"report    {path}")
+    print(textwrap.fill(printable(verdict), width=79))
+    print(f"report    {printable(str(path))}")
     return 0
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = PrintableParser(
         prog="python -m kto_lightning report",
         description="The report of a run, finished or not, as one HTML page: a verdict in plain "
         "words, its curves, held-out numbers and data.",

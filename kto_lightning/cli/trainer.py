@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from kto_lightning.callbacks.preemption import Preempted
 from kto_lightning.cli.lightning_cli import KTOCLI
 from kto_lightning.cli.parser import expand_short_options, shorten
-from kto_lightning.errors import ConfigError, KTOError, StoppedRun
+from kto_lightning.errors import ConfigError, KTOError, StoppedRun, error_message, printable
 
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
@@ -57,21 +57,22 @@ def main(argv: list[str] | None = None) -> int:
     try:
         KTOCLI(expand_short_options(sys.argv[1:] if argv is None else argv))
     except (ConfigError, MisconfigurationException) as error:
-        _print_error(str(error))
+        _print_error(error_message(error))
         return 2
     except StoppedRun as stopped:
         if getattr(rank_zero_only, "rank", 0) == 0:  # the message is the same on all ranks
             is_error = not isinstance(stopped, Preempted)
-            print(f"error: {stopped}" if is_error else stopped, file=sys.stderr)
+            shown = error_message(stopped)
+            print(f"error: {shown}" if is_error else shown, file=sys.stderr)
         return stopped.status
     except KTOError as error:
-        _print_error(str(error))
+        _print_error(error_message(error))
         return 1
     except OSError as error:  # a full disk, a directory without permission
         where = f"{error.filename}: " if error.filename else ""
         _print_error(
-            f"{where}{error.strerror or error}. Check the path, its permissions and free disk "
-            "space."
+            printable(f"{where}{error.strerror or error}. ")
+            + "Check the path, its permissions and free disk space."
         )
         return 1
     except KeyboardInterrupt:

@@ -176,10 +176,14 @@ class KTODataModule(LightningDataModule):
     def _begin(self) -> PreparedData:
         module = self._module
         settings = module.model_settings
-        trust = settings.trust_remote_code
+        trust, base = settings.trust_remote_code, settings.adapter_base
         models = [name for name in (settings.policy, settings.reference) if name is not None]
-        num_embeddings = {name: vocabulary_size(name, trust_remote_code=trust) for name in models}
-        tokenizer = self.reading.load_tokenizer(settings.policy, trust_remote_code=trust)
+        num_embeddings = {
+            name: vocabulary_size(name, trust_remote_code=trust, given_base=base) for name in models
+        }
+        tokenizer = self.reading.load_tokenizer(
+            settings.policy, trust_remote_code=trust, adapter_base=base
+        )
         return PreparedData(
             reading=self.reading,
             batching=self.batching,

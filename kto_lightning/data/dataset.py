@@ -176,16 +176,20 @@ class Reading:
             or_null=True,
         )
 
-    def load_tokenizer(self, policy: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    def load_tokenizer(
+        self, policy: str, *, trust_remote_code: bool, adapter_base: str | None = None
+    ) -> PreTrainedTokenizerBase:
         """Load the tokenizer for a policy.
 
         Raises:
             ModelError: if there is no tokenizer.
         """
+        name = self.tokenizer or policy
         return load_tokenizer(
-            self.tokenizer or policy,
+            name,
             chat_template=self.chat_template,
             trust_remote_code=trust_remote_code,
+            given_base=adapter_base if name == policy else None,
         )
 
     def examples(

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from kto_lightning.cli.streams import protect_streams
-from kto_lightning.errors import KTOError
+from kto_lightning.errors import KTOError, error_message
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run_demo(arguments.output_dir, arguments.seed)
     except KTOError as error:
-        print(error, file=sys.stderr)
+        print(error_message(error), file=sys.stderr)
         return 1
 
 

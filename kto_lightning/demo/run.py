@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,9 +30,10 @@ from kto_lightning.demo.show import (
     show_rewards,
     show_samples,
     show_shares,
+    shown,
 )
 from kto_lightning.demo.task import Answer, Problem, draw_feedback, draw_problems
-from kto_lightning.errors import KTOError
+from kto_lightning.errors import KTOError, printable
 
 NUM_HELD_OUT = 500
 NUM_GOOD, NUM_BAD = 746, 254
@@ -112,7 +114,9 @@ def make_model(demo: DemoRun) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         model, tokenizer = pretrain(demo.rng, demo.held_out, demo.device, report)
         model.save_pretrained(demo.folder.start)
         tokenizer.save_pretrained(demo.folder.start)
-        demo.console.print(f"   {model.num_parameters():,} parameters in {demo.folder.start}")
+        demo.console.print(
+            f"   {model.num_parameters():,} parameters in {shown(demo.folder.start)}"
+        )
     return model, tokenizer
 
 
@@ -131,10 +135,10 @@ def gather_feedback(
         demo.folder.feedback.write_text("\n".join(lines) + "\n")
         demo.console.print(
             f"   {NUM_GOOD} good and {NUM_BAD} bad of {len(answers)} answers are in "
-            f"{demo.folder.feedback}:"
+            f"{shown(demo.folder.feedback)}:"
         )
         for line in lines[:3]:
-            demo.console.print(line, markup=False)
+            demo.console.print(Text(printable(line)))
     with demo.step("before", f"   Its answers to {NUM_HELD_OUT} held-out problems"):
         before = demo.answers(model, tokenizer)
         demo.console.print(f"   good: {share_good(before)}")
@@ -203,7 +207,7 @@ def compare_answers(demo: DemoRun, before: list[Answer]) -> list[Answer]:
         demo.console.print("\nRewards on the training batches, in nats, each on its own scale:")
         show_rewards(demo.console, curves)
         if write_png(curves, demo.folder.rewards_png):
-            demo.console.print(f"The rewards as a plot: {demo.folder.rewards_png}")
+            demo.console.print(f"The rewards as a plot: {shown(demo.folder.rewards_png)}")
     return after
 
 
@@ -222,7 +226,7 @@ def conclude(demo: DemoRun, argv: list[str], before: Share, after: Share) -> int
     }
     demo.folder.result.write_text(json.dumps(result, indent=2) + "\n")
     kept = rise >= EXPECTED_POINTS
-    demo.console.print(f"\nThe aligned model is in {demo.folder.fit / 'model'}.")
+    demo.console.print(f"\nThe aligned model is in {shown(demo.folder.fit / 'model')}.")
     if not kept:
         demo.console.print(f"A rise of at least {EXPECTED_POINTS:.0f} points is expected.")
     demo.console.print(

@@ -1,6 +1,7 @@
 """Output of the demo, 80 columns wide, on a terminal and in a pipe."""
 
 import shlex
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,6 +11,7 @@ from rich.text import Text
 from kto_lightning.demo.curve import Curve, sparkline
 from kto_lightning.demo.evaluate import Share
 from kto_lightning.demo.task import Answer
+from kto_lightning.errors import printable
 
 WIDTH = 80
 BAR_CELLS = 24
@@ -30,7 +32,12 @@ def command_line(argv: list[str]) -> str:
 
 def show_command(console: Console, argv: list[str]) -> None:
     """Print `argv` as a command to copy, not wrapped and without markup."""
-    console.print(Text(command_line(argv), style="bold"), soft_wrap=True)
+    console.print(Text(printable(command_line(argv), keep="\n"), style="bold"), soft_wrap=True)
+
+
+def shown(path: Path) -> str:
+    """A path as rich markup."""
+    return escape(printable(str(path)))
 
 
 def show_shares(console: Console, before: Share, after: Share) -> None:
@@ -65,9 +72,8 @@ def show_samples(console: Console, before: list[Answer], after: list[Answer]) ->
 def mark_answer(answer: Answer) -> str:
     """An answer with its mark, as rich markup; control characters are escaped."""
     text = answer.completion.strip()
-    shown = text if text.isprintable() else repr(text)[1:-1]
     mark = "[green]✓[/green]" if answer.is_good else "[red]✗[/red]"
-    return f"{mark} {escape(shown or '(nothing)')}"
+    return f"{mark} {escape(printable(text) or '(nothing)')}"
 
 
 def show_rewards(console: Console, curves: dict[str, Curve]) -> None:

@@ -56,6 +56,8 @@ class ModelSettings:
     offload_reference: bool
     """Keep a second model in host memory except while it scores."""
     trust_remote_code: bool
+    adapter_base: str | None = None
+    """The base of adapter directories; None: the one that their `adapter_config.json` names."""
     shard: Callable[[Policy], None] | None = None
     """The strategy's: shards a policy over all ranks, in place; None: nothing is sharded."""
     rounds_weights: bool = False
@@ -66,6 +68,13 @@ class ModelSettings:
         if self.dtype is not None:
             check_one_of("dtype", self.dtype, DTYPES)
         frozen_base = self.lora is not None or is_adapter(self.policy)
+        if self.adapter_base is not None and not any(
+            name is not None and is_adapter(name) for name in (self.policy, self.reference)
+        ):
+            raise ConfigError(
+                "--model.adapter_base is for adapter directories, and neither --model.policy nor "
+                "--model.reference is one. Remove it."
+            )
         if self.dtype == "bfloat16" and not frozen_base:
             raise ConfigError(
                 "--model.dtype bfloat16 is for a frozen base: updates of a small learning rate are "
@@ -141,6 +150,7 @@ def build_models(
         dtype=DTYPES[_dtype_name(settings)],
         quantization=settings.quantization,
         trust_remote_code=settings.trust_remote_code,
+        given_base=settings.adapter_base,
     )
     loaded = load(settings.policy, lora=settings.lora, dropout=settings.dropout)
     policy, padding_reason = make_policy(loaded.model)
@@ -179,18 +189,28 @@ def _make_reference(
     return FollowingReference(reference, settings.follow, policy)
 
 
-def load_policy_from_checkpoint(checkpoint: dict[str, Any]) -> Policy:
+def load_policy_from_checkpoint(
+    checkpoint: dict[str, Any], *, trust_remote_code: bool, adapter_base: str | None = None
+) -> Policy:
     """Build the policy as before training and load a checkpoint's weights into it.
 
     Args:
         checkpoint: its `state_dict`, and its `kto` as `policy_origin` makes it.
+        trust_remote_code: run code that comes with the model. What the checkpoint says of this
+            does not count: a file must not decide what code runs.
+        adapter_base: of a policy that was an adapter; None: the base it was trained on.
+
+    Raises:
+        ConfigError: if the checkpoint does not hold the weights of its policy.
+        ModelError: if that policy cannot be loaded.
     """
     origin = checkpoint["kto"]
     loaded = load_model(
         origin["policy"],
         dtype=DTYPES[origin["dtype"] or "float32"],
         lora=LoRA(**origin["lora"]) if origin["lora"] else None,
-        trust_remote_code=origin["trust_remote_code"],
+        trust_remote_code=trust_remote_code,
+        given_base=adapter_base or origin.get("adapter_base"),
     )
     policy = Policy(loaded.model, packed=False)
     whole = nn.ModuleDict({"policy": policy})  # the names in a checkpoint begin with it
@@ -202,7 +222,7 @@ def load_policy_from_checkpoint(checkpoint: dict[str, Any]) -> Policy:
 def _cache(settings: ModelSettings, precision: str) -> ReferenceCache:
     """The cache of this reference, addressed by what decides its log-probs."""
     assert settings.reference_cache is not None
-    directories = weight_directories(settings.reference or settings.policy)
+    directories = weight_directories(settings.reference or settings.policy, settings.adapter_base)
     numerics: tuple[str, ...] = (_dtype_name(settings), precision)
     if settings.quantization is not None:
         numerics += (settings.quantization,)

@@ -1,6 +1,7 @@
 """Export of a trained policy to directories that `from_pretrained` loads."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kto_lightning.files import whole_directory
 from kto_lightning.models.loading import load_causal_lm
 from kto_lightning.models.model_card import model_card
-from kto_lightning.models.model_files import resolve_name
+from kto_lightning.models.model_files import is_file, resolve_name
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.quantization import is_quantized
 from kto_lightning.models.reference import ORIGIN_FILE
+
+_PROCESSOR_FILES = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("audio_preprocessor_config.json", "feature_extractor_config.json"),
+    *("chat_template.json", "audio_tokenizer_config.json"),
+)
 
 
 def save_policy(
@@ -24,6 +31,7 @@ def save_policy(
     directory: str | Path,
     *,
     origin: dict[str, Any],
+    trust_remote_code: bool = False,
 ) -> None:
     """Write `directory/model`; under LoRA it is the merged model, beside `directory/adapter`.
 
@@ -32,6 +40,7 @@ def save_policy(
 
     Args:
         origin: `KTOModule.origin`, written beside the weights.
+        trust_remote_code: run code that comes with the original base.
 
     Raises:
         KTOError: if the disk is full or the directory cannot be written.
@@ -40,16 +49,16 @@ def save_policy(
     if has_adapter(policy):
         save_weights(policy, tokenizer, directory / "adapter", origin=origin)
         if is_quantized(policy.causal_lm):
-            policy = _on_original_base(policy, directory / "adapter", origin)
+            policy = _on_original_base(policy, directory / "adapter", trust_remote_code)
         merge_adapter(policy)
     save_weights(policy, tokenizer, directory / "model", origin=origin)
 
 
-def _on_original_base(policy: Policy, adapter: Path, origin: dict[str, Any]) -> Policy:
+def _on_original_base(policy: Policy, adapter: Path, trust_remote_code: bool) -> Policy:
     """The saved adapter on its base model without quantization."""
     model: Any = policy.model  # `nn.Module` to pyright, as below; peft adds what is used here
     name = model.peft_config["default"].base_model_name_or_path
-    base = load_causal_lm(name, trust_remote_code=origin["trust_remote_code"])
+    base = load_causal_lm(name, trust_remote_code=trust_remote_code)
     return Policy(PeftModel.from_pretrained(base, adapter), packed=False)
 
 
@@ -80,8 +89,18 @@ def save_weights(
         else:
             model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        if not has_adapter(policy):
+            _copy_processor(policy.causal_lm, part)
         _write(part / ORIGIN_FILE, json.dumps(origin, indent=2) + "\n")
         _write(part / "README.md", model_card(origin, is_adapter=has_adapter(policy)))
+
+
+def _copy_processor(model: PreTrainedModel, target: Path) -> None:
+    """Copy the files of the base's image, audio and video processors, which no tokenizer saves."""
+    source = Path(model.config._name_or_path)
+    for name in _PROCESSOR_FILES:
+        if is_file(str(source / name)) and not (target / name).exists():
+            shutil.copyfile(source / name, target / name)
 
 
 def merge_adapter(policy: Policy) -> None:

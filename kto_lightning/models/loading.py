@@ -5,27 +5,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kto_lightning.errors import ConfigError, ModelError, check_count, check_number
+from kto_lightning.models.adapters import check_adapter
+from kto_lightning.models.config_checks import check_size, load_config
+from kto_lightning.models.loading_errors import explain_loading, first_line
 from kto_lightning.models.model_files import (
     adapter_base,
     check_model_files,
-    first_line,
+    explain_missing_base,
     is_adapter,
-    pickled_weights_error,
-    reason_of_failure,
 )
 from kto_lightning.models.quantization import Quantization, loading_options
 
@@ -62,6 +58,8 @@ class LoadedModel:
     adapter: Literal["new", "given"] | None = None
     """None: all weights are trained. `new`: a new adapter, with the base as its reference. `given`:
     an adapter directory, with its frozen copy `REFERENCE_ADAPTER` as its reference."""
+    base: str | None = None
+    """The name of the base of a given adapter."""
 
 
 def load_model(
@@ -72,6 +70,7 @@ def load_model(
     dropout: bool = False,
     quantization: Quantization | None = None,
     trust_remote_code: bool = False,
+    given_base: str | None = None,
 ) -> LoadedModel:
     """Load the policy: a model, an adapter directory with its base, or a model with a new adapter.
 
@@ -83,6 +82,7 @@ def load_model(
             them is noise in the rewards.
         quantization: of the base's weights; `dtype` then applies to the other weights only.
         trust_remote_code: run code that comes with the model.
+        given_base: see `adapter_base`; models that are no adapters do without.
 
     Raises:
         ModelError: if there is no such model, its files are damaged or pickled, or an adapter does
@@ -104,17 +104,14 @@ def load_model(
             f"--model.lora adds an adapter, but --model.policy {name} is an adapter already. "
             "Remove --model.lora to train that adapter, or merge it into its base first."
         )
-    base = adapter_base(name)
-    if PeftConfig.from_pretrained(name).is_prompt_learning:
-        raise ModelError(
-            f"{name} is a prompt-learning adapter (virtual tokens), which cannot be trained "
-            "here. Give one that changes weights, such as LoRA."
-        )
-    model = load_base(base)
-    adapted = _load_adapter(model, name)
+    base = adapter_base(name, given_base)
+    check_adapter(name)
+    with explain_missing_base(name, base):
+        model = load_base(base)
+    adapted = _load_adapter(model, name, base)
     if not dropout:
         disable_dropout(adapted)
-    return LoadedModel(model=adapted, adapter="given")
+    return LoadedModel(model=adapted, adapter="given", base=base)
 
 
 def load_causal_lm(
@@ -132,25 +129,29 @@ def load_causal_lm(
         ModelError: if there is no such model, or its files are damaged, incomplete or pickled.
     """
     check_model_files(name)
-    try:
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    check_size(name, config)
+    with explain_loading(name, f"the model {name} cannot be loaded"):
         # `Any`: its annotation does not say that `output_loading_info` adds a second value.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
+            config=config,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
             **loading_options(quantization, dtype),
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"the model {name} cannot be loaded: {reason_of_failure(name, error)}"
-        ) from error
-    except Exception as error:  # safetensors raises its own type for a damaged file
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ModelError(f"{name}: its weights are damaged: {error}. Copy them again.") from error
     model, found = loaded
+    if hasattr(model.config, "validate"):
+        # Else saving would find it, after the training.
+        with explain_loading(name, f"the config of {name} could not be saved again"):
+            model.config.validate()
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"{name} is an adapter on the hub. Download it, and give its directory: its base is "
+            "the reference."
+        )
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise ModelError(
@@ -174,8 +175,10 @@ def disable_dropout(model: nn.Module) -> None:
 
 @contextmanager
 def _tied_weights_allowed() -> Iterator[None]:
-    """Suppress peft's warning about adapters on tied weights: `export` unties before it merges."""
+    """Suppress peft's warnings about adapters on tied weights (`export` unties before it merges),
+    and about missing weights, which are an error."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True")
         yield
 
@@ -206,33 +209,42 @@ def _target_modules(names: str | list[str]) -> str | list[str]:
     return names
 
 
-def _load_adapter(model: PreTrainedModel, name: str) -> nn.Module:
+def _load_adapter(model: PreTrainedModel, name: str, base: str) -> nn.Module:
     """Load an adapter twice: to be trained, and frozen as `REFERENCE_ADAPTER`."""
-    directory = Path(name)
-    if any(directory.glob("*.bin")) and not any(directory.glob("*.safetensors")):
-        raise pickled_weights_error(name)
-    try:
-        with _tied_weights_allowed():
-            adapted = PeftModel.from_pretrained(model, name, is_trainable=True)
-            adapted.load_adapter(name, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        message = f"{name}: the adapter does not fit its base: {first_line(error)}"
-        raise ModelError(message) from error
-    adapted.set_adapter("default")
+    what = f"{name}: the adapter does not fit its base {base}"
+    with explain_loading(name, what), _tied_weights_allowed():
+        adapted = PeftModel.from_pretrained(model, name, is_trainable=True)
+        # Of the two, only this one says which keys did not match.
+        found = adapted.load_adapter(name, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+        adapted.set_adapter("default")
+        adapted.peft_config["default"].base_model_name_or_path = base
+    wrong = [f"lacks {key}" for key in found.missing_keys]
+    wrong += [f"has {key}" for key in found.unexpected_keys]
+    if wrong:
+        raise ModelError(
+            f"{what}: {len(wrong)} of their weights do not match, for example its file {wrong[0]}. "
+            "Give the base that it was trained on as --model.adapter_base, or save the adapter "
+            "again."
+        )
     return adapted.train()
 
 
-def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int:
+def vocabulary_size(
+    name: str, *, trust_remote_code: bool = False, given_base: str | None = None
+) -> int:
     """The number of token ids of a model, from its config alone.
+
+    Args:
+        given_base: see `adapter_base`.
 
     Raises:
         ModelError: if there is no such model.
     """
-    base = adapter_base(name) if is_adapter(name) else name
-    check_model_files(base)
-    try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = reason_of_failure(base, error)
-        raise ModelError(f"the model {name} cannot be loaded: {reason}") from error
-    return config.get_text_config().vocab_size
+    if is_adapter(name):
+        base = adapter_base(name, given_base)
+        with explain_missing_base(name, base):
+            return vocabulary_size(base, trust_remote_code=trust_remote_code)
+    check_model_files(name)
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    with explain_loading(name, f"the config of {name} cannot be used"):
+        return int(config.get_text_config().vocab_size)

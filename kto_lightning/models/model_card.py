@@ -1,7 +1,12 @@
 """The model card of a trained model: its origin, settings and results, and how to load it."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from kto_lightning.errors import printable
 
 _LOAD_MODEL = """\
 ```python
@@ -28,6 +33,7 @@ _SETTINGS = (
     *("reference", "loss", "beta", "optimizer", "learning_rate", "weight_decay", "lr_schedule"),
     *("warmup_ratio", "gradient_clip_norm", "dtype", "quantization", "lora", "follow"),
 )
+_MARKUP = re.compile(r"([\\`*\[\]<>|!~&#])")
 _DATA_SETTINGS = ("batch_size", "max_length", "truncation", "pairing")
 
 
@@ -40,33 +46,38 @@ def model_card(origin: Mapping[str, Any], *, is_adapter: bool) -> str:
     """
     data = origin["data"]
     kind = "a low-rank adapter for" if is_adapter else "a model made from"
-    method = _PAPERS.get(origin["loss"], origin["loss"])
+    method = _PAPERS.get(origin["loss"]) or _text(origin["loss"])
     settings = {name: origin.get(name) for name in _SETTINGS}
     settings |= {name: data.get(name) for name in _DATA_SETTINGS}
-    metadata = ["---", f"library_name: {'peft' if is_adapter else 'transformers'}"]
-    metadata += ["pipeline_tag: text-generation", "tags:", "- kto", "- kto-lightning", "---"]
+    metadata = ModelCardData(
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["kto", "kto-lightning"],
+    )
     return "\n".join(
         [
-            *metadata,
-            f"\nThis is {kind} `{origin['policy']}`, trained with {method} on "
+            f"---\n{metadata.to_yaml()}\n---",
+            f"\nThis is {kind} {_code(origin['policy'])}, trained with {method} on "
             "completions that users marked desirable or undesirable, by kto_lightning.",
             f"\n## How to load it\n\n{_LOAD_ADAPTER if is_adapter else _LOAD_MODEL}",
             f"## Data\n\n{_data_table(data)}",
             f"## Settings\n\n{_table(settings)}",
-            f"## Results\n\nAfter {origin['step']} optimizer steps; rewards are β times the log "
-            f"ratio to the reference.\n\n{_table(origin['results'])}",
+            f"## Results\n\nAfter {_text(origin['step'])} optimizer steps; rewards are β times "
+            f"the log ratio to the reference.\n\n{_table(origin['results'])}",
         ]
     )
 
 
 def _data_table(data: Mapping[str, Any]) -> str:
-    train = data["train"]
+    train = data.get("train")
     return _table(
         {
-            "records": ", ".join(train) if isinstance(train, list) else train,
-            "desirable": f"{data['desirable']}, each weighted {data['desirable_weight']}",
-            "undesirable": f"{data['undesirable']}, each weighted {data['undesirable_weight']}",
-            "held out": data["validation"],
+            "records": ", ".join(map(str, train)) if isinstance(train, list) else train,
+            **{
+                side: f"{data.get(side)}, each weighted {data.get(f'{side}_weight')}"
+                for side in ("desirable", "undesirable")
+            },
+            "held out": data.get("validation"),
         }
     )
 
@@ -74,10 +85,19 @@ def _data_table(data: Mapping[str, Any]) -> str:
 def _table(rows: Mapping[str, Any]) -> str:
     """A Markdown table with a row per value that is not None."""
     shown = {name: value for name, value in rows.items() if value is not None}
-    lines = [f"| {name} | {_cell(value)} |" for name, value in shown.items()]
+    lines = [f"| {_text(name)} | {_text(value)} |" for name, value in shown.items()]
     return "\n".join(["| | |", "|---|---|", *lines, ""])
 
 
-def _cell(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|")
+def _text(value: Any) -> str:
+    """A value as Markdown text: whatever Markdown or HTML would read in it is escaped."""
+    text = printable(f"{value:.6g}" if isinstance(value, float) else str(value))
+    return _MARKUP.sub(r"\\\1", text)
+
+
+def _code(text: str) -> str:
+    """A name as code, between more backticks than it has."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    space = " " if longest else ""
+    return f"{fence}{space}{printable(text)}{space}{fence}"

@@ -18,6 +18,7 @@ from kto_lightning.batches.collate import pack
 from kto_lightning.batches.types import PackedBatch
 from kto_lightning.errors import ModelError
 from kto_lightning.models.attention import UnsupportedAttentionError
+from kto_lightning.models.loading_errors import explain_loading
 from kto_lightning.models.policy import Policy
 
 # In one example y' is shorter than y, in the other longer: rows that are off by a segment, or that
@@ -151,7 +152,11 @@ def _plain_logps(padded: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
 
 
 def _plain_logp(padded: Policy, sequence: Tensor, prompt_length: int) -> Tensor:
-    logits = padded.causal_lm(input_ids=sequence[None], use_cache=False).logits[0, :-1]
+    model = padded.causal_lm
+    name = model.config._name_or_path or type(model).__name__
+    # The first forward: settings that no check of the config finds fail here.
+    with explain_loading(name, f"the model {name} cannot run"):
+        logits = model(input_ids=sequence[None], use_cache=False).logits[0, :-1]
     logps = logits.float().log_softmax(-1).gather(1, sequence[1:, None]).squeeze(1)
     return logps[prompt_length - 1 :].sum()
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from kto_lightning.batches.types import Logps, PackedBatch
 from kto_lightning.models.loading import REFERENCE_ADAPTER, LoadedModel
-from kto_lightning.models.model_files import adapter_base
+from kto_lightning.models.model_files import is_file
 from kto_lightning.models.packing_probe import make_policy
 from kto_lightning.models.policy import Policy
 
@@ -203,7 +203,7 @@ def make_reference(
         return AdapterReference(policy, frozen_adapter=loaded.adapter == "given")
     if name is None and shard is None:
         return FrozenReference.copy_of(policy, offloaded=offloaded)
-    if loaded.adapter == "given" and name == adapter_base(policy_name):
+    if loaded.adapter == "given" and name == loaded.base:
         return AdapterReference(policy, frozen_adapter=False)
     # A sharded policy cannot be copied, so its model is loaded once more.
     reference, padding_reason = make_policy(load(name or policy_name).model)
@@ -222,8 +222,12 @@ ORIGIN_FILE = "kto_lightning.json"
 
 def recorded_reference(name: str) -> str | None:
     """The reference that an exported model was trained against; None for other models."""
-    try:
-        origin = json.loads((Path(name) / ORIGIN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    path = Path(name) / ORIGIN_FILE
+    if not is_file(str(path)):  # a pipe would be waited for
         return None
-    return origin.get("reference") if isinstance(origin, dict) else None
+    try:
+        origin = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    reference = origin.get("reference") if isinstance(origin, dict) else None
+    return reference if isinstance(reference, str) else None

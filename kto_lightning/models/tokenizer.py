@@ -6,12 +6,14 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from kto_lightning.errors import ModelError
+from kto_lightning.models.loading_errors import explain_loading, first_line
 from kto_lightning.models.model_files import (
     adapter_base,
     check_model_files,
-    first_line,
+    check_regular_files,
+    explain_missing_base,
     is_adapter,
-    reason_of_failure,
+    is_directory,
 )
 
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
@@ -22,7 +24,11 @@ _TEMPLATE_SOURCE = "chat_template_source"
 
 
 def load_tokenizer(
-    name: str, *, chat_template: str | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+    given_base: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer; for an adapter directory without one, that of its base.
 
@@ -32,21 +38,17 @@ def load_tokenizer(
             the name of one of those that the tokenizer has, or the directory or hub id of another
             tokenizer, whose template it is.
         trust_remote_code: run code that comes with the tokenizer.
+        given_base: see `adapter_base`.
 
     Raises:
         ModelError: if there is no tokenizer, or no such template.
     """
     if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
-        name = adapter_base(name)
-    if not Path(name).is_dir():
-        check_model_files(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        raise ModelError(
-            f"{name} has no tokenizer that loads: {reason_of_failure(name, error).rstrip('.')}. "
-            "Save one there with tokenizer.save_pretrained, or name another with --data.tokenizer."
-        ) from error
+        adapter, name = name, adapter_base(name, given_base)
+        with explain_missing_base(adapter, name):
+            tokenizer = _load(name, trust_remote_code=trust_remote_code)
+    else:
+        tokenizer = _load(name, trust_remote_code=trust_remote_code)
     if _is_empty(name, tokenizer):
         raise ModelError(
             f"{name} has no tokenizer files. Save its tokenizer there with "
@@ -69,8 +71,10 @@ def _find_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Any:
         return named[name]
     if not path.is_dir() and (path.exists() or path.suffix in _TEMPLATE_SUFFIXES):
         try:
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise ModelError(f"--data.chat_template {name} is not a file.")
             return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ModelError(f"--data.chat_template {name}: {first_line(error)}") from error
     try:
         template = load_tokenizer(str(path)).chat_template
@@ -92,9 +96,19 @@ def template_name(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"the chat template of {tokenizer.name_or_path or type(tokenizer).__name__!r}"
 
 
+def _load(name: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    if is_directory(name):
+        check_regular_files(Path(name))
+    else:
+        check_model_files(name)
+    advice = "Save one there with tokenizer.save_pretrained, or name another with --data.tokenizer."
+    with explain_loading(name, f"{name} has no tokenizer that loads", advice=advice):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
 def _is_empty(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether it has no vocabulary: without tokenizer files transformers returns an empty one."""
-    if not Path(name).is_dir() or any(f for p in _VOCABULARIES for f in Path(name).glob(p)):
+    if not is_directory(name) or any(f for p in _VOCABULARIES for f in Path(name).glob(p)):
         return False
     ids = tokenizer("some text", add_special_tokens=False)["input_ids"]
     return set(ids) <= set(tokenizer.all_special_ids)

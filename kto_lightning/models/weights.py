@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from kto_lightning.errors import ConfigError
 
@@ -25,6 +26,16 @@ def _quantized_weight(name: str) -> str | None:
     return f"{weight}.weight" if dot else None
 
 
+def _fits(value: Any, shape: torch.Size) -> bool:
+    """Whether it is a tensor of this shape whose values can be copied."""
+    return (
+        isinstance(value, Tensor)
+        and value.shape == shape
+        and value.layout == torch.strided
+        and not value.is_meta
+    )
+
+
 def check_weights_fit(checkpoint: dict[str, Any], module: nn.Module) -> None:
     """Check that a checkpoint is one of this model: loading would silently skip what does not fit.
 
@@ -33,15 +44,16 @@ def check_weights_fit(checkpoint: dict[str, Any], module: nn.Module) -> None:
             and no other.
     """
     saved = checkpoint.get("state_dict")
-    if not saved:
-        return  # sharded: each rank loads its own shard
+    if not saved or not isinstance(saved, dict):
+        raise ConfigError("the checkpoint holds no weights. Give another that `fit` wrote.")
     own = {name: weight.shape for name, weight in module.state_dict().items()}
     trained = [n for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad]
     wrong = [name for name in trained if name not in saved]
-    wrong += [n for n, value in saved.items() if n not in own or own[n] != value.shape]
+    wrong += [n for n, value in saved.items() if n not in own or not _fits(value, own[n])]
     if not wrong:
         return
-    origin = checkpoint.get("kto", {})
+    origin = checkpoint.get("kto")
+    origin = origin if isinstance(origin, dict) else {}
     raise ConfigError(
         f"the checkpoint does not hold the weights of this policy ({len(wrong)} do not fit, for "
         f"example {wrong[0]}). It was saved with --model.policy {origin.get('policy')} and "

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any, get_args
 
 from kto_lightning.batches.objective import LossName
-from kto_lightning.errors import ConfigError, KTOError
+from kto_lightning.errors import ConfigError, KTOError, error_message
 
 _WEIGHTS = ("desirable_weight", "undesirable_weight")
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     try:
         return 0 if _parity(arguments, options) else 1
     except KTOError as error:
-        message = re.sub(r"--data\.(chat_template|max_length)\b", r"--\1", str(error))
+        message = re.sub(r"--data\.(chat_template|max_length)\b", r"--\1", error_message(error))
         print(f"error: {message}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
 

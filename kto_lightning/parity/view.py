@@ -4,9 +4,10 @@ import math
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from kto_lightning.errors import printable
 from kto_lightning.parity.agreement import WEIGHTS, Comparison
 from kto_lightning.parity.run import ParityResult
 
@@ -60,7 +61,7 @@ def show_result(console: Console, result: ParityResult) -> None:
     console.print()
     notes = Table.grid(padding=(0, 1, 0, 0))
     for note in (*result.notes, _COMMON_SETTINGS, *_DIFFERENCES, *_weight_notes(result)):
-        notes.add_row("-", escape(note))
+        notes.add_row("-", Text(printable(note)))
     console.print(notes)
     console.print()
     differing = [_name(c) for c in result.comparisons if not c.agrees]

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from kto_lightning.batches.objective import Objective
-from kto_lightning.errors import ConfigError, KTOError
+from kto_lightning.errors import ConfigError, KTOError, printable
 from kto_lightning.models.build import ModelSettings
 from kto_lightning.models.following import reference_state
 from kto_lightning.models.model_files import resolve_name
@@ -103,6 +103,7 @@ def policy_origin(
         "lora": asdict(models.lora) if models.lora is not None else None,
         "follow": asdict(models.follow) if models.follow is not None else None,
         "trust_remote_code": models.trust_remote_code,
+        "adapter_base": resolve_name(models.adapter_base) if models.adapter_base else None,
         **asdict(optimization),
         "step": step,
         "results": dict(results),
@@ -183,7 +184,7 @@ def _last_checkpoint(output_dir: str, *, trains: bool) -> Path | None:
 
 @rank_zero_only
 def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {printable(message)}", file=sys.stderr)
 
 
 def check_not_overwritten(output_dir: str, model: Any) -> None:

@@ -128,8 +128,11 @@ BAD_MODELS = {
     "garbage for weights": (_garbage, ["its weights are damaged", "Copy them again"]),
     "pickled weights": (_pickled, ["pickles", "safetensors"]),
     "tokenizer too big": (_bigger_tokenizer, ["tokens, but the model", "embeds only"]),
-    "unknown architecture": (_unknown_type, ["cannot be loaded", "nothing"]),
-    "broken config": (lambda d: (d / "config.json").write_text("{"), ["not a valid JSON"]),
+    "unknown architecture": (_unknown_type, ["config.json cannot be used", "nothing"]),
+    "broken config": (
+        lambda d: (d / "config.json").write_text("{"),
+        ["config.json cannot be"],
+    ),
     "broken tokenizer": (lambda d: (d / "tokenizer.json").write_text("{"), ["no tokenizer that"]),
 }
 
