@@ -190,7 +190,7 @@ class KTODataModule(LightningDataModule):
             objective=module.objective,
             tokenizer=tokenizer,
             num_embeddings=num_embeddings,
-            end_ids=end_token_ids(tokenizer, settings.policy),
+            end_ids=end_token_ids(tokenizer, settings.policy, base),
         )
 
     def train_dataloader(self) -> DataLoader[StepBatch]:

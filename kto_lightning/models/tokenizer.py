@@ -114,15 +114,18 @@ def _is_empty(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     return set(ids) <= set(tokenizer.all_special_ids)
 
 
-def end_token_ids(tokenizer: PreTrainedTokenizerBase, model: str) -> set[int]:
+def end_token_ids(
+    tokenizer: PreTrainedTokenizerBase, model: str, given_base: str | None = None
+) -> set[int]:
     """The tokens at which a model stops: of its generation_config.json, and the tokenizer's.
 
     Args:
         tokenizer: whose end-of-text token counts.
         model: a directory or a hub id; for an adapter directory, that of its base.
+        given_base: see `adapter_base`.
     """
     try:
-        base = adapter_base(model) if is_adapter(model) else model
+        base = adapter_base(model, given_base) if is_adapter(model) else model
         ids = GenerationConfig.from_pretrained(base).eos_token_id
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ModelError):
         ids = None  # it has none; where it is damaged, loading the model says so

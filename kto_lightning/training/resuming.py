@@ -190,7 +190,7 @@ class Resumption:
         names = {"policy": models.policy, "reference": models.reference or models.policy}
         own = {}
         if trainer.is_global_zero:
-            own = {key: model_identity(name) for key, name in names.items()}
+            own = {key: model_identity(name, models.adapter_base) for key, name in names.items()}
         self.identities = trainer.strategy.broadcast(own)
 
     def compare(self, checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
