@@ -41,8 +41,8 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 )
 """Arguments of `apply_chat_template` that tokenization sets itself."""
 MAX_NESTING = 100
-MAX_CHARACTERS = 4_000_000
-"""Of a record. Tokenizers take some 300 bytes for each; no model reads a million tokens."""
+MAX_CHARACTERS = 16_000_000
+"""Of a record. A tokenizer takes some 100 to 300 bytes of memory for each; no model reads them."""
 FLOAT32 = np.finfo(np.float32)
 
 

@@ -266,7 +266,7 @@ def test_predict_skips_its_own_output_files(
 ):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_bytes(train.read_bytes())
-    command = ("predict", "--model.policy", policy, "--output_dir", tmp_path / "run")
+    command = ("predict", "--model.policy", policy)
     for _ in range(2):
         assert run_cli(*command, "--data.predict", tmp_path / "*.jsonl") == 0
     warning = capsys.readouterr().err

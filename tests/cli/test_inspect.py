@@ -175,30 +175,6 @@ def test_help_and_usage_errors_need_no_heavy_imports() -> None:
     assert "usage: python -m kto_lightning inspect" in done.stdout
 
 
-def test_a_closed_pipe_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = str(write_jsonl(tmp_path / "data.jsonl", plain_records(4)))
-    reading, writing = os.pipe()
-    os.close(reading)
-    with os.fdopen(writing, "w") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        assert main([file, "--json"]) == 0
-
-
-def test_an_ascii_terminal_gets_replacement_characters(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    labels = [i % 4 != 3 for i in range(32)]
-    rows = [
-        {"prompt": f"{i}?", "completion": "a", "label": label} for i, label in enumerate(labels)
-    ]
-    file = str(write_jsonl(tmp_path / "data.jsonl", rows))
-    out = tmp_path / "out.txt"
-    with open(out, "w", encoding="ascii") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        assert main([file]) == 0
-    assert "24 : 24 ? 1 : 1" in out.read_text(encoding="ascii")
-
-
 def test_the_exit_status_without_a_usable_record(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

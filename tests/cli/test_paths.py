@@ -76,5 +76,5 @@ def test_a_chat_template_is_a_file_or_one_of_the_tokenizers(
     unknown = ("--output_dir", tmp_path / "other", "--data.chat_template", "chatml")
     assert run_cli(*command, *unknown) == 1
     error = capsys.readouterr().err
-    assert "--data.chat_template chatml: there is no such file, and no template of that" in error
-    assert "the tokenizer has default, plain" in error
+    assert "--data.chat_template chatml is neither a file, one of the tokenizer's temp" in error
+    assert "(default, plain)" in error

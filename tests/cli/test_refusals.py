@@ -42,8 +42,12 @@ BAD_DATA = {
     "not JSON": (records_with("{not json"), ["train.jsonl:4: invalid JSON", "Fix or remove it"]),
     "a number": (records_with("7"), ["train.jsonl:4:"]),
     "many": (
+        "\n".join(['{"prompt": "a", "completion": "b"}', '{"prompt": "a"}'] * 4) + "\n",
+        ["8 of 8 records", "train.jsonl:1:", "train.jsonl:5:", "and 3 more"],
+    ),
+    "many alike": (
         "\n".join(['{"prompt": "a", "completion": "b"}'] * 9) + "\n",
-        ["9 of 9 records", "train.jsonl:1:", "train.jsonl:5:", "and 4 more"],
+        ["none of the 9 records", "train.jsonl:1:", "The columns are prompt, completion."],
     ),
     "empty": ("", ["train.jsonl: no record in there"]),
     "a single prompt": (

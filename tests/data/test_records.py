@@ -314,5 +314,5 @@ def test_bad_weights(tmp_path: Path, weight: object) -> None:
 def test_a_record_too_long_to_tokenize_is_refused(tmp_path: Path) -> None:
     row = {"prompt": "a" * (MAX_CHARACTERS + 1), "completion": "b", "label": True}
     message = message_of(tmp_path, row)
-    assert "characters, and at most 4,000,000 are read" in message
+    assert "characters, and at most 16,000,000 are read" in message
     assert len(message) < 200
