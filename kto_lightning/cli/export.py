@@ -11,7 +11,7 @@ from typing import Any
 
 from kto_lightning.cli.arguments import PrintableParser
 from kto_lightning.cli.paths import expanded_path
-from kto_lightning.errors import ConfigError, KTOError, error_message, printable
+from kto_lightning.errors import ConfigError, KTOError, ModelError, error_message, printable
 
 
 def main(argv: list[str]) -> int:
@@ -88,18 +88,21 @@ def _export(arguments: argparse.Namespace) -> None:
     origin = checkpoint["kto"]
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    policy = load_policy_from_checkpoint(
-        checkpoint,
-        trust_remote_code=arguments.trust_remote_code,
-        adapter_base=arguments.adapter_base,
-    )
+    try:
+        policy = load_policy_from_checkpoint(
+            checkpoint,
+            trust_remote_code=arguments.trust_remote_code,
+            adapter_base=arguments.adapter_base,
+        )
+        tokenizer = _load_tokenizer(origin, arguments)
+    except ModelError as error:
+        raise ModelError(f"{checkpoint_path}: {error}") from error
     if arguments.merge:
         if not has_adapter(policy):
             raise ConfigError(
                 f"--merge: {checkpoint_path} holds a full model without an adapter. Omit --merge."
             )
         merge_adapter(policy)
-    tokenizer = _load_tokenizer(origin, arguments)
     save_weights(policy, tokenizer, directory, origin=origin)
     kind = "adapter" if has_adapter(policy) else "model"
     print(f"{kind:9} {printable(str(directory))}")

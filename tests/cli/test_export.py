@@ -1,6 +1,7 @@
 """`export` writes the weights that `fit` wrote at the same step."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,14 @@ def test_an_unwritable_directory_is_refused(inputs, tmp_path, capsys):
     capsys.readouterr()
     assert run_cli("export", last_checkpoint(output), tmp_path / "file" / "exported") == 1
     assert f"{tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_a_checkpoint_whose_policy_is_gone_is_named(tmp_path, capsys):
+    policy = small_model(tmp_path / "gone")
+    output = fit(policy, small_data(tmp_path / "train.jsonl"), tmp_path / "output")
+    shutil.rmtree(policy)
+    capsys.readouterr()
+    assert run_cli("export", last_checkpoint(output), tmp_path / "exported") == 1
+    error = capsys.readouterr().err
+    assert str(last_checkpoint(output)) in error
+    assert str(policy) in error
