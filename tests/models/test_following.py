@@ -297,7 +297,7 @@ def predict(policy: Path, train: Path, output: Path, *options: Any) -> list[dict
     command = ("predict", "--model.policy", policy, "--data.predict", train)
     command += ("--output_dir", output, "--trainer.accelerator", "cpu")
     assert run_cli(*command, *options) == 0
-    path = Path(f"{train}.rewards.jsonl")
+    path = output / f"{train.name}.rewards.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

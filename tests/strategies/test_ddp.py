@@ -90,7 +90,7 @@ def test_predict_and_validate_count_every_record_once(policy: Path, tmp_path: Pa
         ended = run_ranks("predict", *shared, ranks, "--data.predict", data, ranks=ranks)
         assert [rank.status for rank in ended] == [0] * ranks, ended[0].err
         assert sum(rank.out.count("rewards  ") for rank in ended) == 1
-        lines = (tmp_path / "held_out.jsonl.rewards.jsonl").read_text().splitlines()
+        lines = (tmp_path / "output" / "held_out.jsonl.rewards.jsonl").read_text().splitlines()
         rewards[ranks] = [json.loads(line) for line in lines]
         ended = run_ranks("validate", *shared, ranks, "--data.validation", data, ranks=ranks)
         assert [rank.status for rank in ended] == [0] * ranks, ended[0].err

@@ -139,7 +139,7 @@ def test_held_out_records_are_scored_together(policy: Path, train: Path, tmp_pat
             key = "--data.validation" if command == "validate" else "--data.predict"
             ended = run_ranks(command, *shared, *devices, key, data, ranks=ranks)
             assert [rank.status for rank in ended] == [0] * ranks, ended[0].err
-        lines = (tmp_path / "held_out.jsonl.rewards.jsonl").read_text().splitlines()
+        lines = (output / "held_out.jsonl.rewards.jsonl").read_text().splitlines()
         rewards.append([json.loads(line) for line in lines])
     assert any(line["reward"] != 0 for line in rewards[0])
     assert_same_rewards(*rewards)

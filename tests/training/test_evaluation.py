@@ -339,7 +339,7 @@ def test_predict_rewards_every_record_against_the_remembered_reference(inputs):
     command = ("predict", "--model.policy", inputs / "output" / "model")
     options = ("--data.predict", held_out, "--trainer.accelerator", "cpu")
     assert run_cli(*command, *options, "--output_dir", inputs / "predicted") == 0
-    lines = read_jsonl(f"{held_out}.rewards.jsonl")
+    lines = read_jsonl(inputs / "predicted" / "held_out.jsonl.rewards.jsonl")
     assert [line["line"] for line in lines] == list(range(1, 11))
     expected = expected_lines(inputs)
     assert max(abs(line["reward"]) for line in expected) > 0.01
