@@ -1,6 +1,7 @@
 """`python -m kto_lightning`: help and version before the heavy imports, then a command."""
 
 import sys
+from errno import ENAMETOOLONG
 from importlib import import_module
 from importlib.metadata import version
 
@@ -73,7 +74,14 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     name = COMMANDS.get(command, TRAINER)
-    return import_module(name).main(arguments if name == TRAINER else arguments[1:])
+    try:
+        return import_module(name).main(arguments if name == TRAINER else arguments[1:])
+    except OSError as error:
+        if error.errno != ENAMETOOLONG:
+            raise
+        path = printable(str(error.filename))
+        print(f"error: {path[:60]}…: {error.strerror}. Check the path.", file=sys.stderr)
+        return 1
 
 
 def run() -> int:

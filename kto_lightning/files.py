@@ -18,18 +18,18 @@ def write_whole(path: Path, text: str, *, what: str) -> None:
     Raises:
         KTOError: if it cannot be written. An older file in its place stays.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = path.parent / f".{path.name}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A lone surrogate, from damaged JSON, cannot be encoded as UTF-8.
         part.write_text(text, encoding="utf-8", errors="replace")
         os.replace(part, path)
-    except OSError as error:
-        with suppress(OSError):
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        with suppress(OSError, ValueError):
             part.unlink()
+        reason = getattr(error, "strerror", None) or error
         raise KTOError(
-            f"{what} {path} cannot be written: {error.strerror or error}. Choose another place, or "
-            "make room."
+            f"{what} {path} cannot be written: {reason}. Choose another place, or make room."
         ) from error
 
 

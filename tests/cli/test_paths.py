@@ -78,3 +78,29 @@ def test_a_chat_template_is_a_file_or_one_of_the_tokenizers(
     error = capsys.readouterr().err
     assert "--data.chat_template chatml is neither a file, one of the tokenizer's temp" in error
     assert "(default, plain)" in error
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inspect", "~/train.jsonl", "--tokenizer"),
+        ("inspect", "~/train.jsonl", "--tokenizer", "~/policy", "--chat_template"),
+        ("inspect", "~/train.jsonl", "--html"),
+        ("report",),
+        ("demo", "--output_dir"),
+    ],
+)
+def test_a_path_too_long_is_refused(
+    command: tuple[str, ...], name: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(*command, name) == 1
+    assert name[:20] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [".", "/", "..", "a\0b"])
+def test_a_page_that_cannot_have_its_name_is_refused(
+    name: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("inspect", "~/train.jsonl", "--html", name) == 1
+    assert "cannot be written" in capsys.readouterr().err
