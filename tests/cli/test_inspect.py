@@ -185,3 +185,14 @@ def test_the_exit_status_without_a_usable_record(
     printed = capsys.readouterr()
     assert "in a column with the numbers 1, 5" in printed.out
     assert printed.err == f"error: {bad}: no usable record. See the findings above.\n" * 2
+
+
+def test_long_names_of_columns_are_shortened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "k" * 100_000
+    train = write_jsonl(tmp_path / "train.jsonl", [r | {name: 1} for r in plain_records(8)])
+    assert main([str(train)]) == 0
+    assert 50 < capsys.readouterr().out.count("k") < 200
+    assert main([str(train), "--json"]) == 0
+    assert name in {c["name"] for c in json.loads(capsys.readouterr().out)["columns"]}

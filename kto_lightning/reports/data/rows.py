@@ -7,6 +7,8 @@ from kto_lightning.reports.data.fields import DataReport, PerClass, Quantiles
 from kto_lightning.reports.data.findings import shown_ratio
 
 MAX_COLUMNS = 12
+MAX_NAME = 60
+"""Characters of a column's name; a name may be as long as a text."""
 NOTHING = "-"
 
 Cell = Callable[[DataReport], str]
@@ -123,12 +125,16 @@ def _format(report: DataReport) -> str:
 
 def _columns(report: DataReport) -> str:
     lines = [
-        f"{column.name}: {column.type or 'null'}"
+        f"{_shortened(column.name)}: {column.type or 'null'}"
         + (f" ({column.filled:,} filled)" if column.filled != _most_filled(report) else "")
         for column in report.columns[:MAX_COLUMNS]
     ]
     hidden = len(report.columns) - len(lines)
     return "\n".join([*lines, f"and {hidden} more"] if hidden else lines)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 
 def _most_filled(report: DataReport) -> int:
