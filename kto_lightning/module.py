@@ -238,6 +238,7 @@ class KTOModule(LightningModule):
         self.train()
 
     def on_train_start(self) -> None:
+        self.resumption.begin()
         if self.trainer.global_step:  # the restored optimizer has the settings of then
             optimizer, scheduler = self.trainer.optimizers[0], self.lr_schedulers()
             use_settings(self.optimization, optimizer, scheduler, self._weight_decays)
@@ -369,7 +370,7 @@ class KTOModule(LightningModule):
         """The policy's origin in plain values, see `policy_origin`."""
         facts = getattr(self._data, "facts", dict)()  # a data module of another kind has none
         owners = self.model_settings, self.objective, self.optimization
-        return policy_origin(
+        origin = policy_origin(
             *owners,
             step=self.trainer.global_step,
             results=self.published.latest,
@@ -378,3 +379,4 @@ class KTOModule(LightningModule):
             identities=self.resumption.identities,
             changes=self.resumption.changes,
         )
+        return self.resumption.effective(origin)

@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from torch import Tensor
 
 from kto_lightning.callbacks.checkpoints import Checkpoints
-from kto_lightning.errors import StoppedRun
+from kto_lightning.callbacks.lightning_state import kto_module
+from kto_lightning.errors import StoppedRun, printable
 
 
 def averaging_callback(trainer: Trainer) -> WeightAveraging | None:
@@ -88,6 +89,8 @@ class BeforeOthers(Callback):
             averaging.on_train_end(trainer, pl_module)
         if trainer.is_global_zero:
             print(f"complete  at step {trainer.global_step}: no step is left to take")
+            for change in kto_module(pl_module).resumption.latest:
+                print(f"ignored   {printable(change.described)}")
 
 
 def _average_or_equal(

@@ -1,6 +1,7 @@
 """`KTODataModule`: from files of records to the loader whose item is one optimizer step."""
 
 import os
+from hashlib import sha256
 from typing import Any
 
 from lightning import LightningDataModule, Trainer
@@ -92,6 +93,7 @@ class KTODataModule(LightningDataModule):
         self._state: dict[str, Any] = {}
         """The state of the run that this one resumes."""
         self._digests: dict[str, Any] | None = None
+        self._held_out_digest: str | None = None
         """Of the training set, once they are needed."""
         self._error: KTOError | None = None
 
@@ -291,6 +293,7 @@ class KTODataModule(LightningDataModule):
         return {
             "train": self.train,
             "validation": self.validation,
+            "held_out": self._held_out(),
             "desirable": counts.desirable if counts else None,
             "undesirable": counts.undesirable if counts else None,
             "desirable_weight": weights.desirable if weights else None,
@@ -352,6 +355,15 @@ class KTODataModule(LightningDataModule):
                 "some would be seen twice and others never. Give the same --data.train as then, or "
                 "start a new run from the exported model."
             )
+
+    def _held_out(self) -> str | None:
+        """The held-out records by their content; None: none are held out."""
+        examples = self.prepared.validation_set
+        if examples is None:
+            return None
+        if self._held_out_digest is None:
+            self._held_out_digest = sha256(str(record_digests(examples)).encode()).hexdigest()[:12]
+        return f"{len(examples)} records (digest {self._held_out_digest})"
 
     def _digests_of(self, examples: ExampleSet) -> dict[str, Any]:
         if self._digests is None:

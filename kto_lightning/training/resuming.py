@@ -60,6 +60,7 @@ def run_settings(
         "model.quantization": models.quantization,
         "model.dropout": models.dropout,
         **{f"data.{name}": data[name] for name in _DATA if name in data},
+        **({"data.validation": data["held_out"]} if "held_out" in data else {}),
         "seed_everything": int(os.environ.get("PL_GLOBAL_SEED", "0")),
         "trainer.max_steps": _limit(trainer.max_steps),
         "trainer.max_epochs": _limit(trainer.max_epochs),
@@ -88,8 +89,12 @@ class Change:
     """The checkpoint's; the new value holds for the steps after it."""
 
     def __str__(self) -> str:
-        values = f"{_shown(self.before)} -> {_shown(self.after)}"
-        return f"--{self.key} {values} from step {self.step} on"
+        return f"{self.described} from step {self.step} on"
+
+    @property
+    def described(self) -> str:
+        """The option, its value in the checkpoint, and the one given now."""
+        return f"--{self.key} {_shown(self.before)} -> {_shown(self.after)}"
 
 
 def recorded_settings(origin: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,6 +185,7 @@ class Resumption:
         self.changes: list[dict[str, Any]] = []
         self.latest: list[Change] = []
         """Of this resumption."""
+        self._before: Mapping[str, Any] | None = None
 
     def identify(self, models: ModelSettings, trainer: Trainer) -> None:
         """Hash the models' files; to be called on all ranks, of which the first reads them.
@@ -217,10 +223,36 @@ class Resumption:
                 raise _other_model(key, then.get(key), now[key])
         earlier = then.get("changes")
         known = earlier if isinstance(earlier, list) else []
-        self.latest = changes
+        self.latest, self._before = changes, then
         self.changes = [one for one in known if isinstance(one, dict)]
         self.changes += [asdict(change) for change in changes]
         return "reference" in identities and "reference" in self.identities
+
+    def begin(self) -> None:
+        """Let what changed take effect: the run has steps left to take."""
+        self._before = None
+
+    def effective(self, origin: dict[str, Any]) -> dict[str, Any]:
+        """The origin of the policy, with the settings and results of the checkpoint where no step
+        was taken since.
+
+        Args:
+            origin: with the settings of this run, and the results that it has measured.
+        """
+        if self._before is None:
+            return origin
+        kept = {
+            name: value
+            for name, value in self._before.items()
+            if _is_plain(value)
+            and (
+                (name in _FORMER_MODEL and f"model.{name}" not in FIXED)
+                or (name in ("settings", "data", "results") and isinstance(value, Mapping))
+            )
+        }
+        kept["results"] = {**kept.get("results", {}), **origin["results"]}
+        changes = self.changes[: len(self.changes) - len(self.latest)]
+        return origin | kept | {"changes": changes}
 
 
 def _other_model(key: str, before: Any, after: str) -> ConfigError:

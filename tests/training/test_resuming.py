@@ -109,6 +109,34 @@ def test_the_same_settings_change_nothing(
     assert changes(output) == []
 
 
+def test_settings_without_a_step_left_take_no_effect(
+    policy: Path, train: Path, begun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = begun(tmp_path)
+    files = ("model/README.md", "model/kto_lightning.json", "config.yaml")
+    before = [(output / name).read_text() for name in files]
+    fit(policy, train, output, *LAST, *TWO, "--model.beta", 0.3, "--model.gradient_clip_norm", 1)
+    printed = capsys.readouterr().out
+    assert "ignored   --model.beta 0.1 -> 0.3\n" in printed
+    assert "ignored   --model.gradient_clip_norm null -> 1.0\n" in printed
+    assert [(output / name).read_text() for name in files] == before
+    assert changes(output) == []
+
+
+def test_other_held_out_records_are_recorded(
+    policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    held_out = [write_jsonl(tmp_path / f"{i}.jsonl", plain_records(8, i)) for i in (5, 6)]
+    output = fit(policy, train, tmp_path / "run", *TWO, "--data.validation", held_out[0])
+    fit(policy, train, output, *LAST, "--trainer.max_steps", 3, "--data.validation", held_out[1])
+    fit(policy, train, output, *LAST, "--trainer.max_steps", 4)
+    steps = [step for key, _, _, step in changes(output) if key == "data.validation"]
+    assert steps == [2, 3]
+    printed = capsys.readouterr().out
+    assert printed.count("changed   --data.validation 8 records (digest ") == 2
+    assert " -> null from step 3 on" in printed
+
+
 @pytest.mark.parametrize(
     ("begin", "then", "message"),
     [
