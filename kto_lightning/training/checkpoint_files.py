@@ -46,9 +46,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         part = part_of(target)
+        hashing: Any = None
         try:
             with part.open("wb") as file:
-                hashing: Any = _HashingFile(file)  # with what `torch.save` needs of a file
+                hashing = _HashingFile(file)  # with what `torch.save` needs of a file
                 torch.save(checkpoint, hashing)
                 file.write(_trailer(hashing.digest.hexdigest()))
                 file.flush()
@@ -57,8 +58,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _sync_directory(target.parent)
         except (OSError, RuntimeError) as error:
             part.unlink(missing_ok=True)
+            cause = (hashing and hashing.error) or error  # `torch.save` hides it behind its own
             raise KTOError(
-                f"the checkpoint {target} cannot be written: {error}. Earlier checkpoints are "
+                f"the checkpoint {target} cannot be written: {cause}. Earlier checkpoints are "
                 "whole; free some space, then resume with --ckpt_path last."
             ) from error
 
@@ -103,10 +105,15 @@ class _HashingFile:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.digest = sha256()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()

@@ -11,7 +11,12 @@ import pytest
 import torch
 
 from kto_lightning.errors import KTOError
-from kto_lightning.training.checkpoint_files import AtomicCheckpointIO, is_whole, read_header
+from kto_lightning.training.checkpoint_files import (
+    AtomicCheckpointIO,
+    is_whole,
+    part_of,
+    read_header,
+)
 
 TRAILER_SIZE = len(b"\nkto_lightning sha256 ") + 64 + 1
 
@@ -40,6 +45,16 @@ def test_the_checksum_is_no_obstacle_to_other_readers(saved: Path):
     assert zipfile.ZipFile(saved).testzip() is None
     assert is_whole(saved)
     assert not list(saved.parent.glob(".*"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named_in_the_words_of_the_system(tmp_path: Path):
+    path = tmp_path / "step=3.ckpt"
+    part_of(path).symlink_to("/dev/full")
+    large = checkpoint() | {"padding": torch.zeros(100_000)}
+    with pytest.raises(KTOError, match=r"cannot be written: .*No space left on device"):
+        AtomicCheckpointIO().save_checkpoint(large, path)
+    assert not path.exists()
 
 
 def test_every_single_changed_byte_is_found(saved: Path):
