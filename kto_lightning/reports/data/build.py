@@ -13,6 +13,7 @@ from kto_lightning.data.lost import LostPart, OtherEnd
 from kto_lightning.data.records import Record
 from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.errors import DataError
+from kto_lightning.files import write_whole
 from kto_lightning.models.tokenizer import end_token_ids
 from kto_lightning.reports.data.facts import (
     Facts,
@@ -147,12 +148,9 @@ def write_data_report(path: str | Path, report: DataReport) -> None:
     """Write a report as JSON, as `inspect --json` prints it for one file.
 
     Raises:
-        DataError: if the file cannot be written.
+        KTOError: if the file cannot be written.
     """
-    try:
-        Path(path).write_text(as_json(report.to_dict()) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"the data report cannot be written: {error}. Check {path}.") from error
+    write_whole(Path(path), as_json(report.to_dict()) + "\n", what="the data report")
 
 
 def as_json(content: dict | list) -> str:
