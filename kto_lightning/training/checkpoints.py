@@ -1,5 +1,6 @@
 """Checkpoints in the OUTPUT directory of a run: what they hold, which one a run resumes from."""
 
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -195,11 +196,19 @@ def check_not_overwritten(output_dir: str, model: Any) -> None:
         model: the settings under `model`.
 
     Raises:
-        ConfigError: if one of them lies where the run writes its model.
+        ConfigError: if one of them lies where the run writes its model, or what is no directory
+            lies where the run writes one.
     """
     output = Path(output_dir)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output_dir {output_dir} is a file. Name a directory.")
+    for name in ("checkpoints", "model", "adapter"):
+        path = output / name
+        if os.path.lexists(path) and not path.is_dir():
+            raise ConfigError(
+                f"{path} is not a directory, as the run's {name} will be. Remove it, or choose "
+                "another --output_dir."
+            )
     written = [(output / name).resolve() for name in ("model", "adapter")]
     for key in ("policy", "reference"):
         name = model[key]

@@ -178,3 +178,14 @@ def test_a_full_disk_is_an_error_and_keeps_the_last_checkpoint(
     assert rows(tmp_path) == rows(whole)
     expected = weights(whole)
     assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path).items())
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "model", "adapter"])
+def test_a_file_in_place_of_a_directory_is_refused_before_the_run(
+    name: str, policy: Path, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / name).symlink_to("nowhere")
+    fit(policy, train, tmp_path, status=2)
+    error = capsys.readouterr().err
+    assert f"{tmp_path / name} is not a directory, as the run's {name} will be" in error
+    assert [path.name for path in tmp_path.iterdir()] == [name]
