@@ -100,15 +100,20 @@ class MetricsFile(Logger):
 
     def _overwrite(self, kept: list[dict[str, str]]) -> None:
         part = self.path.with_suffix(".csv.part")
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(kept[:-1])
-            self._row, self._row_start = {}, file.tell()
-            if kept:  # the last step is validated again if its validation was interrupted
-                writer.writerow(kept[-1])
-                self._row = kept[-1] | {"step": int(kept[-1]["step"])}
-        os.replace(part, self.path)
+        try:
+            with part.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(kept[:-1])
+                self._row, self._row_start = {}, file.tell()
+                if kept:  # the last step is validated again if its validation was interrupted
+                    writer.writerow(kept[-1])
+                    self._row = kept[-1] | {"step": int(kept[-1]["step"])}
+            os.replace(part, self.path)
+        except OSError:
+            with suppress(OSError):
+                part.unlink()
+            raise
 
     @contextmanager
     def _explain_write_errors(self) -> Iterator[None]:

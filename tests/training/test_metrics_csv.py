@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kto_lightning.errors import KTOError
 from kto_lightning.training.metrics_csv import COLUMNS, DETAIL_METRICS, MetricsFile
 from tests.support.cli import fit, numbers, rows
 from tests.support.steps import LENGTHS, Examples, fit_steps, make_module, step_batch
@@ -133,3 +134,10 @@ def test_a_profile_is_printed(policy: Path, train: Path, tmp_path: Path) -> None
     finally:
         log.removeHandler(handler)
     assert "run_training_batch" in "".join(shown)
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").mkdir()
+    with pytest.raises(KTOError, match=r"metrics\.csv cannot be written"):
+        MetricsFile(str(tmp_path)).begin(after_step=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
