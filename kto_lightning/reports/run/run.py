@@ -180,7 +180,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         # The C reader is fast, but not in every build of PyYAML.
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        text = path.read_text(encoding="utf-8")
+        text = _read_text(path)
         check_yaml(text)
         found = yaml.load(text, Loader=loader)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError):
@@ -188,9 +188,16 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _read_text(path: Path) -> str:
+    """The text of a regular file: a pipe would be waited for."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    return path.read_text(encoding="utf-8")
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(_read_text(path))
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -255,3 +257,13 @@ def test_a_file_that_is_nested_too_deeply_is_left_out(name: str, tmp_path: Path)
     (tmp_path / name).write_text("[" * 100_000, encoding="utf-8")
     run = read_run(tmp_path)
     assert (run.settings, run.data) == ({}, None)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "data_report.json"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(
+    name: str, finished: Path, tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(finished, tmp_path / "output"))
+    (output / name).unlink()
+    os.mkfifo(output / name)
+    assert report_main([str(output)]) == 0
