@@ -44,3 +44,8 @@ def check_adapter(name: str) -> None:
             f"{name} is a prompt-learning adapter (virtual tokens), which cannot be trained "
             "here. Give one that changes weights, such as LoRA."
         )
+    if getattr(config, "alora_invocation_tokens", None) is not None:
+        raise ModelError(
+            f"{path}: alora_invocation_tokens makes it an activated LoRA, which cannot be merged "
+            "into its base. Give a plain LoRA adapter."
+        )

@@ -231,6 +231,7 @@ def test_a_chain_of_adapters_is_refused(
         {"megatron_config": {"a": 1}},
         {"base_model_name_or_path": 5},
         {"lora_alpha": None},
+        {"alora_invocation_tokens": [1, 2]},
     ],
 )
 def test_a_damaged_adapter_is_refused(
