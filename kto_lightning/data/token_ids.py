@@ -82,6 +82,10 @@ def token_ids_of_records(
         )
 
 
+_MAX_FAULT = 500
+"""Characters of what a template raises, which may quote the record."""
+
+
 def _attempt(row: int, compute: Callable[[], _Result]) -> tuple[_Result | None, str | None]:
     """The result, or an error message: a chat template is a program and can raise anything.
 
@@ -95,7 +99,8 @@ def _attempt(row: int, compute: Callable[[], _Result]) -> tuple[_Result | None, 
     except ModelError as error:
         return None, str(error)
     except Exception as error:
-        return None, f"{type(error).__name__}: {error}".removesuffix(": ")
+        said = f"{type(error).__name__}: {error}".removesuffix(": ")
+        return None, said if len(said) <= _MAX_FAULT else f"{said[: _MAX_FAULT - 1]}…"
 
 
 @dataclass(frozen=True, slots=True)

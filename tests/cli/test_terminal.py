@@ -9,7 +9,7 @@ from unicodedata import category
 import pytest
 
 from tests.support.cli import fit, run_cli, small_data
-from tests.support.factories import plain_records, write_jsonl
+from tests.support.factories import chat_records, plain_records, write_jsonl
 
 HOSTILE = "[/INST][red]\x1b[31m\x9b2J\u202e\u2066\r"
 ALLOWED = {"\n"}
@@ -91,3 +91,13 @@ def test_json_stays_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out
     assert printed.isascii()
     assert HOSTILE in {column["name"] for column in json.loads(printed)["columns"]}
+
+
+def test_a_long_message_of_a_template_is_shortened(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ raise_exception('z' * 100000) }}")
+    train = write_jsonl(tmp_path / "train.jsonl", chat_records(4))
+    fit(policy, train, tmp_path / "output", "--data.chat_template", template, status=1)
+    assert 100 < check_plain(capsys).count("z") < 5000
