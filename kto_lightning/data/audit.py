@@ -205,6 +205,7 @@ def _texts_of(message: RecordJson) -> Iterator[tuple[str, str]]:
         yield from ((kind, opening), ("reasoning", reasoning), (kind, answer))
     for key in _REASONING_KEYS:
         yield from (("reasoning", leaf) for leaf in _leaves(message.get(key)))
+    yield from (("refusal", leaf) for leaf in _leaves(message.get("refusal")))
 
 
 def _calls_of(message: RecordJson) -> Iterator[tuple[str, str]]:

@@ -33,6 +33,7 @@ FEATURES = datasets.Features(
         "file": datasets.Value("string"),
         "line": datasets.Value("int64"),
         "prompt_guessed": datasets.Value("bool"),
+        "messages_left": datasets.Value("bool"),
     }
 )
 
@@ -86,8 +87,8 @@ def load_records(
     """All records as a memory-mapped data set, parsed only once for the same contents.
 
     Columns: `record` (JSON of prompt, completion, tools, chat_template_kwargs), `desirable`,
-    `weight`, `file`, `line`, `prompt_guessed`. The fingerprint depends on names and contents only,
-    so the token ids mapped from it are cached too.
+    `weight`, `file`, `line`, `prompt_guessed`, `messages_left`. The fingerprint depends on names
+    and contents only, so the token ids mapped from it are cached too.
 
     Args:
         source: a path, a glob, a hub data set's id, or a list of those.
@@ -155,6 +156,7 @@ def as_row(record: Record) -> dict[str, object]:
         "file": record.file,
         "line": record.line,
         "prompt_guessed": record.prompt_guessed,
+        "messages_left": record.messages_left,
     }
 
 

@@ -65,6 +65,8 @@ class Record:
     """From 1: the line in a jsonl or csv file, the row in any other source."""
     prompt_guessed: bool = False
     """Whether the prompt was cut from a pair's answers without a sign of where it ends."""
+    messages_left: bool = False
+    """Whether messages follow the assistant's last one, the completion; they are not used."""
 
 
 def is_conversational(record: Record) -> bool:
@@ -128,6 +130,7 @@ def _records_of_row(row: Row, fields: dict, common: dict, labels: LabelReader) -
             messages = parse_messages(key, fields[key], row.from_table)
             _check_repeats(fields, key, messages, row.from_table)
             prompt, completion = split_last_turn(messages)
+            common = common | {"messages_left": len(prompt) + len(completion) < len(messages)}
             break
     else:
         prompt, completion = (

@@ -9,7 +9,8 @@ Text = str | list[dict]
 SYSTEM_KEYS = ("system", "system_prompt")
 SYSTEM_ROLES = ("system", "developer")
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
-MEDIA_PARTS = ("image", "video", "audio", "input_image", "input_audio", "image_url", "video_url")
+TEXT_PARTS = (None, "text", "input_text", "output_text")
+"""Values of `type` in the parts of content that are text and nothing else."""
 MAX_NAMES = 40
 
 
@@ -95,15 +96,15 @@ def check_no_media(fields: dict) -> None:
 
 
 def check_no_media_in_messages(messages: Iterable[dict]) -> None:
-    """Raise RecordError for messages that carry images, videos or sound."""
+    """Raise RecordError for messages that carry images, videos, sound or other parts than text."""
     for message in messages:
         check_no_media(message)
         content = message.get("content")
         for part in content if isinstance(content, list) else ():
-            if isinstance(part, dict) and part.get("type") in MEDIA_PARTS:
+            if isinstance(part, dict) and part.get("type") not in TEXT_PARTS:
                 raise RecordError(
-                    f"a message holds a part of the type {part['type']}, but only text is trained "
-                    "on. Drop the line."
+                    f"a message holds a part of the type {quote(part['type'])[1:-1]}, but only "
+                    "text is trained on. Drop the line."
                 )
             if isinstance(part, dict):
                 check_no_media(part)

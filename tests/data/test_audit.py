@@ -86,6 +86,11 @@ def test_each_part_is_missed_by_its_name() -> None:
     assert lost(users, USER, {"role": "bot", "content": "Well"}, USER, ANSWER) == ["text of prompt"]
 
 
+def test_a_refusal_beside_the_text_is_looked_for() -> None:
+    refusal = ANSWER | {"refusal": "No such thing."}
+    assert lost(PLAIN, USER, refusal) == ["refusal of completion"]
+
+
 def test_reasoning_in_the_text_is_a_part_of_its_own() -> None:
     answer = ANSWER | {"content": "<think>\nTwo times two.\n</think>\n\nFour dollars."}
     cuts = (

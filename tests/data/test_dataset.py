@@ -39,6 +39,7 @@ def test_the_columns_of_the_data_set(tmp_path: Path) -> None:
         "file",
         "line",
         "prompt_guessed",
+        "messages_left",
     ]
     assert dataset["desirable"][:] == [True, False]
     assert dataset["weight"][:] == [1.0, 0.5]

@@ -316,3 +316,10 @@ def test_a_record_too_long_to_tokenize_is_refused(tmp_path: Path) -> None:
     message = message_of(tmp_path, row)
     assert "characters, and at most 16,000,000 are read" in message
     assert len(message) < 200
+
+
+@pytest.mark.parametrize("kind", ["thinking", "tool_use", "file"])
+def test_a_content_part_that_holds_more_than_text_is_refused(tmp_path: Path, kind: str) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": kind, "text": "b", kind: "c"}]
+    row = {"prompt": [USER | {"content": parts}], "completion": [GOOD], "label": True}
+    assert f"holds a part of the type {kind}, but only text" in message_of(tmp_path, row)

@@ -69,6 +69,8 @@ class StreamCounts:
     """Completions that do not end with a token at which the model stops."""
     guessed_prompts: int = 0
     """Pairs whose prompt was cut from their answers without a sign of where it ends."""
+    messages_left: int = 0
+    """Conversations with messages after the assistant's last one."""
 
     def __str__(self) -> str:
         return (
@@ -153,6 +155,8 @@ class ExampleStream:
             checksum = crc32(f"{record.desirable} {record.weight} {text}".encode(), checksum)
             if record.prompt_guessed and record.desirable:
                 self._count_guess(record)
+            if record.messages_left:
+                self._count_messages_left(record)
         if self._whole_checksum not in (None, checksum):
             self.warn(
                 "the records of --data.train have changed since the last epoch. To resume within "
@@ -167,6 +171,15 @@ class ExampleStream:
             self.warn(
                 f"{record.file}:{record.line}: a pair without a prompt of its own: what both "
                 "answers begin with was taken, up to a whole word. Further ones are only counted."
+            )
+
+    def _count_messages_left(self, record: Record) -> None:
+        self.counts.messages_left += 1
+        if "messages" not in self._reported:
+            self._reported.add("messages")
+            self.warn(
+                f"{record.file}:{record.line}: messages follow the assistant's last turn, which "
+                "the label is taken for; they are not used. Further ones are only counted."
             )
 
     def _count_bad(self, message: str) -> None:

@@ -187,6 +187,7 @@ def _assemble(
         guessed_prompts=facts.places(
             np.flatnonzero(table["prompt_guessed"] & table["desirable"])  # one of the two of a pair
         ),
+        messages_left=facts.places(np.flatnonzero(table["messages_left"])),
         tokenizer=tokenizer,
         tokenizer_problem=problem,
         findings=[],

@@ -40,6 +40,7 @@ ROW = np.dtype(
         ("file", np.int32),
         ("line", np.int64),
         ("prompt_guessed", np.bool_),
+        ("messages_left", np.bool_),
     ]
 )
 
@@ -118,6 +119,7 @@ def _row(record: Record, file: int) -> tuple:
         file,
         record.line,
         record.prompt_guessed,
+        record.messages_left,
     )
 
 

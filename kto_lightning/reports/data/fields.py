@@ -223,6 +223,8 @@ class DataReport:
     guessed_prompts: Places | None = None
     """Pairs whose prompt was cut from their answers without a sign of where it ends; None in
     reports of earlier versions."""
+    messages_left: Places | None = None
+    """Conversations with messages after the assistant's last one; None as above."""
     lost_parts: list[LostPart] | None = None
     """Parts of records that their tokens lack; None: no tokenizer."""
     other_end: OtherEnd | None = None

@@ -37,7 +37,11 @@ def findings_of(report: DataReport) -> list[Finding]:
 
 def summary_sentences(report: DataReport) -> list[str]:
     """The findings that `fit` repeats in its summary, a sentence each."""
-    found = _guessed_prompts_finding(report), _length_finding(report)
+    found = (
+        _guessed_prompts_finding(report),
+        _messages_left_finding(report),
+        _length_finding(report),
+    )
     return [finding.sentence for finding in found if finding is not None]
 
 
@@ -58,9 +62,9 @@ def _about_records(report: DataReport) -> Iterator[Finding]:
             meaning="KTO takes a prompt, a completion and a label from each",
             action="fix or drop the records named below",
         )
-    guessed = _guessed_prompts_finding(report)
-    if guessed is not None:
-        yield guessed
+    for finding in (_guessed_prompts_finding(report), _messages_left_finding(report)):
+        if finding is not None:
+            yield finding
     contradictory, empty = repeats.contradictory_labels, report.empty_completions
     if contradictory.count:
         yield Finding(
@@ -101,6 +105,19 @@ def _guessed_prompts_finding(report: DataReport) -> Finding | None:
         "their own: what both answers begin with was taken, up to a whole word",
         meaning="the completion may begin inside an answer or inside the question",
         action=f"give these pairs a column `prompt` ({_shown(guessed)})",
+    )
+
+
+def _messages_left_finding(report: DataReport) -> Finding | None:
+    left = report.messages_left
+    if left is None or not left.count:
+        return None
+    return Finding(
+        grade="note",
+        what=f"{left.count:,} {_are(left, 'conversation goes', 'conversations go')} on after the "
+        "assistant's last turn",
+        meaning="the label is taken for that turn, and what follows it is not used",
+        action=f"remove these messages if the label is meant for another turn ({_shown(left)})",
     )
 
 

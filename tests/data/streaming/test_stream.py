@@ -61,7 +61,7 @@ def test_the_last_buffer_takes_what_is_left(num_examples: int, sizes: list[int])
 def stream_of(path: Path, *, buffer_size: int = 8, **settings: Any) -> ExampleStream:
     return ExampleStream(
         source=str(path),
-        tokenizer=TOKENIZER,
+        tokenizer=settings.get("tokenizer", TOKENIZER),
         max_length=settings.get("max_length", 128),
         truncation=settings.get("truncation", "keep_start"),
         buffer_size=buffer_size,
@@ -362,3 +362,17 @@ def test_a_stream_counts_prompts_that_were_guessed(tmp_path: Path):
     assert stream.counts.guessed_prompts == 3
     assert len(said) == 1
     assert "a.jsonl:1: a pair without a prompt of its own" in said[0]
+
+
+def test_a_stream_counts_messages_after_the_answer(tmp_path: Path):
+    turns = [{"role": role, "content": "So."} for role in ("user", "assistant", "user")]
+    rows = [{"messages": turns, "label": True}, {"messages": turns[:2], "label": False}]
+    said: list[str] = []
+    stream = stream_of(
+        write_jsonl(tmp_path / "a.jsonl", rows * 2),
+        warn=said.append,
+        tokenizer=make_tokenizer(chat_template="qwen3"),
+    )
+    list(stream.examples(StreamPosition()))
+    assert stream.counts.messages_left == 2
+    assert [text for text in said if "a.jsonl:1: messages follow" in text]

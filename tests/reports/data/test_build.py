@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from kto_lightning.data.dataset import load_records
 from kto_lightning.data.lost import LostPart, OtherEnd
 from kto_lightning.data.tokenize import tokenize_records
-from kto_lightning.errors import DataError
+from kto_lightning.errors import KTOError
 from kto_lightning.models.tokenizer import load_tokenizer
 from kto_lightning.reports.data import (
     DataReport,
     report_of_source,
     report_of_training_set,
+    summary_sentences,
     write_data_report,
 )
 from kto_lightning.reports.data.fields import Column, Order, PerClass, Places
@@ -483,7 +484,7 @@ def test_a_training_set_has_the_report_of_its_file(tmp_path: Path, template: str
     path = tmp_path / "data_report.json"
     write_data_report(path, found)
     assert json.loads(path.read_text(encoding="utf-8")) == found.to_dict()
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(KTOError, match="cannot be written"):
         write_data_report(tmp_path, found)
 
 
@@ -505,6 +506,16 @@ def test_a_training_set_with_dropped_records(tmp_path: Path) -> None:
     unlimited = tokenize_records(records, tokenizer, max_length=None)
     found = report_of_training_set(source, records, unlimited, batch_size=8, max_length=None)
     assert found.lengths.truncation is None
+
+
+def test_messages_after_the_answer_are_a_finding(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": "So."} for role in ("user", "assistant", "user")]
+    rows = [{"messages": turns[:2], "label": True}, {"messages": turns, "label": False}]
+    found = report(tmp_path, rows)
+    assert found.messages_left == Places(count=1, first=[f"{tmp_path / 'data.jsonl'}:2"])
+    assert "what follows it is not used" in finding(found, "1 conversation goes on after")
+    assert [text for text in summary_sentences(found) if "1 conversation goes on" in text]
+    assert not [text for text in report(tmp_path, rows[:1]).findings if "goes on" in text]
 
 
 def test_prompts_cut_from_answers_are_a_finding(tmp_path: Path) -> None:
