@@ -18,7 +18,7 @@ def adapter(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_adapter(tmp_path_factory.mktemp("adapter") / "adapter", policy)
 
 
-@fuzz(25)
+@fuzz(14)
 @given(data=st.data())
 def test_a_model_with_damaged_files_is_trained_or_named(
     policy: Path, train: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -26,7 +26,7 @@ def test_a_model_with_damaged_files_is_trained_or_named(
     _fit_with_damage(policy, train, tmp_path_factory.mktemp("model") / "odd_model", data)
 
 
-@fuzz(15)
+@fuzz(8)
 @given(data=st.data())
 def test_an_adapter_with_damaged_files_is_trained_or_named(
     adapter: Path, train: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -27,7 +27,7 @@ def run(policy: Path, train: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return fit(policy, train, output, "--data.validation", 0.25)
 
 
-@fuzz(40)
+@fuzz(8)
 @given(data=st.data())
 def test_damaged_files_of_a_run_are_reported_or_named(
     run: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -39,7 +39,7 @@ def test_damaged_files_of_a_run_are_reported_or_named(
     run_within_bounds("report", output, names=file.name)
 
 
-@fuzz(20)
+@fuzz(5)
 @given(data=st.data())
 def test_a_run_file_with_other_values_is_reported_or_named(
     run: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -50,7 +50,7 @@ def test_a_run_file_with_other_values_is_reported_or_named(
     run_within_bounds("report", output, names="run.json")
 
 
-@fuzz(30)
+@fuzz(7)
 @given(data=st.data())
 def test_metrics_with_odd_cells_are_reported_or_named(
     run: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
