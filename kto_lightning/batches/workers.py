@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.data._utils import signal_handling
 
 from kto_lightning.batches.types import StepBatch
 
@@ -134,6 +135,8 @@ def _calling_when_child_ends(check: Callable[[], None]) -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGCHLD, lambda *_: check())
+    if getattr(before, "__module__", None) == signal_handling.__name__:
+        before = signal.SIG_DFL  # of another loader in this process, which polls its workers too
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
 from kto_lightning.errors import MOST_PROCESSES, ConfigError, check_count
+from kto_lightning.strategies.checks import strategy_problem
 
 _COUNTS = {
     # option: (the least, the most)
@@ -58,7 +59,8 @@ def check_trainer_values(trainer: Any) -> None:
     _check_devices(trainer.devices, on_cpu=_runs_on_cpu(trainer.accelerator))
     registered = StrategyRegistry.available_strategies()
     strategies = ["auto", *(name for name in registered if "xla" not in name and "tpu" not in name)]
-    _check_name("strategy", trainer.strategy, strategies, listed=_LISTED)
+    if strategy_problem(trainer.strategy) is None:  # else a better message comes with the model
+        _check_name("strategy", trainer.strategy, strategies, listed=_LISTED)
 
 
 def _check_share(name: str, value: Any) -> None:

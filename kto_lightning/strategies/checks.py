@@ -36,6 +36,13 @@ def strategy_name(strategy: Any) -> str:
     return path.rpartition(".")[2]
 
 
+def strategy_problem(strategy: Any) -> str | None:
+    """Why a strategy is not offered, and what to use; None: it may be."""
+    name = strategy_name(strategy)
+    reason = next((why for start, why in _REFUSED.items() if name.startswith(start)), "")
+    return f"--trainer.strategy {name} {reason}" if reason else None
+
+
 def check_strategy(strategy: Any, model: Any) -> None:
     """Refuse strategies that cannot train here, and settings that a strategy cannot run.
 
@@ -46,10 +53,10 @@ def check_strategy(strategy: Any, model: Any) -> None:
     Raises:
         ConfigError: with the strategy or setting to use instead.
     """
+    problem = strategy_problem(strategy)
+    if problem is not None:
+        raise ConfigError(problem)
     name = strategy_name(strategy)
-    reason = next((why for start, why in _REFUSED.items() if name.startswith(start)), "")
-    if reason:
-        raise ConfigError(f"--trainer.strategy {name} {reason}")
     if name in (FSDP2_NAME, OFFLOAD_NAME, FSDP2.__name__):
         _check_sharded(model)
 

@@ -179,5 +179,5 @@ def test_fit_trains_on_odd_records_or_names_them(
     run_within_bounds(
         *("fit", "--model.policy", policy, "--data.train", file, "--output_dir", folder / "out"),
         *("--trainer.accelerator", "cpu", "--trainer.max_steps", 1, "--data.batch_size", 2),
-        names=("odd.jsonl", "--data.", "template"),
+        names=("odd.jsonl", "--data.", "--model.", "template"),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import kto_lightning.loss
 from kto_lightning.parity.agreement import compare, movement
@@ -15,6 +16,7 @@ from kto_lightning.parity.command import main as parity_main
 from kto_lightning.parity.trace import Trace
 from tests.support.cli import run_cli, small_data, small_model
 from tests.support.factories import (
+    add_adapter,
     chat_records,
     make_tokenizer,
     plain_records,
@@ -127,12 +129,10 @@ def test_errors_of_fit_are_printed(files, tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")  # begins at 0
 def test_errors_of_trl_are_printed(files, tmp_path, capsys):
-    adapter = save_adapter(tmp_path / "adapter", files["model"])
-    config = adapter / "adapter_config.json"
-    settings = json.loads(config.read_text())
-    settings["target_modules"] = [*settings["target_modules"], "lm_head"]
-    config.write_text(json.dumps(settings))
-    assert parity(files | {"model": adapter}) == 1
+    model = AutoModelForCausalLM.from_pretrained(files["model"])
+    adapted = add_adapter(model, target_modules=["q_proj", "lm_head"])
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    assert parity(files | {"model": tmp_path / "adapter"}) == 1
     assert "TRL cannot be run on this: Applying a PEFT adapter" in capsys.readouterr().err
 
 

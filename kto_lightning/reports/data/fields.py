@@ -7,6 +7,8 @@ from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, 
 from kto_lightning.data.lost import LostPart, OtherEnd
 
 T = TypeVar("T")
+_MOST = 2**53
+"""No number of a report is as large."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -179,6 +181,13 @@ class Histogram:
     """One fewer than there are edges."""
     undesirable: list[int]
 
+    def __post_init__(self) -> None:
+        if not len(self.edges) - 1 == len(self.desirable) == len(self.undesirable):
+            raise ValueError(
+                f"{len(self.edges)} edges for {len(self.desirable)} and {len(self.undesirable)} "
+                "counts"
+            )
+
 
 @dataclass(kw_only=True, slots=True)
 class Shapes:
@@ -253,12 +262,25 @@ def _from_plain(kind: Any, value: Any) -> Any:
         some = [option for option in get_args(kind) if option is not NoneType]
         return None if value is None else _from_plain(some[0], value)
     if get_origin(kind) is list:
-        return [_from_plain(get_args(kind)[0], item) for item in value]
+        return [_from_plain(get_args(kind)[0], item) for item in _checked(list, value)]
     made: Any = get_origin(kind) or kind
     if not isinstance(made, type) or not is_dataclass(made):
-        return value
+        return _checked(kind, value)
     hints = get_type_hints(made)
     field_type = get_args(kind)  # of PerClass[int]: int for both fields
     known = {name: field_type[0] if field_type else hints[name] for name in value if name in hints}
     make: Any = made
     return make(**{name: _from_plain(hint, value[name]) for name, hint in known.items()})
+
+
+def _checked(kind: Any, value: Any) -> Any:
+    """A plain value, if it is of that type."""
+    kinds = {float: (int, float), str: (str,), int: (int,), bool: (bool,), list: (list,)}
+    fits = isinstance(value, kinds.get(kind, (object,)))
+    if get_origin(kind) is Literal:
+        fits = value in get_args(kind)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        fits = fits and abs(value) < _MOST
+    if not fits or (kind in (int, float) and isinstance(value, bool)):
+        raise TypeError(f"{value!r:.60} is no {kind}")
+    return value

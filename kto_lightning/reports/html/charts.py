@@ -5,6 +5,7 @@ searched, and are black, for which Matplotlib writes no colour: `style.css` give
 """
 
 import io
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -131,7 +132,8 @@ def draw(chart: Chart, number: int = 1) -> Markup:
         ) from error
     # Ids are salted hashes: the same for the same numbers, different in every chart of a page.
     style: Any = STYLE | {"svg.hashsalt": f"chart {number}"}  # Matplotlib wants Literal keys
-    with rc_context(style):
+    with rc_context(style), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # no room for the labels of odd numbers
         figure = Figure()
         _plot(figure.subplots(), chart)
         file = io.StringIO()

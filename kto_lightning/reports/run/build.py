@@ -192,18 +192,18 @@ def _data_sections(run: Run) -> Iterator[Section]:
         return
     try:
         report = DataReport.from_dict(run.data)
-    except ValueError:
-        yield Section(
+        section = Section(
+            title="Data",
+            findings=findings_of(report) or [Finding(grade="good", what="Nothing stands out")],
+            charts=list(data_charts(report)),
+            collapsed=comparison([report]),
+        )
+    except (ValueError, ArithmeticError, LookupError):  # no report, or one with odd values
+        section = Section(
             title="Data",
             text=["data_report.json is from another version; `inspect` writes a new one."],
         )
-        return
-    yield Section(
-        title="Data",
-        findings=findings_of(report) or [Finding(grade="good", what="Nothing stands out")],
-        charts=list(data_charts(report)),
-        collapsed=comparison([report]),
-    )
+    yield section
 
 
 def _flat(settings: dict, prefix: str = "") -> Iterator[list[str]]:

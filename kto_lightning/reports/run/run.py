@@ -14,6 +14,7 @@ from kto_lightning.errors import KTOError
 from kto_lightning.reports.run.run_file import RunFile, current_status, read_run_file
 
 _MOST_DIGITS = 15
+_LONGEST_CELL = 1000
 """Of a step: an int64 has room for them."""
 LABELS = ("desirable", "undesirable")
 
@@ -158,7 +159,9 @@ def _check_row(path: Path, line: int, cells: dict[str, str]) -> int:
     """The step of a row, all of whose cells are numbers or empty."""
     for name, cell in cells.items():
         try:
-            float(cell or "nan")
+            float(cell[:_LONGEST_CELL] or "nan")
+            if len(cell) > _LONGEST_CELL:
+                raise ValueError
         except ValueError as error:
             problem = f"the column '{name[:60]}' must be a number, got {cell[:60]!r}"
             raise _odd_line(path, line, problem) from error

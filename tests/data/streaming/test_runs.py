@@ -129,7 +129,7 @@ def test_resuming_on_other_records_is_an_error(
         ((other, tmp_path, *options), "are not those that were read then"),
         ((short, tmp_path, *options), "are not those that were read then"),
         ((train, tmp_path, *STREAM, "--data.buffer_size", 16), "buffer_size was 8"),
-        ((train, tmp_path, *options, "--data.pairing_seed", 1), "pairing_seed was 0"),
+        ((train, tmp_path, *options, "--data.pairing_seed", 1), "--data.pairing_seed is 1 (was 0)"),
     ):
         fit(policy, *arguments, "--ckpt_path", "last", status=2)
         assert part in capsys.readouterr().err
