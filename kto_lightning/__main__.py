@@ -1,5 +1,6 @@
 """`python -m kto_lightning`: help and version before the heavy imports, then a command."""
 
+import os
 import sys
 from errno import ENAMETOOLONG
 from importlib import import_module
@@ -25,6 +26,11 @@ command's name, but for `TRAINER`, whose parser reads the name too."""
 PRINTS_ITS_RESULT = ("inspect", "validate")
 """Commands that fail where stdout cannot be written; the others go on without it."""
 
+LAUNCHER_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "JSM_NAMESPACE_RANK"),
+)
+
 USAGE = """\
 usage: python -m kto_lightning COMMAND [options]
 
@@ -47,6 +53,19 @@ options:
 
 A record is a line of JSON: {"prompt": "…", "completion": "…", "label": true}
 """
+
+
+def _launcher_problem() -> str | None:
+    """What is wrong with a launcher's variables: libraries read them when they are imported, and a
+    rank that is not 0 writes nothing."""
+    for name in LAUNCHER_VARIABLES:
+        value = os.environ.get(name)
+        if value is not None and not (value.isascii() and value.isdigit() and len(value) < 10):
+            return (
+                f"the environment variable {name} must be a whole number, as torchrun and SLURM "
+                f"set it, got '{printable(value[:60])}'. Unset it."
+            )
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,6 +91,10 @@ def main(argv: list[str] | None = None) -> int:
             f"There are: {', '.join(COMMANDS)}.\n"
             "help: python -m kto_lightning --help\n"
         )
+        return 2
+    problem = _launcher_problem()
+    if problem is not None:
+        sys.stderr.write(f"error: {problem}\n")
         return 2
     name = COMMANDS.get(command, TRAINER)
     try:

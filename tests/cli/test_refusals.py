@@ -706,3 +706,13 @@ def test_an_unknown_environment_variable_is_answered_with_the_nearest(
     monkeypatch.setenv("KTO_FIT__MODEL__BETA", "0.2")
     output = fit(policy, train, tmp_path / "run", "--trainer.max_steps", 1)
     assert "beta: 0.2" in (output / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("value", ["abc", "-5", "", "1.5", "9" * 30])
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_NTASKS"])
+def test_an_odd_variable_of_a_launcher_is_named(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert run_cli("inspect", "none.jsonl") == 2
+    assert f"the environment variable {name} must be a whole number" in capsys.readouterr().err
