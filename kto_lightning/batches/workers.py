@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -55,6 +56,8 @@ class StepLoader(DataLoader[StepBatch]):
             except StopIteration:
                 return
             except Exception:
+                # A killed worker's connections are reset a moment before it has ended.
+                wait([worker.sentinel for worker in self._workers], timeout=1.0)
                 if not self._ended_workers():
                     raise
                 self._give_workers_up()
