@@ -4,6 +4,7 @@ Heavy modules are imported inside functions, so that help and usage errors appea
 """
 
 import argparse
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -67,6 +68,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--adapter_base",
+        type=os.path.expanduser,
         metavar="DIR",
         help="the base model, where the policy was an adapter whose base has moved",
     )

@@ -8,6 +8,7 @@ PATH_OPTIONS = (
     ("model", "policy"),
     ("model", "reference"),
     ("model", "reference_cache"),
+    ("model", "adapter_base"),
     ("data", "tokenizer"),
     ("data", "chat_template"),
     (None, "ckpt_path"),

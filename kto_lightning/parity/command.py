@@ -5,6 +5,7 @@ Heavy modules are imported inside functions, so that help and usage errors are f
 
 import argparse
 import json
+import os
 import re
 import sys
 from importlib.util import find_spec
@@ -49,16 +50,26 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     required = parser.add_argument_group("required")
     required.add_argument(
-        "--model", required=True, metavar="DIR", help="model or adapter directory, or hub id"
+        "--model",
+        required=True,
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="model or adapter directory, or hub id",
     )
     required.add_argument("--data", required=True, metavar="FILE", help="records, as for `fit`")
     _add_settings(parser)
-    parser.add_argument("--reference", metavar="DIR", help="another model as the reference")
+    parser.add_argument(
+        "--reference",
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="another model as the reference",
+    )
     parser.add_argument(
         "--lora", type=int, metavar="R", help="train a new LoRA adapter of this rank, alpha 2R"
     )
     parser.add_argument(
         "--chat_template",
+        type=os.path.expanduser,
         metavar="FILE_OR_NAME",
         help="a Jinja chat template, or a tokenizer that has one, instead of the tokenizer's",
     )
