@@ -41,6 +41,13 @@ def error_message(error: BaseException) -> str:
     return printable(str(error), keep="\n" if isinstance(error, DataError) else "")
 
 
+def os_error_message(error: OSError) -> str:
+    """What the disk refused: a directory that cannot be created, a file without permission."""
+    where = f"{error.filename}: " if error.filename else ""
+    reason = printable(f"{where}{error.strerror or error}")
+    return f"{reason}. Check the path, its permissions and free disk space."
+
+
 class KTOError(Exception):
     """Base of every error that the command line prints as a message instead of a traceback."""
 

@@ -12,7 +12,14 @@ from typing import Any
 
 from kto_lightning.cli.arguments import PrintableParser
 from kto_lightning.cli.paths import expanded_path
-from kto_lightning.errors import ConfigError, KTOError, ModelError, error_message, printable
+from kto_lightning.errors import (
+    ConfigError,
+    KTOError,
+    ModelError,
+    error_message,
+    os_error_message,
+    printable,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -31,13 +38,8 @@ def main(argv: list[str]) -> int:
     except KTOError as error:
         print(f"error: {error_message(error)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    except OSError as error:  # a directory that cannot be created, a file without permission
-        where = f"{error.filename}: " if error.filename else ""
-        print(
-            printable(f"error: {where}{error.strerror or error}. ")
-            + "Check the path, its permissions and free disk space.",
-            file=sys.stderr,
-        )
+    except OSError as error:
+        print(f"error: {os_error_message(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -118,8 +120,6 @@ def _load_checkpoint(path: Path) -> dict[str, Any]:
         raise KTOError(f"there is no checkpoint {path}. Check the path.")
     if path.is_dir():
         raise KTOError(f"{path} is a directory. Give a checkpoint file that `fit` wrote.")
-    if not path.is_file():  # a pipe would be waited for
-        raise KTOError(f"{path} is not a readable checkpoint. Give another that `fit` wrote.")
     checkpoint = AtomicCheckpointIO().load_checkpoint(path, map_location=_to_cpu)
     check_origin(checkpoint, str(path))
     return checkpoint

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from kto_lightning.callbacks.preemption import Preempted
 from kto_lightning.cli.lightning_cli import KTOCLI
 from kto_lightning.cli.parser import expand_short_options, shorten
-from kto_lightning.errors import ConfigError, KTOError, StoppedRun, error_message, printable
+from kto_lightning.errors import ConfigError, KTOError, StoppedRun, error_message, os_error_message
 
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
@@ -68,12 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     except KTOError as error:
         _print_error(error_message(error))
         return 1
-    except OSError as error:  # a full disk, a directory without permission
-        where = f"{error.filename}: " if error.filename else ""
-        _print_error(
-            printable(f"{where}{error.strerror or error}. ")
-            + "Check the path, its permissions and free disk space."
-        )
+    except OSError as error:
+        _print_error(os_error_message(error))
         return 1
     except KeyboardInterrupt:
         return _INTERRUPTED

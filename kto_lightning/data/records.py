@@ -26,7 +26,7 @@ from kto_lightning.data.texts import (
     Text,
     add_system,
     check_no_media,
-    check_no_media_in_messages,
+    check_text_only,
     missing_key_error,
     parse_system,
     parse_text,
@@ -67,6 +67,11 @@ class Record:
     """Whether the prompt was cut from a pair's answers without a sign of where it ends."""
     messages_left: bool = False
     """Whether messages follow the assistant's last one, the completion; they are not used."""
+
+    @property
+    def location(self) -> str:
+        """Where the record was written, as `file:line`."""
+        return f"{self.file}:{self.line}"
 
 
 def is_conversational(record: Record) -> bool:
@@ -176,7 +181,7 @@ def _check_covers(fields: dict, prompt: Text, completion: Text) -> None:
 def _check_parts(record: Record) -> None:
     """Raise RecordError for parts of a record that would not reach the tokens."""
     if isinstance(record.prompt, list) and isinstance(record.completion, list):
-        check_no_media_in_messages([*record.prompt, *record.completion])
+        check_text_only([*record.prompt, *record.completion])
     elif record.tools:
         raise RecordError(
             "'tools' stand beside plain text, and only a chat template can show them. Write prompt "

@@ -95,7 +95,7 @@ def check_no_media(fields: dict) -> None:
             raise RecordError(f"'{key}' is given, but only text is trained on. Drop the line.")
 
 
-def check_no_media_in_messages(messages: Iterable[dict]) -> None:
+def check_text_only(messages: Iterable[dict]) -> None:
     """Raise RecordError for messages that carry images, videos, sound or other parts than text."""
     for message in messages:
         check_no_media(message)

@@ -66,10 +66,6 @@ def _check_setting(path: Path, key: str, value: Any, *, trust_remote_code: bool)
         Path(str(value)).suffix != ".safetensors" or "/" in str(value)
     ):
         raise ModelError(f"{path}: {key} must be the name of a safetensors file, got {value}.")
-    if key == "transformers_weights" and (
-        Path(str(value)).suffix != ".safetensors" or "/" in value
-    ):
-        raise ModelError(f"{path}: {key} must be the name of a safetensors file, got {value}.")
     if isinstance(value, int):
         limit = _MAX_COUNT if any(word in key for word in _COUNTED) else _MAX_INTEGER
         limit = _MAX_INTEGER if key.endswith(("_size", "_dim")) else limit

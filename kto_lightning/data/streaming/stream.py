@@ -103,7 +103,7 @@ class ExampleStream:
     _whole_checksum: int | None = field(default=None, init=False)
     """CRC-32 of all usable records in the latest epoch that was read to its end."""
     _reported: set[str] = field(default_factory=set, init=False)
-    """Lost parts, each of which is reported once."""
+    """What is reported once, such as each kind of lost part."""
 
     def __post_init__(self) -> None:
         self.labels = label_reader(expand(self.source), streaming=True)
@@ -154,9 +154,19 @@ class ExampleStream:
             self.counts.records += 1
             checksum = crc32(f"{record.desirable} {record.weight} {text}".encode(), checksum)
             if record.prompt_guessed and record.desirable:
-                self._count_guess(record)
+                self.counts.guessed_prompts += 1
+                self._warn_once(
+                    "a guessed prompt",
+                    f"{record.location}: a pair without a prompt of its own: what both answers "
+                    "begin with was taken, up to a whole word.",
+                )
             if record.messages_left:
-                self._count_messages_left(record)
+                self.counts.messages_left += 1
+                self._warn_once(
+                    "messages left",
+                    f"{record.location}: messages follow the assistant's last turn, which the "
+                    "label is taken for; they are not used.",
+                )
         if self._whole_checksum not in (None, checksum):
             self.warn(
                 "the records of --data.train have changed since the last epoch. To resume within "
@@ -164,23 +174,10 @@ class ExampleStream:
             )
         self._whole_checksum = checksum
 
-    def _count_guess(self, record: Record) -> None:
-        self.counts.guessed_prompts += 1
-        if "prompt" not in self._reported:
-            self._reported.add("prompt")
-            self.warn(
-                f"{record.file}:{record.line}: a pair without a prompt of its own: what both "
-                "answers begin with was taken, up to a whole word. Further ones are only counted."
-            )
-
-    def _count_messages_left(self, record: Record) -> None:
-        self.counts.messages_left += 1
-        if "messages" not in self._reported:
-            self._reported.add("messages")
-            self.warn(
-                f"{record.file}:{record.line}: messages follow the assistant's last turn, which "
-                "the label is taken for; they are not used. Further ones are only counted."
-            )
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._reported:
+            self._reported.add(key)
+            self.warn(f"{message} Further ones are only counted.")
 
     def _count_bad(self, message: str) -> None:
         self.counts.bad += 1
@@ -200,8 +197,7 @@ class ExampleStream:
         try:
             columns = tokenize_json_records(texts, list(range(len(chunk))), self.tokenizer)
         except TemplateLimitError as error:
-            record = chunk[error.row or 0].record
-            where = f"{record.file}:{record.line}"
+            where = chunk[error.row or 0].record.location
             raise template_limit_error(where, error.what, self.tokenizer) from None
         prompts, completions = columns["prompt_ids"], columns["completion_ids"]
         prompt_lengths, completion_lengths = map(_lengths, (prompts, completions))
@@ -210,7 +206,7 @@ class ExampleStream:
         )
         for row, usable in enumerate(chunk):
             record = usable.record
-            location = f"{record.file}:{record.line}"
+            location = record.location
             if columns["fault"][row] is not None:
                 self._count_fault(columns["fault"][row], location)
                 continue
@@ -252,10 +248,7 @@ class ExampleStream:
             )
         new = [LostPart(name=name, count=1, first=location) for name in lost]
         for loss in losses_of(new, other_end):
-            key = loss.what.removesuffix(location)
-            if key not in self._reported:
-                self._reported.add(key)
-                self.warn(f"{loss.sentence} Further ones are only counted.")
+            self._warn_once(loss.what.removesuffix(location), loss.sentence)
 
     def _count(self, record: Record) -> None:
         if record.desirable:
