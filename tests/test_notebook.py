@@ -84,9 +84,11 @@ def test_it_is_committed_without_outputs():
 
 def test_it_trains_every_step_and_leaves_another_model(executed: NotebookNode, folder: Path):
     run = folder / "out" / "fit"
-    lines = (folder / "out" / "feedback.jsonl").read_text().splitlines()
-    labels = [json.loads(line)["label"] for line in lines]
-    assert (labels.count(True), labels.count(False)) == (30, 10)
+    lines = (folder / "out" / "log.jsonl").read_text().splitlines()
+    stars = [json.loads(line)["stars"] for line in lines]
+    assert sum(number in (4, 5) for number in stars) == 30
+    assert sum(number in (1, 2) for number in stars) == 10
+    assert {3, None} <= set(stars)
     table = rows(run)
     # 36 training records: two epochs of five steps with up to eight records.
     assert [int(row["step"]) for row in table] == list(range(1, 11))
@@ -101,6 +103,9 @@ def test_it_trains_every_step_and_leaves_another_model(executed: NotebookNode, f
 
 
 def test_it_shows_data_weights_curves_and_answers(executed: NotebookNode, folder: Path):
+    guide = printed(executed, "guide")
+    assert "--columns.prompt chat.question" in guide
+    assert "--labels.at_least 4 --labels.at_most 2" in guide
     assert "30 : 10" in printed(executed, "report")
     (weights,) = shown(executed, "weights", "text/plain")
     assert [float(number) for number in weights.split() if number[0].isdigit()] == [
@@ -113,7 +118,7 @@ def test_it_shows_data_weights_curves_and_answers(executed: NotebookNode, folder
     (talk,) = shown(executed, "talk", "text/html")
     questions = re.findall(r'class="data row\d+ col0" >(.*?)</td>', talk, re.DOTALL)
     assert len(questions) == 8
-    trained_on = (folder / "out/feedback.jsonl").read_text()
+    trained_on = (folder / "out/log.jsonl").read_text()
     assert all("\nAnswer:" in q and json.dumps(q) not in trained_on for q in questions)
     share = printed(executed, "share")
     assert "before  " in share
@@ -123,7 +128,7 @@ def test_it_shows_data_weights_curves_and_answers(executed: NotebookNode, folder
 
 def test_it_writes_nothing_outside_its_folder(executed: NotebookNode, folder: Path):
     assert list((folder / "cwd").iterdir()) == []
-    assert {p.name for p in (folder / "out").iterdir()} == {"start", "feedback.jsonl", "fit"}
+    assert {p.name for p in (folder / "out").iterdir()} == {"start", "log.jsonl", "fit"}
 
 
 @pytest.mark.slow

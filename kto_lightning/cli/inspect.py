@@ -10,11 +10,15 @@ import sys
 
 from kto_lightning.cli.arguments import PrintableParser
 from kto_lightning.cli.paths import expanded_path
-from kto_lightning.errors import KTOError, error_message, printable
+from kto_lightning.cli.record_options import add_record_options, record_settings
+from kto_lightning.errors import ConfigError, KTOError, error_message, printable
 
 DEFAULT_MAX_LENGTH = 1024
-FIT_KEYS = re.compile(r"--data\.(tokenizer|chat_template|max_length)\b")
-"""Options as messages shared with `fit` name them; `inspect` has them without the group."""
+FIT_KEYS = re.compile(
+    r"--data\.((?:tokenizer|chat_template|max_length|columns|labels|unlabeled|chat|format|repeated)\b)"
+)
+"""Options as messages shared with `fit` name them; `inspect` has them without the group too."""
+NUM_TRIED = 3
 
 
 def main(argv: list[str]) -> int:
@@ -22,24 +26,23 @@ def main(argv: list[str]) -> int:
 
     Returns:
         The exit status: 0; 1 if the data or the tokenizer cannot be read, or some source has no
-        usable record; 2 for wrong usage.
+        usable record; 2 for wrong usage, such as a column that no record has.
     """
     try:
-        arguments = _parse(argv)
-    except SystemExit as end:  # argparse has printed its help or its usage error
+        _inspect(_parse(argv))
+    except SystemExit as end:  # a parser has printed its help or its usage error
         return int(end.code or 0)
-    try:
-        _inspect(arguments)
     except KTOError as error:
         message = FIT_KEYS.sub(r"--\1", error_message(error))
         print(f"error: {message}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = PrintableParser(
         prog="python -m kto_lightning inspect",
+        usage="%(prog)s [options] FILE [FILE ...]",
         description="Report on feedback data: labels and their order, class weights, lengths, "
         "duplicates, and advice. Several files are shown side by side.",
         allow_abbrev=False,
@@ -48,7 +51,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "files",
         nargs="+",
         metavar="FILE",
-        help="a file (jsonl, json, csv, parquet), a glob in quotes, or a hub data set",
+        help="a file (jsonl, json, csv, tsv, parquet, arrow; texts also as gz, zst, bz2, xz), a "
+        "glob in quotes, a folder of save_to_disk, or a hub data set (owner/name, "
+        "owner/name:split, owner/name/config:split)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -81,6 +86,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="also write the report, with plots, as an HTML page",
     )
+    parser.add_argument(
+        "--try",
+        dest="num_tried",
+        action="store_const",
+        const=NUM_TRIED,
+        default=0,
+        help=f"show the first {NUM_TRIED} records as they would be trained; with --tokenizer "
+        "rendered by its chat template",
+    )
+    add_record_options(parser)
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1:
         parser.error(f"--batch_size must be at least 1, got {arguments.batch_size}")
@@ -96,8 +111,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
     """Print and write the reports.
 
     Raises:
+        SystemExit: with status 2, for a wrong setting.
         KTOError: if data or tokenizer cannot be read; at the end, if a source has no usable record.
     """
+    settings = record_settings(arguments)
     from rich.console import Console
 
     from kto_lightning.reports.data import as_json, report_of_source
@@ -107,9 +124,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
     reports = [
         report_of_source(
             file,
+            settings,
             tokenizer=tokenizer,
             batch_size=arguments.batch_size,
             max_length=arguments.max_length or DEFAULT_MAX_LENGTH,
+            num_tried=arguments.num_tried,
         )
         for file in arguments.files
     ]
@@ -129,7 +148,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         file for file, report in zip(arguments.files, reports, strict=True) if not report.examples
     ]
     if unusable:
-        raise KTOError(f"{', '.join(unusable)}: no usable record. See the findings above.")
+        raise KTOError(f"{', '.join(unusable)}: no usable record. See what is said above.")
 
 
 def _load_tokenizer(arguments: argparse.Namespace):

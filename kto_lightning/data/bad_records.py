@@ -30,22 +30,30 @@ class BadRecords:
         if len(self.columns) < MAX_COLUMNS:
             self.columns.update(dict.fromkeys(record.keys))
 
-    def error(self, names: list[str], total: int) -> DataError:
-        """The error to raise; `total`: all records read, from the files `names`."""
+    def error(self, names: list[str], total: int, advice: list[str] | None = None) -> DataError:
+        """The error to raise.
+
+        Args:
+            names: of the files.
+            total: all records read.
+            advice: what else to say if none of them can be used, a line each.
+        """
         where = join_names(names)
         if self.alike and self.count == total > 1:
             first = self.first[0]
-            columns = f"\nThe columns are {key_names(self.columns)}." if self.columns else ""
+            columns = [f"The columns are {key_names(self.columns)}."] if self.columns else []
+            lines = [*columns, *(advice or []), "Nothing has been trained."]
             return DataError(
                 f"none of the {total:,} records can be used, in {where}, all for one reason:\n"
-                f"  {first}{columns}\nNothing has been trained."
+                f"  {first}\n" + "\n".join(lines)
             )
         verb = "record cannot" if total == 1 else "records cannot"
         lines = [f"{self.count} of {total} {verb} be used, in {where}:", *map(str, self.first)]
         if self.count > len(self.first):
             lines.append(f"… and {self.count - len(self.first)} more")
-        advice = "Fix or remove them and start again; nothing has been trained."
-        return DataError("\n  ".join(lines) + "\n" + advice)
+        ends = ["Fix or remove them and start again; nothing has been trained."]
+        ends = [*(advice or []), *ends] if self.count == total else ends
+        return DataError("\n  ".join(lines) + "\n" + "\n".join(ends))
 
 
 def _kind(record: BadRecord) -> str:

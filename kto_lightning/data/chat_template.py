@@ -44,6 +44,7 @@ class MessageForms:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._content_forms: dict[tuple[str, bool], _ContentForm] = {}  # by role
+        self._takes_parts: dict[tuple[str, bool], bool] = {}  # likewise
         self._argument_forms: dict[bool, set[type]] = {}
 
     def convert(self, messages: list[Message], *, with_tools: bool) -> list[Message]:
@@ -52,9 +53,12 @@ class MessageForms:
 
     def _convert(self, message: Message, with_tools: bool) -> Message:
         content, calls = message.get("content"), message.get("tool_calls")
+        role = str(message.get("role"))
         if isinstance(content, list):
-            write = self._content_form(str(message.get("role")), with_tools)
+            write = self._content_form(role, with_tools)
             message = {**message, "content": write([part["text"] for part in content])}
+        elif isinstance(content, str) and content and self._takes_parts_only(role, with_tools):
+            message = {**message, "content": _as_one_part([content])}
         if isinstance(calls, list) and calls:
             converted = [self._convert_call(call, with_tools) for call in calls]
             message = {**message, "tool_calls": converted}
@@ -91,6 +95,18 @@ class MessageForms:
             )
             self._content_forms[key] = next(works, "".join)
         return self._content_forms[key]
+
+    def _takes_parts_only(self, role: str, with_tools: bool) -> bool:
+        """Whether content that is a text would be left out, as templates of some image-text models
+        do, and a list of one part is not."""
+        key = role, with_tools
+        if key not in self._takes_parts:
+            text, parts = (
+                self._shows(_example(role, form(_TEXTS)), with_tools)
+                for form in ("".join, _as_one_part)
+            )
+            self._takes_parts[key] = parts and not text
+        return self._takes_parts[key]
 
     def _shows(self, messages: list[Message], with_tools: bool) -> bool:
         rendered = self._render(messages, with_tools) or ""

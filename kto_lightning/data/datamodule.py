@@ -1,11 +1,13 @@
 """`KTODataModule`: from files of records to the loader whose item is one optimizer step."""
 
 import os
+from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from kto_lightning.batches.class_weights import ClassWeights
 from kto_lightning.batches.collate import StepBatches, all_pair_keys
@@ -14,15 +16,19 @@ from kto_lightning.batches.pairing import Pairing, pair_none
 from kto_lightning.batches.sampler import PlanSampler
 from kto_lightning.batches.types import StepBatch
 from kto_lightning.batches.workers import StepLoader
+from kto_lightning.data.columns import Columns
 from kto_lightning.data.dataset import Reading
 from kto_lightning.data.digests import check_same_records, record_digests
 from kto_lightning.data.examples import ExampleSet, Truncation
-from kto_lightning.data.prepared import PreparedData, Source
+from kto_lightning.data.labels import Labels
+from kto_lightning.data.prepared import PreparedData
+from kto_lightning.data.record_settings import RecordSettings, Repeated, Unlabeled
+from kto_lightning.data.sources import SourceLike, names_of
 from kto_lightning.data.streaming.sampler import StreamedBatches, StreamSampler
 from kto_lightning.data.streaming.stream import StreamPosition
+from kto_lightning.distributed import raise_together
 from kto_lightning.errors import ConfigError, KTOError, check_count, pick_settings
-from kto_lightning.models.loading import vocabulary_size
-from kto_lightning.models.tokenizer import end_token_ids
+from kto_lightning.models.tokenizer import tokenizer_name
 
 
 class KTODataModule(LightningDataModule):
@@ -31,9 +37,14 @@ class KTODataModule(LightningDataModule):
     Settings of the model (its tokenizer, the loss, class weights, whether it shares prompts) are
     read from the trainer's `KTOModule`.
 
+    A Python program may also give `tokenizer` as a `transformers.PreTrainedTokenizerBase`, of which
+    a copy is used.
+
     Args:
-        train: records to train on: a file (jsonl, json, csv, parquet), a glob of them, several, or
-            a hub data set.
+        train: records to train on: a file (jsonl, json, csv, tsv, parquet, arrow; texts also as
+            gz, zst, bz2, xz), a glob of them, a folder of save_to_disk, a hub data set (owner/name,
+            owner/name:split or owner/name/config:split), or several of those. From Python also a
+            datasets.Dataset, a list of dicts or a pandas DataFrame.
         validation: held-out records: a file like `train`, or a fraction of `train` by prompt; null:
             none.
         predict: records to reward, for the command `predict`.
@@ -50,6 +61,16 @@ class KTODataModule(LightningDataModule):
             one of its other templates, or another tokenizer (a directory or hub id).
         num_workers: loader processes per device.
         preprocessing_workers: processes that tokenize; null: as many as there are cores, up to 8.
+        columns: columns of the file by the fields of a record, where they have other names; each a
+            name or a path such as fields.prompt; null: prompt, completion, label and so on.
+        labels: what the values of the label column mean: words (good, bad, neither) or thresholds
+            for ratings (at_least, at_most); null: true and false, 1 and 0, yes and no, and so on.
+        unlabeled: records without a label are an error, or are left out (skip) and counted.
+        chat: make messages of prompts and completions that are plain text.
+        format: the tool that exported the files; records reads them as they are; null: recognised
+            by their structure.
+        repeated: records that judge the same answer to the same prompt: keep all, join them by
+            majority, or drop those that disagree (drop_disagreeing) and join the others.
         streaming: read `train` again in every epoch instead of keeping it on disk. Needs explicit
             class weights; bad records are skipped with a warning.
         buffer_size: under streaming, examples per buffer: partners and shuffling stay within one;
@@ -61,9 +82,9 @@ class KTODataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | None = None,
-        validation: float | str | list[str] | None = None,
-        predict: str | list[str] | None = None,
+        train: SourceLike | None = None,
+        validation: float | SourceLike | None = None,
+        predict: SourceLike | None = None,
         batch_size: int = 8,
         max_tokens: int = 16384,
         max_length: int | None = 1024,
@@ -71,19 +92,28 @@ class KTODataModule(LightningDataModule):
         shuffle: bool = True,
         pairing: PairingKind = "distinct_prompts",
         pairing_seed: int = 0,
-        tokenizer: str | None = None,
+        tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
         num_workers: int = 0,
         preprocessing_workers: int | None = None,
+        columns: Columns | None = None,
+        labels: Labels | None = None,
+        unlabeled: Unlabeled = "error",
+        chat: bool = False,
+        format: str | None = None,
+        repeated: Repeated = "keep",
         streaming: bool = False,
         buffer_size: int = 1024,
     ) -> None:
         settings = dict(locals())
+        if isinstance(tokenizer, os.PathLike):
+            settings["tokenizer"] = os.fspath(tokenizer)
         super().__init__()
         self.train, self.validation, self.predict = train, validation, predict
         self.streaming, self.buffer_size = streaming, buffer_size
         # Each setting has one owner, which checks it.
-        self.reading = pick_settings(Reading, settings)
+        records = pick_settings(RecordSettings, settings)
+        self.reading = pick_settings(Reading, settings | {"records": records})
         self.batching = pick_settings(Batching, settings)
         check_count("--data.buffer_size", buffer_size)
         _check_validation(validation)
@@ -129,8 +159,8 @@ class KTODataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Read and tokenize once per machine; the other processes find it in the cache.
 
-        An error is kept for `setup`, where every process raises it: a process that ended here would
-        leave the others waiting.
+        An error is kept for `setup`, where all processes raise it: one that ended here would leave
+        the others waiting.
         """
         if self.trainer is None or self.trainer.state.fn is None:
             return  # `setup` raises
@@ -140,12 +170,21 @@ class KTODataModule(LightningDataModule):
             self._error = error
 
     def setup(self, stage: str) -> None:
-        if self._error is not None:
-            raise self._error
-        self._load(stage)
+        error = self._error
+        try:
+            if error is None:
+                self._load(stage)
+        except KTOError as found:
+            error = found
+        raise_together(error)
         if self.prepared.validation_set is None and self.trainer is not None:
             # Lightning would warn of an empty validation loader in every run.
             self.trainer.limit_val_batches = 0
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Let the module give its models back: Lightning calls `teardown` after success only."""
+        if self.trainer is not None and self._module is not None:
+            self._module.teardown("exception")
 
     def _load(self, stage: str) -> None:
         """Read the records of a stage (`fit`, `validate` or `predict`), each set once."""
@@ -168,7 +207,7 @@ class KTODataModule(LightningDataModule):
             data.load_train(source, self.validation, self._run)
         data.pair_validation()
 
-    def _source(self, key: str) -> Source:
+    def _source(self, key: str) -> SourceLike:
         source = getattr(self, key)
         if source is None:
             or_fraction = ", or a fraction" if key == "validation" else ""
@@ -178,13 +217,11 @@ class KTODataModule(LightningDataModule):
     def _begin(self) -> PreparedData:
         module = self._module
         settings = module.model_settings
-        trust, base = settings.trust_remote_code, settings.adapter_base
-        models = [name for name in (settings.policy, settings.reference) if name is not None]
-        num_embeddings = {
-            name: vocabulary_size(name, trust_remote_code=trust, given_base=base) for name in models
-        }
+        num_embeddings = settings.vocabulary_sizes()
         tokenizer = self.reading.load_tokenizer(
-            settings.policy, trust_remote_code=trust, adapter_base=base
+            settings.policy_files,
+            trust_remote_code=settings.trust_remote_code,
+            adapter_base=settings.adapter_base,
         )
         return PreparedData(
             reading=self.reading,
@@ -192,7 +229,7 @@ class KTODataModule(LightningDataModule):
             objective=module.objective,
             tokenizer=tokenizer,
             num_embeddings=num_embeddings,
-            end_ids=end_token_ids(tokenizer, settings.policy, base),
+            end_ids=settings.end_token_ids(tokenizer),
         )
 
     def train_dataloader(self) -> DataLoader[StepBatch]:
@@ -259,7 +296,7 @@ class KTODataModule(LightningDataModule):
         return ExecutionContext(
             rank=self._run.global_rank,
             world_size=self._run.world_size,
-            packed=self._module.policy.packed,
+            shares_prompts=self._module.policy.shares_prompts,
             with_keys=self._module.model_settings.reference_cache is not None,
         )
 
@@ -291,8 +328,8 @@ class KTODataModule(LightningDataModule):
         counts = source.counts if source is not None else None
         weights = data.class_weights
         return {
-            "train": self.train,
-            "validation": self.validation,
+            "train": _names(self.train),
+            "validation": _names(self.validation),
             "held_out": self._held_out(),
             "desirable": counts.desirable if counts else None,
             "undesirable": counts.undesirable if counts else None,
@@ -305,9 +342,16 @@ class KTODataModule(LightningDataModule):
             "pairing": self.batching.pairing,
             "pairing_seed": self.batching.pairing_seed,
             "streaming": self.streaming,
-            "tokenizer": self.reading.tokenizer,
+            **asdict(self.reading.records),
+            **self._tokenizer_facts(),
             "chat_template": data.tokenizer.chat_template if self.reading.chat_template else None,
         }
+
+    def _tokenizer_facts(self) -> dict[str, Any]:
+        tokenizer = self.reading.tokenizer
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            return {"tokenizer": tokenizer_name(tokenizer), "tokenizer_in_memory": True}
+        return {"tokenizer": tokenizer}
 
     def state_dict(self) -> dict[str, Any]:
         """The run's position in the data, in completed optimizer steps."""
@@ -371,7 +415,13 @@ class KTODataModule(LightningDataModule):
         return self._digests
 
 
+def _names(source: float | SourceLike | None) -> float | str | list[str] | None:
+    return source if source is None or isinstance(source, int | float) else names_of(source)
+
+
 def _check_validation(validation: Any) -> None:
+    if not isinstance(validation, bool | str):
+        return
     is_flag = isinstance(validation, bool) or str(validation).lower() in ("true", "false")
     if is_flag and not os.path.exists(str(validation)):
         raise ConfigError(

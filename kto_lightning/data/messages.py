@@ -34,6 +34,8 @@ def parse_messages(key: str, value: object, from_table: bool) -> list[dict]:
     """
     if isinstance(value, str):
         value, from_table = parse_json_or_text(value), False
+    if is_message(value):
+        value = [value]
     if not isinstance(value, list) or not value:
         kind = "a non-empty list of messages"
         kind = kind if key in ("messages", "conversations") else f"a string or {kind}"
@@ -93,7 +95,7 @@ def _convert_sharegpt(where: str, message: dict) -> dict:
 
 def _parse_tool_calls(text: object) -> list[dict] | None:
     """ShareGPT's `{"name": …, "arguments": …}`, or a list of them, as tool calls; else None."""
-    content = parse_json_or_text(text) if isinstance(text, str) else text
+    content = parse_json_or_text(text)
     functions = content if isinstance(content, list) else [content]
     if not all(
         isinstance(item, dict) and {"name", "arguments"} <= item.keys() for item in functions

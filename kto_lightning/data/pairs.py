@@ -39,6 +39,8 @@ def parse_pair(fields: dict, from_table: bool) -> Pair:
     Raises:
         RecordError: if a field is invalid, or it is unknown which field holds the prompt.
     """
+    if "chosen" not in fields:
+        fields = _with_chosen(fields, from_table)
     chosen, rejected = (parse_text(key, fields, from_table) for key in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise RecordError(
@@ -60,6 +62,22 @@ def parse_pair(fields: dict, from_table: bool) -> Pair:
     if isinstance(prompt, str) and isinstance(split.prompt, str) and prompt in split.prompt:
         return split  # the completions repeat the whole conversation
     return _join(Pair(prompt=prompt, chosen=chosen, rejected=rejected))
+
+
+def _with_chosen(fields: dict, from_table: bool) -> dict:
+    """The fields of a row with `rejected` beside a conversation whose last answer is the chosen
+    one."""
+    key = next((key for key in CONVERSATION_KEYS if key in fields), None)
+    if key is None or "prompt" in fields:
+        return fields
+    messages = parse_messages(key, fields[key], from_table)
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        return fields
+    rejected = parse_text("rejected", fields, from_table)
+    if isinstance(rejected, str):
+        rejected = [{"role": "assistant", "content": rejected}]
+    others = {name: value for name, value in fields.items() if name != key}
+    return {**others, "prompt": messages[:-1], "chosen": messages[-1:], "rejected": rejected}
 
 
 def _prompt_key(fields: dict) -> str | None:

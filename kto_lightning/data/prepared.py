@@ -10,11 +10,13 @@ from transformers import PreTrainedTokenizerBase
 from kto_lightning.batches.class_weights import ClassWeights, imbalance_warning
 from kto_lightning.batches.loader import Batching, check_validation_interval
 from kto_lightning.batches.objective import Objective
+from kto_lightning.batches.packing import example_costs
 from kto_lightning.batches.pairing import Pairing, pair_none
-from kto_lightning.data.dataset import Reading
+from kto_lightning.data.dataset import Reading, summary_of
 from kto_lightning.data.examples import ExampleSet
 from kto_lightning.data.lost import losses_of
 from kto_lightning.data.rewards import exclude_rewards_files
+from kto_lightning.data.sources import SourceLike
 from kto_lightning.data.split import split_by_prompt
 from kto_lightning.data.streaming.stream import (
     ExampleStream,
@@ -24,8 +26,6 @@ from kto_lightning.data.streaming.stream import (
 )
 from kto_lightning.distributed import warn
 from kto_lightning.errors import ModelError
-
-Source = str | list[str]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,6 +52,8 @@ class PreparedData:
     class_weights: ClassWeights | None = None
     train_pairing: Pairing | None = None
     validation_pairing: Pairing | None = None
+    readings: list[str] = field(default_factory=list)
+    """How records are read where it is not by the names of their columns, for the summary."""
     warnings: list[str] = field(default_factory=list)
     """For the summary, a sentence each."""
     report_line: str | None = None
@@ -65,7 +67,7 @@ class PreparedData:
             )
 
     def load_train(
-        self, source: Source, validation: float | Source | None, trainer: Trainer
+        self, source: SourceLike, validation: float | SourceLike | None, trainer: Trainer
     ) -> None:
         """The training set; if `validation` is a fraction, the validation set is split off it."""
         examples = self._examples(source)
@@ -81,18 +83,19 @@ class PreparedData:
         self.class_weights = self.weights_of(examples)
         self.train_pairing = self._pair(examples)
         self.train_set = examples
+        self._warn_of_long(examples, self.train_pairing)
         check_validation_interval(trainer, self.num_steps_per_epoch)
 
     def load_stream(
         self,
-        source: Source,
-        validation: float | Source | None,
+        source: SourceLike,
+        validation: float | SourceLike | None,
         trainer: Trainer,
         *,
         buffer_size: int,
     ) -> None:
         """The stream to train on; no record is read yet."""
-        check_stream_settings(buffer_size, validation, trainer)
+        check_stream_settings(buffer_size, validation, self.reading.records, trainer)
         weights = self.objective.desirable_weight, self.objective.undesirable_weight
         self.class_weights = resolve_stream_weights(*weights)
         self.stream = open_stream(
@@ -105,9 +108,19 @@ class PreparedData:
             warn=partial(warn, trainer),
             end_ids=self.end_ids,
             check_id=self._check_id,
+            settings=self.reading.records,
         )
+        self.readings += self.stream.reader.notes
+        limit = self.batching.max_length
+        if limit is None or limit > self.batching.max_tokens:
+            up_to = "any length" if limit is None else f"up to --data.max_length {limit} tokens"
+            self.warnings.append(
+                f"records of {up_to} may come in the stream, and one longer than --data.max_tokens "
+                f"{self.batching.max_tokens} has a forward of its own, whatever memory that takes. "
+                "Lower --data.max_length to truncate them."
+            )
 
-    def load_validation(self, source: Source) -> None:
+    def load_validation(self, source: SourceLike) -> None:
         """The validation set from records of its own."""
         self.validation_set = self._examples(source)
 
@@ -116,6 +129,7 @@ class PreparedData:
         if self.validation_set is None or self.validation_pairing is not None:
             return
         self.validation_pairing = self._pair(self.validation_set)
+        self._warn_of_long(self.validation_set, self.validation_pairing)
         if self.train_set is None:
             return
         held_out = self.validation_set.prompt_keys
@@ -127,7 +141,7 @@ class PreparedData:
                 "side, or give --data.validation a fraction: the split is by prompt."
             )
 
-    def load_predict(self, source: Source) -> None:
+    def load_predict(self, source: SourceLike) -> None:
         """The records to reward, without the files that an earlier `predict` wrote."""
         kept, skipped = exclude_rewards_files(source)
         self.warnings += [f"skipped {name}, which `predict` wrote." for name in skipped]
@@ -137,6 +151,7 @@ class PreparedData:
             self.warnings.append(
                 f"{num_unlabelled} records have no label that can be read: theirs is null."
             )
+        self._warn_of_long(self.predict_set, pair_none(len(self.predict_set)))
 
     @property
     def num_steps_per_epoch(self) -> int | None:
@@ -176,7 +191,30 @@ class PreparedData:
             self.warnings.append(warning)
         return weights
 
-    def _examples(self, source: Source, *, labels_needed: bool = True) -> ExampleSet:
+    def _warn_of_long(self, examples: ExampleSet, pairing: Pairing) -> None:
+        """Warn of examples that no division into micro-batches brings under `max_tokens`."""
+        lengths = example_costs(
+            examples.prompt_lengths,
+            examples.completion_lengths,
+            pairing.partner,
+            max_length=self.batching.max_length,
+        )
+        allowed, longest = self.batching.max_tokens, int(lengths.argmax())
+        count, most = int((lengths > allowed).sum()), int(lengths[longest])
+        if not count:
+            return
+        have = "record has" if count == 1 else "records have"
+        two = " with the longer of its two completions" if pairing.partner is not None else ""
+        self.warnings.append(
+            f"{count} {have} more than --data.max_tokens {allowed} tokens, the longest {most}{two} "
+            f"({examples.location(longest)}). Such a record has a forward of its own: this one "
+            f"holds {most / allowed:.3g} times the activations that max_tokens allows, and its "
+            f"attention costs {(most / allowed) ** 2:.3g} times that of {allowed} tokens. Lower "
+            "--data.max_length to truncate it, or save memory with "
+            "--model.activation_checkpointing true."
+        )
+
+    def _examples(self, source: SourceLike, *, labels_needed: bool = True) -> ExampleSet:
         examples = self.reading.examples(
             source,
             self.tokenizer,
@@ -184,6 +222,8 @@ class PreparedData:
             labels_needed=labels_needed,
         )
         self._check_id(*examples.largest_id())
+        readings = summary_of(examples.records).sentences
+        self.readings += [text for text in readings if text not in self.readings]
         end = examples.other_end(self.end_ids, self.tokenizer)
         self.warnings += [loss.sentence for loss in losses_of(examples.lost_parts(), end)]
         return examples

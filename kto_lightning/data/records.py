@@ -2,7 +2,8 @@
 
 A row has one of three forms: `{prompt, completion, label}`, `{messages | conversations, label}` or
 `{chosen, rejected}` with or without `prompt`, which gives two records, the chosen one first. A
-field `system` becomes the first message.
+field `system` becomes the first message. A label that is a list, of several judges, gives a record
+for each.
 """
 
 import json
@@ -11,10 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kto_lightning.data.labels import LabelReader
+from kto_lightning.data.labels import LabelReader, is_unlabeled, judgements_of
 from kto_lightning.data.messages import is_message, parse_messages, split_last_turn
 from kto_lightning.data.pairs import CONVERSATION_KEYS, is_said, message_text, parse_pair
-from kto_lightning.data.rows import Row
+from kto_lightning.data.record_settings import RecordSettings
+from kto_lightning.data.rows import Row, SkippedRow
 from kto_lightning.data.strict_json import (
     RecordError,
     drop_none,
@@ -90,8 +92,16 @@ def record_to_json(record: Record) -> str:
     return json.dumps(content, ensure_ascii=False, allow_nan=False)
 
 
-def parse_row(row: Row, labels: LabelReader) -> Iterator[Record]:
-    """Parse a row into its records: one, or two for a pair.
+UNLABELED = "without a judgement"
+LEFT_OUT = "judged neither good nor bad"
+
+
+def parse_row(
+    row: Row, labels: LabelReader, settings: RecordSettings
+) -> Iterator[Record | SkippedRow]:
+    """Parse a row, its keys the fields of a record, into its records.
+
+    One for each judgement, or two for a pair; a `SkippedRow` for what the settings leave out.
 
     Raises:
         RecordError: if the row has none of the three forms, or one of its values is invalid.
@@ -110,26 +120,49 @@ def parse_row(row: Row, labels: LabelReader) -> Iterator[Record]:
         "file": row.file,
         "line": row.line,
     }
+    is_pair = "chosen" in fields or "rejected" in fields
+    if is_pair and settings.columns is not None and settings.columns.label is not None:
+        raise RecordError(
+            "a 'label' is named, but the record is a pair, whose answers 'chosen' and 'rejected' "
+            "judge. Leave out --data.columns.label, or name one answer with "
+            "--data.columns.completion.",
+            kind="a 'label' is named for a pair",
+        )
+    may_skip = settings.unlabeled == "skip" and not (is_pair or labels.optional)
+    if may_skip and is_unlabeled(row.value.get("label")):
+        yield SkippedRow(file=row.file, line=row.line, why=UNLABELED)
+        return
     check_no_media(fields)
     system = parse_system(fields)
-    for record in _records_of_row(row, fields, common, labels):
-        record.prompt, record.completion = _match_kinds(record.prompt, record.completion)
+    parse = _records_of_pair if is_pair else _judged_records
+    for record in parse(row, fields, common, labels):
+        if record is None:
+            yield SkippedRow(file=row.file, line=row.line, why=LEFT_OUT)
+            continue
+        record.prompt, record.completion = _match_kinds(
+            record.prompt, record.completion, chat=settings.chat
+        )
         record.prompt = add_system(record.prompt, record.completion, system)
         _check_serializable(record)
         _check_parts(record)
         yield record
 
 
-def _records_of_row(row: Row, fields: dict, common: dict, labels: LabelReader) -> list[Record]:
-    """The records in a row; prompt and completion may still be of different kinds."""
+def _records_of_pair(
+    row: Row, fields: dict, common: dict, labels: LabelReader
+) -> Iterator[Record | None]:
+    pair = parse_pair(fields, row.from_table)
+    common = common | {"prompt": pair.prompt, "prompt_guessed": pair.prompt_guessed}
+    yield Record(completion=pair.chosen, desirable=True, **common)
+    yield Record(completion=pair.rejected, desirable=False, **common)
+
+
+def _judged_records(
+    row: Row, fields: dict, common: dict, labels: LabelReader
+) -> Iterator[Record | None]:
+    """A record for each judgement of a row's completion; None for one that is neither good nor bad.
+    Prompt and completion may still be of different kinds."""
     assert isinstance(row.value, dict)
-    if "chosen" in fields or "rejected" in fields:
-        pair = parse_pair(fields, row.from_table)
-        common = common | {"prompt": pair.prompt, "prompt_guessed": pair.prompt_guessed}
-        return [
-            Record(completion=pair.chosen, desirable=True, **common),
-            Record(completion=pair.rejected, desirable=False, **common),
-        ]
     for key in CONVERSATION_KEYS:
         if key in fields and "completion" not in fields:
             messages = parse_messages(key, fields[key], row.from_table)
@@ -142,8 +175,11 @@ def _records_of_row(row: Row, fields: dict, common: dict, labels: LabelReader) -
             parse_text(key, row.value, row.from_table) for key in ("prompt", "completion")
         )
         _check_covers(fields, prompt, completion)
-    desirable = _parse_label(row.value, labels)
-    return [Record(prompt=prompt, completion=completion, desirable=desirable, **common)]
+    for desirable in _parse_label(row.value, labels):
+        if desirable is None and not labels.optional:
+            yield None
+        else:
+            yield Record(prompt=prompt, completion=completion, desirable=desirable, **common)
 
 
 def _check_repeats(fields: dict, key: str, messages: list[dict], from_table: bool) -> None:
@@ -168,7 +204,7 @@ def _check_covers(fields: dict, prompt: Text, completion: Text) -> None:
     ]
     for key in CONVERSATION_KEYS:
         value = fields.get(key)
-        value = parse_json_or_text(value) if isinstance(value, str) else value
+        value = parse_json_or_text(value)
         messages = value if isinstance(value, list) else []
         said = [message_text(item) for item in messages if is_message(item)]
         if not all(is_said(text, read) for text in said):
@@ -189,14 +225,15 @@ def _check_parts(record: Record) -> None:
         )
 
 
-def _parse_label(row: dict, labels: LabelReader) -> bool | None:
+def _parse_label(row: dict, labels: LabelReader) -> list[bool | None]:
+    """The judgements of a row; None for one that is neither good nor bad."""
     try:
         if "label" not in row:
             raise missing_key_error("label", row)
-        return labels.read(row["label"])
+        return [labels.read(item) for item in judgements_of(row["label"]) or [None]]
     except RecordError:
         if labels.optional:
-            return None
+            return [None]
         raise
 
 
@@ -218,7 +255,7 @@ def _parse_weight(value: object) -> float:
 
 
 def _parse_tools(value: object, from_table: bool) -> list | None:
-    tools = parse_json_or_text(value) if isinstance(value, str) else value
+    tools = parse_json_or_text(value)
     tools = drop_none(tools) if from_table and not isinstance(value, str) else tools
     if tools is None:
         return None
@@ -230,7 +267,7 @@ def _parse_tools(value: object, from_table: bool) -> list | None:
 
 
 def _parse_template_kwargs(value: object, from_table: bool) -> dict:
-    kwargs = parse_json_or_text(value) if isinstance(value, str) else value
+    kwargs = parse_json_or_text(value)
     kwargs = drop_none(kwargs) if from_table and not isinstance(value, str) else kwargs
     if kwargs is None:
         return {}
@@ -245,8 +282,11 @@ def _parse_template_kwargs(value: object, from_table: bool) -> dict:
     return kwargs
 
 
-def _match_kinds(prompt: Text, completion: Text) -> tuple[Text, Text]:
-    """Convert text to a user's or assistant's message where the other one is a list of messages."""
+def _match_kinds(prompt: Text, completion: Text, *, chat: bool) -> tuple[Text, Text]:
+    """Convert text to a user's or assistant's message where the other one is a list of messages,
+    or with `chat`."""
+    if chat and isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
     if isinstance(prompt, str) and isinstance(completion, list):
         prompt = [{"role": "user", "content": prompt}] if prompt else []
     elif isinstance(completion, str) and isinstance(prompt, list):

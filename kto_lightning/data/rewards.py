@@ -3,44 +3,49 @@
 import errno
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from kto_lightning.batches.types import Prediction
 from kto_lightning.data.examples import ExampleSet
-from kto_lightning.data.sources import expand
+from kto_lightning.data.sources import Source, SourceLike, expand, items_of, names_of
 from kto_lightning.errors import DataError, KTOError
 from kto_lightning.files import write_whole
 
 SUFFIX = ".rewards.jsonl"
 
 
-def exclude_rewards_files(source: str | list[str]) -> tuple[list[str], list[str]]:
+def exclude_rewards_files(source: SourceLike) -> tuple[list[Source], list[str]]:
     """Separate a source's files from the rewards files that `write_rewards` left beside them.
 
     A pattern such as `*.jsonl` matches both. A rewards file is kept if it is named itself, or by a
     pattern that ends in `.rewards.jsonl`.
 
     Returns:
-        The files to read, and the rewards files excluded.
+        The sources to read, and the rewards files excluded.
 
     Raises:
         DataError: as `sources.expand`, or if a pattern matches only rewards files.
     """
-    kept: list[str] = []
+    kept: list = []
     excluded: list[str] = []
-    for item in [source] if isinstance(source, str) else source:
-        names = expand(item)
-        by_pattern = names != [os.path.expanduser(item)] and not item.endswith(SUFFIX)
-        rewards = [name for name in names if by_pattern and name.endswith(SUFFIX)]
-        kept += [name for name in names if name not in rewards]
-        excluded += rewards
+    for item in items_of(source):
+        if not isinstance(item, str):
+            kept.append(item)
+            continue
+        found = expand(item)
+        is_itself = [file.name for file in found] == [os.path.expanduser(item)]
+        by_pattern = not is_itself and not item.endswith(SUFFIX)
+        rewards = [file for file in found if by_pattern and file.name.endswith(SUFFIX)]
+        kept += [file for file in found if file not in rewards]
+        excluded += [file.name for file in rewards]
     if not kept:
         raise DataError(
-            f"'{source}' matches only rewards that `predict` wrote: {', '.join(excluded[:3])}. "
-            "Check the pattern, or name the files."
+            f"'{names_of(source)}' matches only rewards that `predict` wrote: "
+            f"{', '.join(excluded[:3])}. Check the pattern, or name the files."
         )
-    return kept, excluded
+    return expand(kept), excluded
 
 
 def rewards_paths(examples: ExampleSet, output_dir: str | Path | None) -> dict[str, Path]:
@@ -48,16 +53,18 @@ def rewards_paths(examples: ExampleSet, output_dir: str | Path | None) -> dict[s
 
     Args:
         examples: the records.
-        output_dir: None: beside each file; of a hub data set, in `output`.
+        output_dir: None: beside each file; of what is no file, in `output`.
 
     Raises:
         DataError: if two files of one name would share a rewards file.
     """
     paths: dict[str, Path] = {}
     for name in dict.fromkeys(examples.records["file"]):
-        beside = Path(f"{name}{SUFFIX}")
-        inside = Path(output_dir or "output") / beside.name
-        path = beside if output_dir is None and Path(name).exists() else inside
+        is_file = Path(name).exists()
+        # A hub data set: owner/name/config:split
+        plain = name if is_file else re.sub("[/:]", "-", name.split("/", 1)[-1])
+        inside = Path(output_dir or "output") / f"{Path(plain).name}{SUFFIX}"
+        path = Path(f"{name}{SUFFIX}") if output_dir is None and is_file else inside
         taken = [other for other, used in paths.items() if used == path]
         if taken:
             raise DataError(

@@ -1,4 +1,4 @@
-"""`Row`: one row of a source, and `BadRecord`: one that cannot be used."""
+"""`Row`: one row of a source; `BadRecord`: one that cannot be used; `SkippedRow`: one left out."""
 
 from dataclasses import dataclass, field
 
@@ -29,3 +29,13 @@ class BadRecord:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.message}"
+
+
+@dataclass(kw_only=True, slots=True)
+class SkippedRow:
+    """A row that is left out without being wrong, such as one without a judgement."""
+
+    file: str
+    line: int
+    why: str
+    """Such as `without a judgement`; rows with the same reason are counted together."""

@@ -2,7 +2,10 @@
 
 import json
 from collections import Counter
-from typing import NoReturn
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+T = TypeVar("T")
 
 
 class RecordError(ValueError):
@@ -21,14 +24,28 @@ class RecordError(ValueError):
         self.kind = message.split(", got ", 1)[0] if kind is None else kind
 
 
-def parse_json(text: str) -> object:
+def parse_json(text: str, *, unique_keys: bool = True) -> object:
     """Parse strict JSON: no NaN, no duplicate keys in an object.
+
+    Args:
+        unique_keys: whether to check for duplicate keys, which no program writes; looking for them
+            takes most of the time.
 
     Raises:
         RecordError: for anything else, and for nesting or numbers beyond Python's limits.
     """
+    decoder = STRICT_DECODER if unique_keys else _PROGRAM_DECODER
+    return decode_strictly(decoder.decode, text)
+
+
+def decode_strictly(decode: Callable[..., T], *arguments: object) -> T:
+    """Call `decode`, which uses `STRICT_DECODER`.
+
+    Raises:
+        RecordError: for all that it raises.
+    """
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_reject_constant)
+        return decode(*arguments)
     except json.JSONDecodeError as error:
         at = f"{error.msg}, column {error.colno}"
         raise RecordError(f"invalid JSON ({at}). Fix or remove it.", error.lineno) from error
@@ -52,12 +69,19 @@ def _reject_constant(name: str) -> NoReturn:
     raise RecordError(f"{name} is not JSON. Write null or a number, or drop it.")
 
 
-def parse_json_or_text(text: str) -> object:
-    """The value of a JSON text, None for a blank text, or the text itself if it is not JSON."""
+STRICT_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_reject_constant)
+_PROGRAM_DECODER = json.JSONDecoder(parse_constant=_reject_constant)
+
+
+def parse_json_or_text(value: object) -> object:
+    """The value of a JSON text, None for a blank text, or the text itself if it is not JSON; what
+    is no text, as it is."""
+    if not isinstance(value, str):
+        return value
     try:
-        return parse_json(text) if text.strip() else None
+        return parse_json(value) if value.strip() else None
     except RecordError:
-        return text
+        return value
 
 
 def drop_none(value: object) -> object:

@@ -7,6 +7,7 @@ on systems without SIGALRM, there is no time limit. The memory limit is the proc
 so that one huge string is refused by the allocator instead of filling the machine.
 """
 
+import gc
 import os
 import signal
 import threading
@@ -68,6 +69,10 @@ def _limit_time(seconds: float) -> Iterator[None]:
     def expire(*_: object) -> None:
         raise TemplateLimitError(f"takes longer than {seconds:.3g} s to render this record")
 
+    # Else the garbage of others may be collected in here, whose finalizers may take long, as a
+    # loader's that waits for its workers: a signal in one is printed and ignored.
+    collects_garbage = gc.isenabled()
+    gc.disable()
     handler, start = signal.signal(signal.SIGALRM, expire), time.monotonic()
     # It repeats, because Python ignores what is raised while it runs a finalizer.
     left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
@@ -76,6 +81,8 @@ def _limit_time(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
+        if collects_garbage:
+            gc.enable()
         if left:  # someone else's alarm, which goes on
             left = max(left - (time.monotonic() - start), 1e-6)
             signal.setitimer(signal.ITIMER_REAL, left, interval)

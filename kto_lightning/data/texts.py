@@ -42,7 +42,8 @@ def parse_text(key: str, row: dict, from_table: bool) -> Text:
     if value is None:
         raise missing_key_error(key, row)
     if isinstance(value, str):
-        content = parse_json_or_text(value) if from_table and value.startswith("[") else None
+        content = parse_json_or_text(value) if from_table and value[:1] in ("[", "{") else None
+        content = [content] if is_message(content) else content
         if not isinstance(content, list) or not content or not all(map(is_message, content)):
             return value
         return parse_messages(key, content, from_table=False)
@@ -76,7 +77,8 @@ def add_system(prompt: Text, completion: Text, system: str | None) -> Text:
     if isinstance(prompt, str) or isinstance(completion, str):
         raise RecordError(
             f"the system prompt {quote(system)} stands beside plain text, which has no place for "
-            "it. Write prompt and completion as messages, or put it into the prompt.",
+            "it. Write prompt and completion as messages, as --data.chat true does, or put it into "
+            "the prompt.",
             kind="'system' stands beside plain text",
         )
     if any(message["role"] in SYSTEM_ROLES for message in [*prompt, *completion]):

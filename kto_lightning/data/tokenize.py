@@ -35,7 +35,7 @@ from kto_lightning.data.token_ids import (
 from kto_lightning.errors import ConfigError, DataError, ModelError
 from kto_lightning.models.tokenizer import template_name
 
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 """Part of the cache key: raise it when the columns or the tokenization change."""
 
 _MIN_RECORDS_FOR_WORKERS = 10000

@@ -184,7 +184,7 @@ def test_the_exit_status_without_a_usable_record(
     assert main([good, bad]) == main([bad, "--json"]) == 1
     printed = capsys.readouterr()
     assert "in a column with the numbers 1, 5" in printed.out
-    assert printed.err == f"error: {bad}: no usable record. See the findings above.\n" * 2
+    assert printed.err == f"error: {bad}: no usable record. See what is said above.\n" * 2
 
 
 def test_long_names_of_columns_are_shortened(

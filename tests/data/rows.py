@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kto_lightning.data.dataset import read_records
 from kto_lightning.data.records import Record
 from kto_lightning.data.rows import BadRecord
-from kto_lightning.data.tables import COLUMNS
+from kto_lightning.data.sources.record_columns import COLUMNS
 from kto_lightning.errors import DataError
 
 USER = {"role": "user", "content": "Is it raining?"}

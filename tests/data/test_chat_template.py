@@ -57,6 +57,19 @@ def test_parts_stay_where_a_template_iterates_over_them() -> None:
     assert rendered(template, user=named, assistant=parts(["Yes."])) == text
 
 
+def test_a_text_becomes_a_part_where_a_template_would_leave_it_out() -> None:
+    template = (
+        "{% for m in messages %}{{ m['role'] }}:"
+        "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}"
+        "{% endfor %};{% endfor %}"
+    )
+    for content in (TEXTS[0], parts(TEXTS[:1])):
+        messages = [{"role": role, "content": content} for role in ("system", "user")]
+        answer = [{"role": "assistant", "content": content}]
+        text = text_of(template, messages, answer)
+        assert text == "".join(f"{role}:{TEXTS[0]};" for role in ("system", "user", "assistant"))
+
+
 def test_each_role_has_its_own_form() -> None:
     template = (
         "{% for m in messages %}{{ m.role }}"

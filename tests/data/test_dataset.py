@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from kto_lightning.data.dataset import load_records, read_records
 from kto_lightning.data.records import Record
 from kto_lightning.data.rows import BadRecord
+from kto_lightning.data.sources.files import FileSource
 from kto_lightning.errors import DataError
 from tests.data.rows import CALL, DEEP, PLAIN, QUICK, ROWS, USER, check_yields, jsonl
 
@@ -60,7 +61,7 @@ def test_the_cache_follows_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     first = cached(tmp_path, source)
     os.utime(source, (1, 1))
     with monkeypatch.context() as patch:
-        patch.setattr("kto_lightning.data.dataset.read_rows", None)  # parsing again would fail
+        patch.setattr(FileSource, "rows", None)  # parsing again would fail
         again = cached(tmp_path, source)
     assert again._fingerprint == first._fingerprint
     assert again[:] == first[:]
@@ -94,7 +95,10 @@ def test_the_fingerprint_is_that_of_any_process(tmp_path: Path) -> None:
 def test_bad_records_are_counted_and_leave_no_cache(tmp_path: Path) -> None:
     bad = PLAIN | {"label": None}
     source = jsonl(tmp_path / "a.jsonl", PLAIN, *[bad] * 7, PLAIN)
-    why = "'label' must be true or false, got null. Drop the line or give it a label."
+    why = (
+        "'label' must be true or false, got null. Drop the line or give it a label; "
+        "--data.unlabeled skip leaves such lines out."
+    )
     for _ in range(2):
         with pytest.raises(DataError) as error:
             cached(tmp_path, source)
@@ -193,15 +197,19 @@ def test_any_nesting(tmp_path: Path, depth: int, opener: str) -> None:
 
 
 def test_records_that_fail_alike_are_one_message_with_all_columns(tmp_path: Path) -> None:
-    rows = [{"prompt": "a", "completion": "b", name: i} for i, name in enumerate(("good", "stars"))]
+    rows = [
+        {"prompt": "a", "completion": "b", name: i} for i, name in enumerate(("first", "second"))
+    ]
     source = jsonl(tmp_path / "a.jsonl", *rows * 50)
     with pytest.raises(DataError) as error:
         cached(tmp_path, source)
     assert str(error.value).splitlines() == [
         f"none of the 100 records can be used, in {source}, all for one reason:",
-        f"  {source}:1: 'label' is missing; the record has prompt, completion, good. Drop the line "
-        "or give it a label.",
-        "The columns are prompt, completion, good, stars.",
+        f"  {source}:1: 'label' is missing; the record has prompt, completion, first. Drop the "
+        "line or give it a label.",
+        "The columns are prompt, completion, first, second.",
+        "Nothing says which answers are good, although prompts have several: add a column with a "
+        "judgement, such as `label`: true or false.",
         "Nothing has been trained.",
     ]
     (tmp_path / "a.jsonl").write_text("{\n[\n")

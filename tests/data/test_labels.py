@@ -10,13 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kto_lightning.data import labels
+from kto_lightning.data import reader
 from kto_lightning.data.dataset import load_records, read_records
-from kto_lightning.data.labels import PAIRS
-from kto_lightning.data.records import Record
-from kto_lightning.data.rows import BadRecord
+from kto_lightning.data.labels import PAIRS, LabelReader, Labels
+from kto_lightning.data.reader import RecordReader
+from kto_lightning.data.record_settings import RecordSettings
+from kto_lightning.data.rows import BadRecord, SkippedRow
 from kto_lightning.data.streaming.stream import open_stream
-from kto_lightning.errors import DataError
+from kto_lightning.data.strict_json import RecordError
+from kto_lightning.errors import ConfigError, DataError
 from tests.data.rows import PLAIN, jsonl, message_of, read_one
 from tests.support.factories import make_tokenizer
 
@@ -48,7 +50,7 @@ def test_labels_that_are_understood(tmp_path: Path, label: object, desirable: bo
 
 
 @pytest.mark.parametrize(
-    "label", [-1, 2, 0.5, "", "maybe", [True], {}, 10**400, "inf", "5", "-1", "👌"]
+    "label", [-1, 2, 0.5, "", "maybe", [], [[True]], {}, 10**400, "inf", "5", "-1", "👌"]
 )
 def test_labels_that_are_not_understood(tmp_path: Path, label: object) -> None:
     assert message_of(tmp_path, PLAIN | {"label": label}).startswith("'label' must be true or")
@@ -127,7 +129,7 @@ def test_a_hub_stream_stops_at_a_number_that_its_first_records_have_not(
 
     stream = datasets.IterableDataset.from_generator(rows)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
-    monkeypatch.setattr(labels, "STREAM_SAMPLE", 4)
+    monkeypatch.setattr(reader, "STREAM_SAMPLE", 4)
     read = read_records("owner/feedback", streaming=True)
     assert [next(read).line for _ in range(9)] == list(range(1, 10))
     with pytest.raises(DataError, match="a 'label' is 5, but the column was taken for one of 1,"):
@@ -177,8 +179,85 @@ def test_classes_that_cannot_be_read_are_no_labels(tmp_path: Path, metadata: byt
         list(read_records(str(tmp_path / "a.parquet")))
 
 
-def test_only_records_are_read_where_no_number_occurs(tmp_path: Path) -> None:
-    reader = labels.LabelReader(lambda: pytest.fail("the column was read"))
-    source = column(tmp_path / "a.jsonl", True, "no", "👍")
-    read = [item for item in read_records(source, labels=reader) if isinstance(item, Record)]
-    assert [record.desirable for record in read] == [True, False, True]
+def test_only_records_are_read_where_no_number_occurs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RecordReader, "_label_column", lambda _: pytest.fail("the column was read"))
+    assert labels_of(column(tmp_path / "a.jsonl", True, "no", "👍")) == [True, False, True]
+
+
+def test_several_judges_of_one_answer_give_a_record_each(tmp_path: Path) -> None:
+    source = column(tmp_path / "a.jsonl", [True], [1, 0, None], ["👎"], "[1, 0]")
+    assert labels_of(source) == [True, True, False, False, True, False]
+
+
+@pytest.mark.parametrize("label", ["[]", "[null]", " [ ] "])
+def test_a_list_in_text_may_hold_no_judgement(tmp_path: Path, label: str) -> None:
+    settings = RecordSettings(unlabeled="skip")
+    (item,) = read_records(column(tmp_path / "a.jsonl", label), settings)
+    assert isinstance(item, SkippedRow)
+
+
+@pytest.mark.parametrize(
+    ("labels", "values", "expected"),
+    [
+        (
+            Labels(at_least=4.0, at_most=2.0),
+            [1, 2, 3, 4, "5", 4.5],
+            [False, False, None, *[True] * 3],
+        ),
+        (Labels(at_least=4.0), [1, 3.9, 4], [False, False, True]),
+        (Labels(at_most=2.0), [2, 2.5, 5], [False, True, True]),
+        (Labels(at_least=0.0, at_most=-1.0), [0, -0.5, -1], [True, None, False]),
+        (Labels(good=["resolved"], bad="open"), ["Resolved", "OPEN", "yes"], [True, False, True]),
+        (Labels(good=[True], bad=[False]), ["yes", "no", "On", True], [True, False, True, True]),
+        (Labels(good=["no"], bad=["yes"]), ["no", "yes", "good"], [True, False, True]),
+        (Labels(good=[2], bad=[1], neither=[3]), [1, 2.0, "3"], [False, True, None]),
+        (Labels(neither=["unsure"]), ["unsure", 1, 0], [None, True, False]),
+        (Labels(at_least=4.0, neither=["n/a"]), ["N/A", 5], [None, True]),
+        (Labels(at_least=4.0, neither=[3]), [3, 5, 2], [None, True, False]),
+        (Labels(at_most=2.0, good=[4, 5]), [1, 4, "5"], [False, True, True]),
+        (Labels(good=["yes"]), [True, 1, 0], [True, True, False]),
+    ],
+)
+def test_what_settings_say_that_labels_mean(labels: Labels, values: list, expected: list) -> None:
+    labelled = LabelReader(lambda: (("a.jsonl:1", value) for value in values), labels=labels)
+    assert [labelled.read(value) for value in values] == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "value", "message"),
+    [
+        (Labels(good=["resolved"]), "pending", "neither --data.labels.good nor --data.labels.bad"),
+        (Labels(good=[2], bad=[1]), 0, "'label' is 0. It is in neither"),
+        (Labels(at_most=2.0, good=[4, 5]), 3, "'label' is 3. It is in neither"),
+        (Labels(at_least=4.0), "90%", "Thresholds compare numbers: write it as one"),
+        (Labels(at_least=4.0), "four", """'label' must be true or false, got "four"."""),
+        (Labels(at_least=4.0), None, "--data.unlabeled skip leaves such lines out"),
+        (Labels(at_least=4.0), "nan", "'label' must be true or false"),
+    ],
+)
+def test_what_settings_do_not_explain(labels: Labels, value: object, message: str) -> None:
+    labelled = LabelReader(lambda: [("a.jsonl:1", value)], labels=labels)
+    with pytest.raises(RecordError, match=message):
+        labelled.read(value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"good": ["yes"], "bad": ["YES"]}, "in --data.labels.good and in --data.labels.bad"),
+        ({"good": [1], "neither": ["1.0"]}, "in --data.labels.good and in --data.labels.neither"),
+        ({"at_least": 2.0, "at_most": 2.0}, "at_most 2 must be below --data.labels.at_least 2"),
+        ({"at_least": float("nan")}, "must be a finite number"),
+        ({"good": [" "]}, "must hold words or numbers"),
+    ],
+)
+def test_label_settings_that_contradict_themselves(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Labels(**settings)
+
+
+def test_ratings_are_answered_with_thresholds(tmp_path: Path) -> None:
+    message = labels_of(column(tmp_path / "a.jsonl", 1, 2, 3, 4, 5))[0]
+    assert "such as --data.labels.at_least 4 --data.labels.at_most 2." in str(message)

@@ -177,11 +177,13 @@ def test_pairs_without_a_common_beginning_have_no_prompt(tmp_path: Path) -> None
     [
         (
             PLAIN | {"label": None},
-            "'label' must be true or false, got null. Drop the line or give it a label.",
+            "'label' must be true or false, got null. Drop the line or give it a label; "
+            "--data.unlabeled skip leaves such lines out.",
         ),
         (
             PLAIN | {"label": "maybe"},
-            """'label' must be true or false, got "maybe". Drop the line or give it a label.""",
+            """'label' must be true or false, got "maybe". Drop the line or give it a label, or """
+            "name such words with --data.labels.good and --data.labels.bad.",
         ),
         (
             {"prompt": "a", "completion": "b"},

@@ -1,5 +1,6 @@
 """Chat templates that never end, or ask for all memory: a message, and soon."""
 
+import gc
 import signal
 import threading
 import time
@@ -74,6 +75,27 @@ def test_limits_are_lifted_afterwards_and_another_alarm_goes_on(
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+def test_the_garbage_of_others_is_left_until_afterwards() -> None:
+    """A finalizer that waits, as a loader's does for its workers, would swallow the signal."""
+    finalized = []
+
+    class Waits:
+        def __del__(self) -> None:
+            finalized.append(True)
+
+    gc.collect()
+    one = Waits()
+    vars(one)["itself"] = one
+    with limit_rendering(0):
+        del one
+        kept = [[] for _ in range(100_000)]  # many times what sets off a collection
+        assert not finalized
+    assert gc.isenabled()
+    del kept
+    gc.collect()
+    assert finalized
 
 
 def test_a_thread_renders_without_a_time_limit() -> None:

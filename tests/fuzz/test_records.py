@@ -79,15 +79,21 @@ def _valid_files() -> dict[str, bytes]:
     records = plain_records(4)
     lines = b"".join(json.dumps(record).encode() + b"\n" for record in records)
     table = pa.Table.from_pylist(records)
-    parquet, csv = pa.BufferOutputStream(), pa.BufferOutputStream()
+    parquet, csv, arrow = (pa.BufferOutputStream() for _ in range(3))
     pyarrow.parquet.write_table(table, parquet)
     pyarrow.csv.write_csv(table, csv)
+    with pa.ipc.new_stream(arrow, table.schema) as writer:
+        writer.write_table(table)
     return {
         "jsonl": lines,
         "json": json.dumps(records).encode(),
         "csv": csv.getvalue().to_pybytes(),
         "parquet": parquet.getvalue().to_pybytes(),
+        "arrow": arrow.getvalue().to_pybytes(),
+        "ndjson": json.dumps({key: [row[key] for row in records] for key in records[0]}).encode(),
+        "tsv": csv.getvalue().to_pybytes().replace(b",", b"\t"),
         "jsonl.gz": gzip.compress(lines, mtime=0),
+        "json.zst": pa.compress(json.dumps(records, indent=1).encode(), "zstd", asbytes=True),
     }
 
 

@@ -12,13 +12,13 @@ from lightning import Trainer
 from transformers import PreTrainedTokenizerBase
 
 from kto_lightning.batches.class_weights import ClassWeights, resolve_weights
-from kto_lightning.data.dataset import read_records
 from kto_lightning.data.examples import Truncation, decode_token, truncate_prompts
-from kto_lightning.data.labels import LabelReader, label_reader
 from kto_lightning.data.lost import LostPart, OtherEnd, losses_of
+from kto_lightning.data.reader import RecordReader
+from kto_lightning.data.record_settings import RecordSettings
 from kto_lightning.data.records import Record, record_to_json
-from kto_lightning.data.rows import BadRecord
-from kto_lightning.data.sources import expand
+from kto_lightning.data.rows import BadRecord, SkippedRow
+from kto_lightning.data.sources import SourceLike, expand
 from kto_lightning.data.streaming.buffers import StreamedExample
 from kto_lightning.data.template_limits import TemplateLimitError
 from kto_lightning.data.tokenize import template_limit_error, tokenize_json_records, tokenizer_error
@@ -63,6 +63,8 @@ class StreamCounts:
     """Usable records whose prompt fills `max_length`."""
     desirable: int = 0
     undesirable: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Rows by the reason why they are left out."""
     lost_parts: dict[str, int] = field(default_factory=dict)
     """Parts of records that their tokens lack, such as `reasoning of completion`."""
     other_ends: int = 0
@@ -77,6 +79,7 @@ class StreamCounts:
             f"{self.records} records read in the last epoch, {self.desirable} desirable and "
             f"{self.undesirable} undesirable ones tokenized, {self.dropped} dropped; bad records "
             f"skipped: {self.bad}"
+            + "".join(f"; left out, {why}: {n}" for why, n in self.left_out.items())
             + "".join(f"; without the {name}: {n}" for name, n in self.lost_parts.items())
         )
 
@@ -85,7 +88,7 @@ class StreamCounts:
 class ExampleStream:
     """The examples of a source, read in every epoch; bad records are skipped with a warning."""
 
-    source: str | list[str]
+    source: SourceLike
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None
     truncation: Truncation
@@ -96,7 +99,8 @@ class ExampleStream:
     """The tokens at which the policy stops."""
     check_id: Callable[[int, str], None]
     """Raises ModelError if no model embeds the token; the second argument is its place."""
-    labels: LabelReader = field(init=False)
+    settings: RecordSettings = field(default_factory=RecordSettings)
+    reader: RecordReader = field(init=False)
     """Kept, so that the label column is searched for numbers once, not in every epoch."""
     counts: StreamCounts = field(default_factory=StreamCounts, init=False)
     _num_shown: int = field(default=0, init=False)
@@ -106,7 +110,7 @@ class ExampleStream:
     """What is reported once, such as each kind of lost part."""
 
     def __post_init__(self) -> None:
-        self.labels = label_reader(expand(self.source), streaming=True)
+        self.reader = RecordReader(expand(self.source), self.settings, streaming=True)
 
     def examples(self, start: StreamPosition) -> Iterator[StreamedExample]:
         """The examples of an epoch, in file order, from the first one of `start`'s buffer.
@@ -143,9 +147,12 @@ class ExampleStream:
 
     def _usable_records(self) -> Iterator["_UsableRecord"]:
         checksum = 0
-        for record in read_records(self.source, streaming=True, labels=self.labels):
+        for record in self.reader.read():
             if isinstance(record, BadRecord):
                 self._count_bad(str(record))
+                continue
+            if isinstance(record, SkippedRow):
+                self.counts.left_out[record.why] = self.counts.left_out.get(record.why, 0) + 1
                 continue
             text = record_to_json(record)
             yield _UsableRecord(
@@ -186,6 +193,7 @@ class ExampleStream:
             more = " Further ones are only counted." if self._num_shown == _NUM_SHOWN else ""
             self.warn(f"skipped: {message}{more}")
         if self.counts.bad >= MAX_BAD and self.counts.bad > self.counts.records:
+            self.reader.check_paths()
             raise DataError(
                 f"{self.counts.bad} bad records and {self.counts.records} usable ones so far, the "
                 f"latest {message}\n--data.streaming skips bad records, but so many mean that the "
@@ -273,7 +281,7 @@ def _lengths(ids: list[np.ndarray]) -> Int64[np.ndarray, " records"]:
 
 
 def open_stream(
-    source: str | list[str],
+    source: SourceLike,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None,
@@ -283,6 +291,7 @@ def open_stream(
     warn: Callable[[str], None],
     end_ids: set[int],
     check_id: Callable[[int, str], None],
+    settings: RecordSettings | None = None,
 ) -> ExampleStream:
     """Open the stream of a source and read its first example, so that errors come before training.
 
@@ -298,20 +307,28 @@ def open_stream(
         warn=warn,
         end_ids=end_ids,
         check_id=check_id,
+        settings=settings or RecordSettings(),
     )
     silent = replace(stream, warn=lambda _: None)
-    silent.labels = stream.labels
+    silent.reader = stream.reader
     next(silent.examples(StreamPosition()))
     return stream
 
 
-def check_stream_settings(buffer_size: int, validation: object, trainer: Trainer) -> None:
+def check_stream_settings(
+    buffer_size: int, validation: object, settings: RecordSettings, trainer: Trainer
+) -> None:
     """Check the settings of a streamed run before its model is loaded.
 
     Raises:
-        ConfigError: if the buffer has no room for partners, or a setting is a fraction of the
-            records or steps, whose number is unknown.
+        ConfigError: if the buffer has no room for partners, or a setting needs all records at once
+            or is a fraction of the records or steps, whose number is unknown.
     """
+    if settings.repeated != "keep":
+        raise ConfigError(
+            f"--data.repeated {settings.repeated} compares all records, which --data.streaming "
+            "true does not keep. Leave out one of the two."
+        )
     if buffer_size < 2:
         raise ConfigError(
             f"--data.buffer_size must be at least 2, got {buffer_size}: partners come from it."

@@ -1,16 +1,21 @@
 """Building a `DataReport` from a source, or from a training set that is already loaded."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from kto_lightning.data.dataset import FEATURES, as_row, load_records, read_records
+from kto_lightning.data.dataset import FEATURES, as_row, load_records, read_records, summary_of
 from kto_lightning.data.examples import ExampleSet
 from kto_lightning.data.lost import LostPart, OtherEnd
+from kto_lightning.data.reader import RecordReader
+from kto_lightning.data.record_settings import RecordSettings
 from kto_lightning.data.records import Record
+from kto_lightning.data.rows import BadRecord, SkippedRow
+from kto_lightning.data.sources import SourceLike, expand, names_of
 from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.errors import DataError
 from kto_lightning.files import write_whole
@@ -30,8 +35,11 @@ from kto_lightning.reports.data.fields import (
     Weights,
 )
 from kto_lightning.reports.data.findings import findings_of
+from kto_lightning.reports.data.guide import guide_of, try_record
+from kto_lightning.reports.data.guide_fields import Guide, TriedRecord
 from kto_lightning.reports.data.order import order_of
 from kto_lightning.reports.data.statistics import (
+    cut_answers_of,
     format_of,
     labels_of,
     lengths_of,
@@ -42,26 +50,34 @@ from kto_lightning.reports.data.statistics import (
 
 
 def report_of_source(
-    source: str | list[str],
+    source: SourceLike,
+    settings: RecordSettings | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 8,
     max_length: int | None = 1024,
+    num_tried: int = 0,
 ) -> DataReport:
     """Report on a source; bad records are counted and skipped.
 
     Args:
         source: a path, a glob, a hub data set's id, or a list of those.
+        settings: how rows are read as records.
         tokenizer: for lengths in tokens; None: in characters. If its template cannot render some
             record, lengths are in characters too, and `tokenizer_problem` says why.
         batch_size: examples per batch, for the share of single-label batches.
         max_length: tokens to which a record would be truncated at its end; None: no limit.
+        num_tried: how many of the first records to show as they would be trained.
 
     Raises:
+        ConfigError: if no record has a column that the settings name.
         DataError: if the source is missing, of unknown kind, unreadable or empty.
         ModelError: if the tokenizer lacks a chat template or end-of-text token that is needed.
     """
-    facts = gather_facts(read_records(source))
+    settings = settings or RecordSettings()
+    reader = RecordReader(expand(source), settings)
+    first: list[Record] = []
+    facts = gather_facts(_keep_first(reader.read(), first, num_tried))
     table = facts.table
     lengths = _lengths_in_characters(facts)
     labels = labels_of(table["desirable"])
@@ -70,7 +86,7 @@ def report_of_source(
     problem = lost_parts = other_end = None
     if tokenizer is not None and len(facts):
         try:
-            examples = _tokenize(source, facts, tokenizer)
+            examples = _tokenize(source, settings, facts, tokenizer)
         except DataError as error:
             problem = str(error)
         else:
@@ -78,6 +94,7 @@ def report_of_source(
             measured = examples.prompt_lengths, examples.completion_lengths, examples.desirable
             end_ids = end_token_ids(tokenizer, tokenizer.name_or_path)
             lost_parts, other_end = examples.lost_parts(), examples.other_end(end_ids, tokenizer)
+    has_template = tokenizer is not None and tokenizer.chat_template is not None
     return _assemble(
         source,
         facts,
@@ -89,11 +106,25 @@ def report_of_source(
         problem=problem,
         lost_parts=lost_parts,
         other_end=other_end,
+        read_as=reader.notes,
+        guide=guide_of(reader, settings, facts, has_template=has_template),
+        chat_advised=has_template and bool(len(facts)) and bool(table["plain_turns"].mean() > 0.5),
+        tried=[try_record(record, tokenizer) for record in first] if num_tried else None,
     )
 
 
+def _keep_first(
+    records: Iterator[Record | BadRecord | SkippedRow], first: list[Record], count: int
+) -> Iterator[Record | BadRecord | SkippedRow]:
+    """The same records; the first ones are put into `first`."""
+    for record in records:
+        if isinstance(record, Record) and len(first) < count:
+            first.append(record)
+        yield record
+
+
 def report_of_training_set(
-    source: str | list[str],
+    source: SourceLike,
     records: Dataset,
     examples: ExampleSet,
     *,
@@ -114,6 +145,8 @@ def report_of_training_set(
         other_end: from `examples`.
     """
     facts = gather_facts(records_of_dataset(records))
+    reading = summary_of(records)
+    facts.left_out = reading.left_out
     counts = examples.counts
     lengths = lengths_of(
         examples.prompt_lengths, examples.completion_lengths, examples.desirable, unit="tokens"
@@ -141,6 +174,7 @@ def report_of_training_set(
         tokenizer=tokenizer,
         lost_parts=examples.lost_parts(),
         other_end=other_end,
+        read_as=reading.notes,
     )
 
 
@@ -159,7 +193,7 @@ def as_json(content: dict | list) -> str:
 
 
 def _assemble(
-    source: str | list[str],
+    source: SourceLike,
     facts: Facts,
     lengths: Lengths,
     weights: Weights,
@@ -170,10 +204,14 @@ def _assemble(
     problem: str | None = None,
     lost_parts: list[LostPart] | None,
     other_end: OtherEnd | None,
+    read_as: list[str],
+    guide: Guide | None = None,
+    chat_advised: bool = False,
+    tried: list[TriedRecord] | None = None,
 ) -> DataReport:
-    table = facts.table
+    table, names = facts.table, names_of(source)
     report = DataReport(
-        sources=[source] if isinstance(source, str) else source,
+        sources=[names] if isinstance(names, str) else names,
         examples=len(facts),
         bad_records=facts.bad,
         columns=published_columns(source),
@@ -194,6 +232,12 @@ def _assemble(
         shapes=shapes,
         lost_parts=lost_parts,
         other_end=other_end,
+        cut_answers=cut_answers_of(facts),
+        left_out=facts.left_out,
+        read_as=read_as,
+        guide=guide,
+        chat_advised=chat_advised,
+        tried=tried,
     )
     report.findings = [finding.sentence for finding in findings_of(report)]
     return report
@@ -210,16 +254,19 @@ def _lengths_in_characters(facts: Facts) -> Lengths:
 
 
 def _tokenize(
-    source: str | list[str], facts: Facts, tokenizer: PreTrainedTokenizerBase
+    source: SourceLike,
+    settings: RecordSettings,
+    facts: Facts,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> ExampleSet:
     """The usable records, not truncated; without bad records, from the cache that `fit` uses."""
     if facts.bad.count:
         records = Dataset.from_list(
-            [as_row(item) for item in read_records(source) if isinstance(item, Record)],
+            [as_row(item) for item in read_records(source, settings) if isinstance(item, Record)],
             features=FEATURES,
         )
     else:
-        records = load_records(source)
+        records = load_records(source, settings)
     return tokenize_records(records, tokenizer, max_length=None)
 
 

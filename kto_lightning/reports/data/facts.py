@@ -14,15 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kto_lightning.data.messages import KEYS_REPLACING_CONTENT
+from kto_lightning.data.proposal.propose import is_rendered
 from kto_lightning.data.records import Record, is_conversational
-from kto_lightning.data.rows import BadRecord
-from kto_lightning.data.sources import expand, read_rows
+from kto_lightning.data.rows import BadRecord, SkippedRow
+from kto_lightning.data.sources import Source, SourceLike, expand
 from kto_lightning.data.texts import SYSTEM_ROLES
 from kto_lightning.errors import DataError
 from kto_lightning.reports.data.fields import Column, Places
 
 MAX_SHOWN = 5
 CALLS = ("tool_calls", "function_call")
+DOTS = ("...", "…")
 
 ROW = np.dtype(
     [
@@ -41,6 +43,9 @@ ROW = np.dtype(
         ("line", np.int64),
         ("prompt_guessed", np.bool_),
         ("messages_left", np.bool_),
+        ("plain_turns", np.bool_),  # plain text, and the completion begins a turn of its own
+        ("dots", np.int8),  # characters of the `...` or `…` that the completion ends with
+        ("dotted_key", np.int64),  # equal where such a completion is
     ]
 )
 
@@ -58,6 +63,8 @@ class Facts:
     files: list[str]
     """File names, which the column `file` indexes."""
     bad: Places
+    left_out: dict[str, int]
+    """Rows that are left out, by the reason."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -71,9 +78,10 @@ class Facts:
         return Places(count=len(rows), first=[self.place(int(row)) for row in rows[:MAX_SHOWN]])
 
 
-def gather_facts(records: Iterable[Record | BadRecord]) -> Facts:
+def gather_facts(records: Iterable[Record | BadRecord | SkippedRow]) -> Facts:
     """Read the records once."""
     bad = Places(count=0, first=[])
+    left_out: dict[str, int] = {}
     files: dict[str, int] = {}
 
     def rows() -> Iterator[tuple]:
@@ -81,11 +89,16 @@ def gather_facts(records: Iterable[Record | BadRecord]) -> Facts:
             if isinstance(record, Record):
                 yield _row(record, files.setdefault(record.file, len(files)))
                 continue
+            if isinstance(record, SkippedRow):
+                left_out[record.why] = left_out.get(record.why, 0) + 1
+                continue
             bad.count += 1
             if bad.count <= MAX_SHOWN:
                 bad.first.append(str(record))
 
-    return Facts(table=np.fromiter(rows(), dtype=ROW), files=list(files), bad=bad)
+    return Facts(
+        table=np.fromiter(rows(), dtype=ROW), files=list(files), bad=bad, left_out=left_out
+    )
 
 
 def records_of_dataset(records: datasets.Dataset) -> Iterator[Record]:
@@ -104,6 +117,7 @@ def _row(record: Record, file: int) -> tuple:
     answer = record.completion if isinstance(record.completion, list) else []
     roles = [message["role"] for message in messages]
     completion_text = visible_text(record.completion)
+    dots = next((len(dots) for dots in DOTS if completion_text.endswith(dots)), 0)
     return (
         bool(record.desirable),
         _key(prompt),
@@ -120,7 +134,16 @@ def _row(record: Record, file: int) -> tuple:
         record.line,
         record.prompt_guessed,
         record.messages_left,
+        _is_plain_turns(record.prompt, record.completion),
+        dots,
+        _key(completion_text) if dots else 0,
     )
+
+
+def _is_plain_turns(prompt: str | list[dict], completion: str | list[dict]) -> bool:
+    if isinstance(prompt, list) or isinstance(completion, list):
+        return False
+    return not completion[:1].isspace() and bool(prompt.strip()) and not is_rendered(prompt)
 
 
 def visible_text(text: str | list[dict]) -> str:
@@ -171,7 +194,7 @@ class _ColumnScan:
         )
 
 
-def published_columns(source: str | list[str]) -> list[Column]:
+def published_columns(source: SourceLike) -> list[Column]:
     """The columns of all files of a source; of a hub data set those that training reads.
 
     Reads every row once more, because any row may have a further column.
@@ -180,19 +203,19 @@ def published_columns(source: str | list[str]) -> list[Column]:
         DataError: as `read_records`.
     """
     seen: dict[str, _ColumnScan] = {}
-    for name in expand(source):
-        if Path(name).suffix.lower() == ".parquet" and Path(name).is_file():
-            _scan_parquet(name, seen)
+    for item in expand(source):
+        if item.path is not None and item.path.suffix.lower() == ".parquet":
+            _scan_parquet(item.path, seen)
         else:
-            _scan_rows(name, seen)
+            _scan_rows(item, seen)
     return [
         Column(name=name, type=column.describe(), filled=column.filled)
         for name, column in seen.items()
     ]
 
 
-def _scan_rows(name: str, seen: dict[str, _ColumnScan]) -> None:
-    for row in read_rows(name):
+def _scan_rows(source: Source, seen: dict[str, _ColumnScan]) -> None:
+    for row in source.rows(choose=None if source.downloads else list):
         if isinstance(row, BadRecord) or not isinstance(row.value, dict):
             continue
         for key, value in row.value.items():
@@ -201,16 +224,16 @@ def _scan_rows(name: str, seen: dict[str, _ColumnScan]) -> None:
                 column.add(value)
 
 
-def _scan_parquet(name: str, seen: dict[str, _ColumnScan]) -> None:
+def _scan_parquet(path: Path, seen: dict[str, _ColumnScan]) -> None:
     try:
-        with pq.ParquetFile(name) as table:
+        with pq.ParquetFile(path) as table:
             for column in table.schema_arrow:
                 seen.setdefault(column.name, _ColumnScan()).kinds[str(column.type)] = None
             for batch in table.iter_batches():
                 for key, values in zip(batch.schema.names, batch.columns, strict=True):
                     seen[key].filled += len(values) - values.null_count
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{name} cannot be read: {error}. Check the file.") from error
+        raise DataError(f"{path} cannot be read: {error}. Check the file.") from error
 
 
 def _kind(value: object) -> str:

@@ -1,14 +1,13 @@
 """Fields of the data report: dataclasses of plain values, stored as JSON."""
 
-from dataclasses import asdict, dataclass, is_dataclass
-from types import NoneType, UnionType
-from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any, Generic, Literal, TypeVar
 
 from kto_lightning.data.lost import LostPart, OtherEnd
+from kto_lightning.reports.data.guide_fields import Guide, TriedRecord
+from kto_lightning.reports.data.plain import from_plain
 
 T = TypeVar("T")
-_MOST = 2**53
-"""No number of a report is as large."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -204,6 +203,17 @@ class Shapes:
 
 
 @dataclass(kw_only=True, slots=True)
+class CutAnswers:
+    """Completions that an export has cut at a fixed length."""
+
+    characters: int
+    """Those that are left of each, without the mark."""
+    mark: str
+    """What the export has put at their end, `...` or `…`."""
+    answers: Places
+
+
+@dataclass(kw_only=True, slots=True)
 class DataReport:
     """Statistics and findings on a feedback data set."""
 
@@ -238,6 +248,18 @@ class DataReport:
     """Parts of records that their tokens lack; None: no tokenizer."""
     other_end: OtherEnd | None = None
     """Completions whose last token is none at which the model stops."""
+    cut_answers: CutAnswers | None = None
+    """Completions that an export has cut; None: none found, or in reports of earlier versions."""
+    read_as: list[str] = field(default_factory=list)
+    """How the rows were read, a sentence each: the mapping of columns, or the tool's export."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Numbers of rows, or judgements in them, by the reason why they are left out."""
+    chat_advised: bool = False
+    """Whether plain questions and answers should go through the tokenizer's chat template."""
+    guide: Guide | None = None
+    """None for a file that can be read as it stands."""
+    tried: list[TriedRecord] | None = None
+    """The first records, if they were asked for."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as values that JSON can store."""
@@ -251,36 +273,6 @@ class DataReport:
             ValueError: if it is not a report of this version.
         """
         try:
-            return _from_plain(cls, content)
+            return from_plain(cls, content)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"this is no data report of this version: {error}") from error
-
-
-def _from_plain(kind: Any, value: Any) -> Any:
-    """A dataclass from dicts, or a plain value unchanged."""
-    if get_origin(kind) in (Union, UnionType):
-        some = [option for option in get_args(kind) if option is not NoneType]
-        return None if value is None else _from_plain(some[0], value)
-    if get_origin(kind) is list:
-        return [_from_plain(get_args(kind)[0], item) for item in _checked(list, value)]
-    made: Any = get_origin(kind) or kind
-    if not isinstance(made, type) or not is_dataclass(made):
-        return _checked(kind, value)
-    hints = get_type_hints(made)
-    field_type = get_args(kind)  # of PerClass[int]: int for both fields
-    known = {name: field_type[0] if field_type else hints[name] for name in value if name in hints}
-    make: Any = made
-    return make(**{name: _from_plain(hint, value[name]) for name, hint in known.items()})
-
-
-def _checked(kind: Any, value: Any) -> Any:
-    """A plain value, if it is of that type."""
-    kinds = {float: (int, float), str: (str,), int: (int,), bool: (bool,), list: (list,)}
-    fits = isinstance(value, kinds.get(kind, (object,)))
-    if get_origin(kind) is Literal:
-        fits = value in get_args(kind)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        fits = fits and abs(value) < _MOST
-    if not fits or (kind in (int, float) and isinstance(value, bool)):
-        raise TypeError(f"{value!r:.60} is no {kind}")
-    return value

@@ -3,12 +3,12 @@
 import json
 from collections.abc import Iterator
 from math import sqrt
-from pathlib import Path
 
 from kto_lightning.batches.class_weights import ClassWeights, imbalance_warning
 from kto_lightning.data.lost import losses_of
-from kto_lightning.reports.data.fields import DataReport, Places
+from kto_lightning.reports.data.fields import DataReport
 from kto_lightning.reports.data.order import single_label_chance
+from kto_lightning.reports.data.record_findings import about_records, uncertain_records
 from kto_lightning.reports.finding import Finding, capitalize_first
 
 PREDICTIVE_AUC = 0.7
@@ -25,7 +25,7 @@ MAX_SAME_PROMPT = 0.05
 def findings_of(report: DataReport) -> list[Finding]:
     """The findings of a report, by subject; its own `findings` are not read."""
     parts = (
-        _about_records,
+        about_records,
         _about_labels,
         _about_order,
         _about_losses,
@@ -37,88 +37,8 @@ def findings_of(report: DataReport) -> list[Finding]:
 
 def summary_sentences(report: DataReport) -> list[str]:
     """The findings that `fit` repeats in its summary, a sentence each."""
-    found = (
-        _guessed_prompts_finding(report),
-        _messages_left_finding(report),
-        _length_finding(report),
-    )
+    found = (*uncertain_records(report), _length_finding(report))
     return [finding.sentence for finding in found if finding is not None]
-
-
-def _about_records(report: DataReport) -> Iterator[Finding]:
-    bad, repeats = report.bad_records, report.repeats
-    if not report.examples:
-        yield Finding(
-            grade="problem",
-            what="There is no usable record",
-            meaning="KTO takes a prompt, a completion and a label from each",
-            action="fix the records named below, or give another file",
-        )
-    elif bad.count:
-        yield Finding(
-            grade="problem",
-            what=f"{bad.count:,} {_are(bad, 'record cannot', 'records cannot')} be used and would "
-            "stop `fit` before its first step",
-            meaning="KTO takes a prompt, a completion and a label from each",
-            action="fix or drop the records named below",
-        )
-    for finding in (_guessed_prompts_finding(report), _messages_left_finding(report)):
-        if finding is not None:
-            yield finding
-    contradictory, empty = repeats.contradictory_labels, report.empty_completions
-    if contradictory.count:
-        yield Finding(
-            grade="warning",
-            what=f"{contradictory.count:,} "
-            f"{_are(contradictory, 'completion carries', 'completions carry')} both labels for the "
-            "same prompt",
-            meaning="their gradients in KTO's loss oppose each other and cancel out",
-            action=f"keep one of the two ({_shown(contradictory)})",
-        )
-    if repeats.exact_duplicates.count:
-        duplicates = repeats.exact_duplicates
-        yield Finding(
-            grade="note",
-            what=f"{duplicates.count:,} "
-            f"{_are(duplicates, 'record repeats', 'records repeat')} an earlier one word for word",
-            meaning="each counts the same label again, and a training record among the held-out "
-            "records makes held-out metrics too good",
-            action=f"drop those that are unintended ({_shown(duplicates)})",
-        )
-    if empty.count:
-        yield Finding(
-            grade="warning",
-            what=f"{empty.count:,} {_are(empty, 'completion is', 'completions are')} empty",
-            meaning="only their end-of-text token is learnt: a desirable one teaches the model to "
-            "answer nothing",
-            action=f"drop or complete them ({_shown(empty)})",
-        )
-
-
-def _guessed_prompts_finding(report: DataReport) -> Finding | None:
-    guessed = report.guessed_prompts
-    if guessed is None or not guessed.count:
-        return None
-    return Finding(
-        grade="warning",
-        what=f"{guessed.count:,} {_are(guessed, 'pair has', 'pairs have')} no prompt of "
-        "their own: what both answers begin with was taken, up to a whole word",
-        meaning="the completion may begin inside an answer or inside the question",
-        action=f"give these pairs a column `prompt` ({_shown(guessed)})",
-    )
-
-
-def _messages_left_finding(report: DataReport) -> Finding | None:
-    left = report.messages_left
-    if left is None or not left.count:
-        return None
-    return Finding(
-        grade="note",
-        what=f"{left.count:,} {_are(left, 'conversation goes', 'conversations go')} on after the "
-        "assistant's last turn",
-        meaning="the label is taken for that turn, and what follows it is not used",
-        action=f"remove these messages if the label is meant for another turn ({_shown(left)})",
-    )
 
 
 def _about_labels(report: DataReport) -> Iterator[Finding]:
@@ -303,13 +223,3 @@ def shown_ratio(report: DataReport) -> str:
     if not good or not bad:
         return f"{good:,} : {bad:,}"
     return f"{good / bad:.3g} : 1" if good >= bad else f"1 : {bad / good:.3g}"
-
-
-def _are(places: Places, one: str, several: str) -> str:
-    return one if places.count == 1 else several
-
-
-def _shown(places: Places) -> str:
-    """The first two places, without directories."""
-    names = [Path(place).name for place in places.first]
-    return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")

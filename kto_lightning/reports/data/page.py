@@ -4,8 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from kto_lightning.errors import printable
 from kto_lightning.reports.data.fields import DataReport, Histogram
 from kto_lightning.reports.data.findings import findings_of, shown_ratio
+from kto_lightning.reports.data.guide_lines import guide_lines, tried_lines
 from kto_lightning.reports.data.rows import NOTHING, details_of, sections_of, title_of
 from kto_lightning.reports.finding import Finding
 from kto_lightning.reports.html import Chart, Colour, Fact, Page, Section, Series, Table
@@ -81,7 +83,7 @@ def data_facts(report: DataReport) -> list[Fact]:
 def comparison(reports: list[DataReport]) -> Table:
     """The rows of the terminal report, with a column per file."""
     rows: list[list[str]] = []
-    for section, cells in sections_of(reports[0]).items():
+    for section, cells in sections_of(reports).items():
         rows.append([section])
         for name, cell in cells.items():
             shown = [cell(report) for report in reports]
@@ -99,6 +101,7 @@ def data_sections(report: DataReport, *, name: str) -> list[Section]:
             findings=findings or [Finding(grade="good", what="Nothing stands out")],
             charts=list(data_charts(report)),
             details=list(details_of(report)),
+            listing=[printable(line) for line in (*guide_lines(report), *tried_lines(report))],
             text=[]
             if report.tokenizer
             else [

@@ -24,13 +24,18 @@ def _names(report: DataReport) -> list[str]:
     return [Path(source).name.removesuffix(Path(source).suffix) for source in report.sources]
 
 
-def sections_of(first: DataReport) -> dict[str, dict[str, Cell]]:
-    """Sections of rows by their titles; each row is a name and a function of a report."""
-    size = first.order.batch_size
-    return {
+def sections_of(reports: list[DataReport]) -> dict[str, dict[str, Cell]]:
+    """Sections of rows by their titles; each row is a name and a function of a report.
+
+    Without a usable record in any of the reports, there is nothing to say but of the records.
+    """
+    size = reports[0].order.batch_size
+    sections: dict[str, dict[str, Cell]] = {
         "Records": {
             "examples": lambda report: f"{report.examples:,}",
             "bad records": lambda report: f"{report.bad_records.count:,}",
+            "left out": _left_out,
+            "read as": lambda report: "\n".join(report.read_as) or NOTHING,
             "format": _format,
             "columns": _columns,
         },
@@ -62,6 +67,9 @@ def sections_of(first: DataReport) -> dict[str, dict[str, Cell]]:
             ),
         },
     }
+    return (
+        sections if any(report.examples for report in reports) else {"Records": sections["Records"]}
+    )
 
 
 def _length_rows() -> dict[str, Cell]:
@@ -121,6 +129,10 @@ def _format(report: DataReport) -> str:
     shares["tool calls"] = form.tool_call_share
     parts += [f"{name} {_percent(share)}" for name, share in shares.items() if share]
     return "\n".join(parts)
+
+
+def _left_out(report: DataReport) -> str:
+    return "\n".join(f"{count:,} {why}" for why, count in report.left_out.items()) or NOTHING
 
 
 def _columns(report: DataReport) -> str:
@@ -184,8 +196,9 @@ def _percent(share: float | None) -> str:
 def details_of(report: DataReport) -> Iterator[str]:
     """Lines on the first bad records and on a failure of the tokenizer."""
     bad = report.bad_records
-    yield from bad.first
-    if bad.count > len(bad.first):
-        yield f"and {bad.count - len(bad.first):,} more"
+    shown = bad.first if report.guide is None else bad.first[:1]
+    yield from shown
+    if bad.count > len(shown):
+        yield f"and {bad.count - len(shown):,} more"
     if report.tokenizer_problem:
         yield from report.tokenizer_problem.splitlines()

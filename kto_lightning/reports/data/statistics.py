@@ -11,6 +11,7 @@ from kto_lightning.batches.class_weights import effective_ratio, recommended_wei
 from kto_lightning.batches.pairing import pair_rotate
 from kto_lightning.reports.data.facts import Facts
 from kto_lightning.reports.data.fields import (
+    CutAnswers,
     Format,
     Histogram,
     Labels,
@@ -26,6 +27,9 @@ from kto_lightning.reports.data.order import share
 
 NUM_FIRST = 30
 MAX_CONTRADICTIONS = 3
+DIFY_LENGTH = 500 + len("...")
+MIN_CUT = 50
+"""Least characters of an answer that an export may have cut."""
 NUM_BINS = 32
 NUM_STRETCHES = 60
 MIN_STRETCH_RECORDS = 8
@@ -168,6 +172,27 @@ def _contradictions(facts: Facts) -> Places:
     pairs = pairs[:, np.argsort(pairs[0])]
     shown = pairs[:, :MAX_CONTRADICTIONS].T.ravel().tolist()
     return Places(count=pairs.shape[1], first=[facts.place(row) for row in shown])
+
+
+def cut_answers_of(facts: Facts) -> CutAnswers | None:
+    """Answers that an export has cut: they end with dots at the same length, and none is longer.
+
+    Dify's export of feedback cuts at 500 characters and appends three dots.
+    """
+    lengths, dots = facts.table["completion_characters"], facts.table["dots"]
+    longest = int(lengths.max()) if len(facts) else 0
+    for length in dict.fromkeys((longest, DIFY_LENGTH)):
+        rows = np.flatnonzero((lengths == length) & (dots > 0))
+        different = len(np.unique(facts.table["dotted_key"][rows]))
+        least = 1 if length == longest == DIFY_LENGTH else 2 if length == DIFY_LENGTH else 3
+        if different >= least and length >= MIN_CUT:
+            mark = int(dots[rows[0]])
+            return CutAnswers(
+                characters=length - mark,
+                mark="..." if mark == 3 else "…",
+                answers=facts.places(rows),
+            )
+    return None
 
 
 def shapes_of(

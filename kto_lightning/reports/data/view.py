@@ -7,6 +7,7 @@ from rich.text import Text
 
 from kto_lightning.errors import printable
 from kto_lightning.reports.data.fields import DataReport
+from kto_lightning.reports.data.guide_lines import guide_lines, tried_lines
 from kto_lightning.reports.data.rows import NOTHING, details_of, sections_of, title_of
 from kto_lightning.reports.terminal import strip_trailing_spaces
 
@@ -31,7 +32,7 @@ def _table(reports: list[DataReport]) -> Table:
     table.add_column("", width=NAME_WIDTH)
     for report in reports:
         table.add_column(_text(title_of(report, reports)), overflow="fold", ratio=1)
-    for section, rows in sections_of(reports[0]).items():
+    for section, rows in sections_of(reports).items():
         table.add_row(Text(""))
         table.add_row(Text(section, style="bold"))
         for name, cell in rows.items():
@@ -55,6 +56,10 @@ def _show_findings(console: Console, report: DataReport) -> None:
     for line in details_of(report):
         console.print(Text(printable(f"    {line}")), soft_wrap=True)
     console.print()
+    for line in (*guide_lines(report), *tried_lines(report)):
+        console.print(Text(printable(line)), soft_wrap=True)
+    if report.guide is not None or report.tried:
+        console.print()
 
 
 def _bullet(sentence: str) -> Table:

@@ -56,6 +56,8 @@ class Section:
     samples: list[Sample] = field(default_factory=list)
     details: list[str] = field(default_factory=list)
     """Lines in monospace, unchanged."""
+    listing: list[str] = field(default_factory=list)
+    """Lines below them that keep their spaces and can be copied together."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -13,8 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kto_lightning.data.columns import Columns
 from kto_lightning.data.dataset import load_records
+from kto_lightning.data.labels import Labels
 from kto_lightning.data.lost import LostPart, OtherEnd
+from kto_lightning.data.record_settings import RecordSettings
 from kto_lightning.data.tokenize import tokenize_records
 from kto_lightning.errors import KTOError
 from kto_lightning.models.tokenizer import load_tokenizer
@@ -442,7 +445,7 @@ def test_bad_records_are_reported_and_not_fatal(tmp_path: Path, with_tokenizer: 
     assert len(found.bad_records.first) == 5
     assert found.bad_records.first[0] == (
         f"{tmp_path / 'data.jsonl'}:2: 'label' must be true or false, got null. "
-        "Drop the line or give it a label."
+        "Drop the line or give it a label; --data.unlabeled skip leaves such lines out."
     )
     assert found.lengths.unit == ("tokens" if with_tokenizer else "characters")
     assert "8 records cannot be used and would stop `fit`" in found.findings[0]
@@ -486,6 +489,34 @@ def test_a_training_set_has_the_report_of_its_file(tmp_path: Path, template: str
     assert json.loads(path.read_text(encoding="utf-8")) == found.to_dict()
     with pytest.raises(KTOError, match="cannot be written"):
         write_data_report(tmp_path, found)
+
+
+def test_how_the_rows_were_read_and_what_was_left_out(tmp_path: Path) -> None:
+    rows = [{"q": f"{i}?", "a": f"{i}!", "stars": (5, 1, 3, None)[i % 4]} for i in range(12)]
+    source = str(write_jsonl(tmp_path / "data.jsonl", rows))
+    settings = RecordSettings(
+        columns=Columns(prompt="q", completion="a", label="stars"),
+        labels=Labels(at_least=4.0, at_most=2.0),
+        unlabeled="skip",
+    )
+    tokenizer = make_tokenizer()
+    records = load_records(source, settings)
+    examples = tokenize_records(records, tokenizer, max_length=1024)
+    trained = report_of_training_set(source, records, examples, batch_size=8, max_length=1024)
+    for found in (report_of_source(source, settings, tokenizer=tokenizer), trained):
+        assert found.examples == 6
+        assert found.left_out == {"judged neither good nor bad": 3, "without a judgement": 3}
+        assert found.read_as == [
+            "read as: prompt <- q, completion <- a, label <- stars",
+            "labels: at least 4 good; at most 2 bad",
+        ]
+    content = trained.to_dict()
+    assert DataReport.from_dict(content) == trained
+    for name in ("left_out", "read_as", "cut_answers", "guide", "tried", "chat_advised"):
+        del content[name]  # as in reports of earlier versions
+    assert DataReport.from_dict(content).left_out == {}
+    with pytest.raises(ValueError, match="no data report of this version"):
+        DataReport.from_dict(content | {"left_out": {"a": "b"}})
 
 
 def test_a_training_set_with_dropped_records(tmp_path: Path) -> None:
@@ -563,3 +594,44 @@ def test_completions_that_end_at_no_end_token_are_a_finding(tmp_path: Path) -> N
     assert report(tmp_path, rows, tokenizer=load_tokenizer(str(directory))).other_end is None
     tokenizer.eos_token = "<|im_end|>"  # which the template follows with a line break
     assert report(tmp_path, rows, tokenizer=tokenizer).other_end is None
+
+
+def _answer(characters: int, mark: str, start: str) -> dict[str, Any]:
+    """A record whose completion has so many characters before the mark."""
+    return record(f"{start}?", start + "x" * (characters - len(start)) + mark)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "mark", "cut_at"),
+    [
+        ([500, 500, 120], "...", 500),
+        ([500, 20], "...", 500),
+        ([200, 200, 200], "…", 200),
+        ([200, 200], "...", None),
+        ([500, 510], "...", None),
+        ([20, 20, 20], "...", None),
+        ([200, 200, 200], "!", None),
+        ([300, 200, 200, 200], "...", None),
+    ],
+)
+def test_answers_that_an_export_has_cut(
+    tmp_path: Path, lengths: list[int], mark: str, cut_at: int | None
+) -> None:
+    records = [_answer(length, mark, f"answer {i} ") for i, length in enumerate(lengths)]
+    found = report(tmp_path, [*records, *labelled("TFTF")])
+    assert (found.cut_answers and found.cut_answers.characters) == cut_at
+    said = [text for text in found.findings if "by the export" in text]
+    assert len(said) == (cut_at is not None)
+    assert [text for text in summary_sentences(found) if "by the export" in text] == said
+    if cut_at is not None:
+        count = lengths.count(cut_at)
+        answers = "1 answer is" if count == 1 else f"{count} answers are"
+        assert said[0].startswith(f"{answers} cut at {cut_at} characters by the export")
+        assert "data.jsonl:1" in said[0]
+        assert DataReport.from_dict(found.to_dict()) == found
+
+
+def test_one_answer_to_many_prompts_is_not_taken_for_a_cut(tmp_path: Path) -> None:
+    text = "I am sorry, but I cannot " * 10 + "..."
+    found = report(tmp_path, [record(f"{i}?", text) for i in range(5)])
+    assert found.cut_answers is None
