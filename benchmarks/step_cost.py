@@ -2,6 +2,7 @@
 
     python benchmarks/step_cost.py                                   # on generated records
     python benchmarks/step_cost.py --data feedback.jsonl --json benchmarks/results/step_cost.json
+    python benchmarks/step_cost.py --architecture gemma2 lfm2        # of other families; none: all
 
 Records are `{prompt, completion, label}` as TRL takes them, text or chat. The unit is SFT: forward
 and backward of cross entropy, one record at a time, so that nothing is padded. The model's own loss
@@ -18,62 +19,38 @@ Operations are those of matrix products, counted by PyTorch's dispatcher. Attent
 the whole rectangle of queries and keys for all contestants, also where a causal mask hides half.
 
 The floor is computed from the lengths of the counted steps (`step_floor.py`).
+
+With `--architecture`, small models of these families take our steps, by the route that fits each,
+and TRL takes none. Their floor is counted on single sequences (`counted_floor.py`). Positions that
+ran, padding included, are related to the tokens of the floor; forward and backward count as three.
+"With padding" relates a step to a floor whose decoder runs as many positions. Elementwise work,
+such as most of a scan over states, is not counted. The exit status is 1 if a packed step is off its
+floor, or if one on cached prompts costs more than 10% above its floor with padding.
 """
 
 import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from architectures import FAMILIES
 from common import describe, print_header, print_table, write_result
 from inputs import made_records, read_jsonl, save_model, write_jsonl
 from silence import quiet
+from step_families import excesses, measure_family, print_families
 from step_floor import UnitCosts, floor, mismatched_lengths
-from step_runs import Inputs, Settings, run_ours, run_trl, sft_cost
+from step_runs import Inputs, Settings, add_ratios, row_of, run_all_ours, run_trl
 from transformers import AutoModelForCausalLM
 
-from kto_lightning.batches.types import StepBatch
+from kto_lightning.models.routes.choose import explain_obstacles
 
 ALLOWED_OVER_FLOOR = 1.03
-CUTS = 3
-"""For several micro-batches: the tokens of the largest step over `--data.max_tokens`."""
 MADE = {"made, long prompts": 0.5, "made, short prompts": 0.05}
 """Prompt shares of the generated records."""
-
-
-def measure_ours(
-    inputs: Inputs, settings: Settings, directory: Path
-) -> tuple[list[dict[str, Any]], list[StepBatch]]:
-    """Our rows, not yet divided by SFT's operations, and the steps with one micro-batch each."""
-    model = AutoModelForCausalLM.from_pretrained(inputs.model)
-    unit = UnitCosts.of(model)
-    whole = settings.batch_size * settings.max_length
-    first = run_ours(inputs, settings, max_tokens=whole)
-    cut = max(1, max(step.num_tokens for step in first.steps) // CUTS)
-    cache = directory / "cache"
-    run_ours(inputs, settings, max_tokens=whole, cache=cache)
-    runs = [
-        ("one", "computed", first),
-        ("one", "cached", run_ours(inputs, settings, max_tokens=whole, cache=cache)),
-        ("several", "computed", run_ours(inputs, settings, max_tokens=cut)),
-        ("several", "cached", run_ours(inputs, settings, max_tokens=cut, cache=cache)),
-    ]
-    rows = [
-        {
-            "contestant": "ours",
-            "reference": reference,
-            "micro_batches": name,
-            "operations": sum(run.costs),
-            "floor_operations": sum(
-                floor(step, unit, cached=reference == "cached") for step in run.steps
-            ),
-        }
-        for name, reference, run in runs
-    ]
-    return rows, first.steps
 
 
 def measure_trl(
@@ -118,17 +95,16 @@ def measure(
         model=save_model(directory / "model", records, settings.shape),
         train=write_jsonl(directory / "train.jsonl", records[: settings.num_records]),
     )
-    rows, steps = measure_ours(inputs, settings, directory)
+    unit = UnitCosts.of(AutoModelForCausalLM.from_pretrained(inputs.model))
+    runs = run_all_ours(inputs, settings, directory)
+    first = runs["one", "computed"]
+    if first.route_obstacles:
+        raise SystemExit(f"step_cost: {explain_obstacles(first.route_obstacles)}")
+    rows = [row_of(kind, run, partial(floor, unit=unit)) for kind, run in runs.items()]
+    steps = first.steps
     num_tokens = sum(step.num_tokens for step in steps)
     rows += measure_trl(inputs, settings, directory, num_tokens)
-    sft = sft_cost(inputs, steps, completions_only=False)
-    sft_completions = sft_cost(inputs, steps, completions_only=True)
-    for row in rows:
-        row["over_sft"] = row["operations"] / sft
-        row["over_sft_completions"] = row["operations"] / sft_completions
-        if "floor_operations" in row:
-            row["floor_over_sft"] = row["floor_operations"] / sft
-            row["over_floor"] = row["operations"] / row["floor_operations"]
+    sft, sft_completions = add_ratios(rows, inputs, steps)
     lengths = [mismatched_lengths(batch) for step in steps for batch in step.micro_batches]
     return {
         "data": name,
@@ -182,6 +158,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", nargs="+", type=Path, default=[], help="files of records, jsonl")
+    parser.add_argument(
+        "--architecture",
+        nargs="*",
+        choices=FAMILIES,
+        metavar="NAME",
+        help=f"families to compare instead of contestants, of {', '.join(FAMILIES)}; none: all",
+    )
     parser.add_argument("--records", type=int, default=32, help="train on the first N")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=1024)
@@ -201,19 +184,46 @@ def main(arguments: list[str] | None = None) -> int:
     sources |= {path.stem: read_jsonl(path) for path in options.data}
     header = describe(torch.device("cpu"))
     print_header(header)
-    results = []
+    families = None if options.architecture is None else options.architecture or list(FAMILIES)
+    compare = compare_contestants if families is None else partial(compare_families, families)
     with tempfile.TemporaryDirectory() as directory, quiet():
-        for number, (name, records) in enumerate(sources.items()):
-            result = measure(name, records, settings, Path(directory) / str(number))
-            print_result(result)
-            results.append(result)
+        results, failures = compare(sources, settings, Path(directory))
     if options.json:
         write_result(options.json, header, results)
+    for failure in failures:
+        print(f"\n{failure}")
+    return 1 if failures else 0
+
+
+def compare_contestants(
+    sources: dict[str, list[dict[str, Any]]], settings: Settings, directory: Path
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The results by data set, and what costs more than it may."""
+    results = []
+    for number, (name, records) in enumerate(sources.items()):
+        results.append(measure(name, records, settings, directory / str(number)))
+        print_result(results[-1])
     worst = max(row.get("over_floor", 0.0) for result in results for row in result["rows"])
-    if worst > ALLOWED_OVER_FLOOR:
-        print(f"\na step of ours costs {worst:.3f} of its floor, more than {ALLOWED_OVER_FLOOR}")
-        return 1
-    return 0
+    failure = f"a step of ours costs {worst:.3f} of its floor, more than {ALLOWED_OVER_FLOOR}"
+    return results, [failure] if worst > ALLOWED_OVER_FLOOR else []
+
+
+def compare_families(
+    families: list[str],
+    sources: dict[str, list[dict[str, Any]]],
+    settings: Settings,
+    directory: Path,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The results by data set and family, and what costs more than it may."""
+    results = []
+    for number, (name, records) in enumerate(sources.items()):
+        measured = [
+            measure_family(family, records, settings, directory / f"{number}_{family}")
+            for family in families
+        ]
+        print_families(name, measured)
+        results += [{"data": name} | result for result in measured]
+    return results, list(excesses(results))
 
 
 if __name__ == "__main__":

@@ -80,8 +80,23 @@ def _floor(
     return matched + backward + mismatched + reference + (0 if alone else prompts_again)
 
 
+def num_positions(step: StepBatch, *, cached: bool) -> int:
+    """The positions of a step that it cannot do without; forward and backward count as three."""
+    alone = len(step.micro_batches) == 1
+    total = 0
+    for batch in step.micro_batches:
+        prompts, wholes, others = (sum(lengths) for lengths in mismatched_lengths(batch))
+        total += 3 * wholes + others
+        total += 0 if cached else wholes + others
+        total += 0 if alone else prompts
+    return total
+
+
 def mismatched_lengths(batch: PackedBatch) -> tuple[list[int], list[int], list[int]]:
     """Lengths of prompts, of prompts with their completions, of mismatched completions."""
-    if batch.mismatched is None or not batch.shares_prompts:
-        raise SystemExit("step_cost: the steps share no prompts, so this floor does not apply")
-    return batch.prompt_lengths, batch.matched.lengths, batch.mismatched.lengths
+    if batch.mismatched is None:
+        raise SystemExit("step_cost: the steps have no mismatched completions: no floor applies")
+    prompts, others = batch.prompt_lengths, batch.mismatched.lengths
+    if not batch.shares_prompts:
+        others = [whole - prompt for whole, prompt in zip(others, prompts, strict=True)]
+    return prompts, batch.matched.lengths, others

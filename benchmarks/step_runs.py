@@ -1,5 +1,6 @@
 """Training runs that count their steps' operations: ours, TRL's, and supervised fine-tuning."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +12,11 @@ import torch
 from datasets import Dataset
 from inputs import Shape, read_jsonl
 from lightning import Trainer
-from linear_logps import addmm
+from operations import counter
+from step_floor import num_positions
+from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl.trainer import utils as trl_utils
 from trl.trainer.kto_config import KTOConfig
@@ -26,8 +25,6 @@ from trl.trainer.kto_trainer import KTOTrainer
 from kto_lightning.batches.types import StepBatch
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.module import KTOModule
-
-ATEN = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,38 +47,34 @@ class Inputs:
     train: Path
 
 
-def counter() -> FlopCounterMode:
-    """Counts all matrix products; PyTorch's own table lacks CPU attention and `addmm_`."""
-    attention = ATEN._scaled_dot_product_flash_attention_for_cpu
-    backward = ATEN._scaled_dot_product_flash_attention_for_cpu_backward
-
-    def forward_count(query, key, value, *_, **__) -> int:
-        return sdpa_flop_count(query, *_one_per_query_head(query, key, value))
-
-    def backward_count(gradient, query, key, value, *_, **__) -> int:
-        return sdpa_backward_flop_count(gradient, query, *_one_per_query_head(query, key, value))
-
-    formulas = {attention: forward_count, backward: backward_count, ATEN.addmm_: addmm}
-    return FlopCounterMode(display=False, custom_mapping=formulas)
-
-
-def _one_per_query_head(query, *keys_and_values) -> list[torch.Size]:
-    """Shapes [batch, heads, length, width] of keys and values as if no query heads shared them:
-    products are as many, and PyTorch 2.11 refuses to count grouped heads."""
-    return [torch.Size((shape[0], query[1], *shape[2:])) for shape in keys_and_values]
+CUTS = 3
+"""For several micro-batches: the tokens of the largest step over `--data.max_tokens`."""
 
 
 class CountedModule(KTOModule):
-    """`KTOModule` that records its steps and their operations."""
+    """`KTOModule` that records its steps, their operations and the positions that it ran."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.steps: list[StepBatch] = []
         self.costs: list[int] = []
+        self.num_positions = 0
+        """In forwards of one position: with a gradient, forward and backward count as three."""
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
-        with counter() as counted:
-            super().training_step(batch, batch_idx)
+        assert self.policy is not None
+        vocabulary = self.policy.causal_lm.get_input_embeddings().weight.shape
+
+        def count_positions(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if isinstance(module, nn.Embedding) and module.weight.shape == vocabulary:
+                self.num_positions += inputs[0].numel() * (3 if torch.is_grad_enabled() else 1)
+
+        hook = register_module_forward_pre_hook(count_positions)
+        try:
+            with counter() as counted:
+                super().training_step(batch, batch_idx)
+        finally:
+            hook.remove()
         self.steps.append(batch)
         self.costs.append(counted.get_total_flops())
 
@@ -125,9 +118,46 @@ def run_ours(
         enable_model_summary=False,
         use_distributed_sampler=False,
     ).fit(module, datamodule=data)
-    if module.padding_reason is not None:
-        raise SystemExit(f"step_cost: the model runs padded: {module.padding_reason}")
     return module
+
+
+def run_all_ours(
+    inputs: Inputs, settings: Settings, directory: Path
+) -> dict[tuple[str, str], CountedModule]:
+    """Runs by micro-batches of a step (one, several) and reference (computed, cached)."""
+    whole = settings.batch_size * settings.max_length
+    first = run_ours(inputs, settings, max_tokens=whole)
+    cut = max(1, max(step.num_tokens for step in first.steps) // CUTS)
+    cache = directory / "cache"
+    run_ours(inputs, settings, max_tokens=whole, cache=cache)
+    return {
+        ("one", "computed"): first,
+        ("one", "cached"): run_ours(inputs, settings, max_tokens=whole, cache=cache),
+        ("several", "computed"): run_ours(inputs, settings, max_tokens=cut),
+        ("several", "cached"): run_ours(inputs, settings, max_tokens=cut, cache=cache),
+    }
+
+
+def row_of(
+    kind: tuple[str, str], run: CountedModule, floor: Callable[..., float]
+) -> dict[str, Any]:
+    """The row of one of our runs, not yet divided by SFT's operations.
+
+    Args:
+        kind: its key in `run_all_ours`.
+        floor: the lower bound of a step, which takes it and whether the reference is `cached`.
+    """
+    micro_batches, reference = kind
+    cached = reference == "cached"
+    needed = sum(num_positions(step, cached=cached) for step in run.steps)
+    return {
+        "contestant": "ours",
+        "reference": reference,
+        "micro_batches": micro_batches,
+        "operations": sum(run.costs),
+        "floor_operations": sum(floor(step, cached=cached) for step in run.steps),
+        "positions_per_token": run.num_positions / needed,
+    }
 
 
 def trl_config(directory: Path, *, device: str = "cpu", **settings: Any) -> KTOConfig:
@@ -197,3 +227,22 @@ def sft_cost(inputs: Inputs, steps: list[StepBatch], *, completions_only: bool) 
                 loss.backward()
             total += counted.get_total_flops()
     return total
+
+
+def add_ratios(
+    rows: list[dict[str, Any]], inputs: Inputs, steps: list[StepBatch]
+) -> tuple[int, int]:
+    """Add to each row its operations over those of SFT and of its floor, where it has one.
+
+    Returns:
+        SFT's operations, and those of SFT whose head runs on the completions.
+    """
+    sft = sft_cost(inputs, steps, completions_only=False)
+    sft_completions = sft_cost(inputs, steps, completions_only=True)
+    for row in rows:
+        row["over_sft"] = row["operations"] / sft
+        row["over_sft_completions"] = row["operations"] / sft_completions
+        if "floor_operations" in row:
+            row["floor_over_sft"] = row["floor_operations"] / sft
+            row["over_floor"] = row["operations"] / row["floor_operations"]
+    return sft, sft_completions

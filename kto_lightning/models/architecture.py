@@ -1,5 +1,7 @@
 """Differences between model families: head, logit scale, router loss, learned positions."""
 
+import sys
+from collections.abc import Iterator
 from functools import reduce
 from typing import Any
 
@@ -12,6 +14,10 @@ from kto_lightning.errors import ConfigError
 
 _OPT_OFFSET = 2
 """Unused rows at the start of OPT's position table, in addition to one row per position."""
+
+_LOGIT_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+_FEED_FORWARD = {"mlp", "moe"}
+"""Types of layers in which no token sees another."""
 
 
 # `Any`: a linear layer or peft's LoRA layer around one, which share no typed base class.
@@ -41,7 +47,7 @@ def _full_tensor(tensor: Tensor) -> Tensor:
 
 def logit_scale(config: PreTrainedConfig) -> float:
     """The factor on the logits, under each family's name for it; 1 if there is none."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+    for name in _LOGIT_FACTORS:
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
     scaling = getattr(config, "logits_scaling", None)
@@ -56,9 +62,68 @@ def logit_softcap(config: PreTrainedConfig) -> float | None:
     return getattr(config, "final_logit_softcapping", None)
 
 
-def auxiliary_coefficient(config: PreTrainedConfig) -> float:
-    """The config's factor on a Mixture of Experts' load-balancing loss; 0 for other models."""
-    if not hasattr(config, "output_router_logits"):
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """What gives the last hidden state: a model without its head.
+
+    transformers' `base_model` is the whole model where a class names another submodule than it
+    has, as those of Llama 4 and of Mllama's text model do. There it is the outermost model with
+    the input embeddings and without the head.
+    """
+    head, found = model.get_output_embeddings(), model.base_model
+    if found is not model:
+        return found
+    without_head = (
+        m for m in _models_of_text(model) if all(inner is not head for inner in m.modules())
+    )
+    return next(without_head, model)
+
+
+def language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that reads text: all of it, but for those of several modalities."""
+    if model.config.get_text_config() is model.config:
+        return model
+    return list(_models_of_text(model))[-1]
+
+
+def attending_part(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model whose attention is exchanged: all of it, or where a vision tower's cannot
+    be, the language model."""
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if all(part._can_set_attn_implementation() for part in parts):
+        return model
+    return language_model(model)
+
+
+def attention_of(config: PreTrainedConfig) -> str | dict[str, Any]:
+    """The attention of a model as `set_attn_implementation` takes it: a name, or where parts have
+    configs of their own, one for each."""
+    own = config._attn_implementation or "eager"
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    parts = {key: attention_of(part) for key, part in parts.items() if part is not None}
+    return {"": own, **parts} if parts else own
+
+
+def _models_of_text(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The models within a model that have its input embeddings; outermost first, itself."""
+    embeddings = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and any(m is embeddings for m in module.modules()):
+            yield module
+
+
+def logit_settings(config: PreTrainedConfig) -> str:
+    """The factors and the capping of the logits, as the config has them."""
+    names = (*_LOGIT_FACTORS, "logits_scaling", "final_logit_softcapping")
+    values = {name: getattr(config, name, None) for name in names}
+    return ", ".join(f"{name} {v:g}" for name, v in values.items() if v not in (None, 1))
+
+
+def auxiliary_coefficient(model: PreTrainedModel) -> float:
+    """The config's factor on a Mixture of Experts' load-balancing loss; 0 for models that have none
+    in transformers, some of which have the setting (Llama 4)."""
+    config = model.config.get_text_config()
+    has_loss = hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
+    if not has_loss or not hasattr(config, "output_router_logits"):
         return 0.0
     return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0)
 
@@ -67,6 +132,22 @@ def num_experts(config: PreTrainedConfig) -> int:
     """Experts per layer of a Mixture of Experts, under each family's name for it."""
     name = "num_experts" if hasattr(config, "num_experts") else "num_local_experts"
     return getattr(config, name)
+
+
+def mixing_layer_types(config: PreTrainedConfig) -> list[str] | None:
+    """The types of the layers that mix tokens, each layer's; None where all are of one type.
+
+    Nemotron-H counts its feed-forward networks as layers of their own.
+    """
+    types = getattr(config, "layer_types", None)
+    return [kind for kind in types if kind not in _FEED_FORWARD] if types else None
+
+
+def num_mixing_layers(config: PreTrainedConfig) -> int:
+    """How many layers mix the tokens of a text; Mllama's cross-attention has images only."""
+    types = mixing_layer_types(config)
+    of_images = getattr(config, "cross_attention_layers", None) or ()
+    return (config.num_hidden_layers if types is None else len(types)) - len(of_images)
 
 
 def num_positions(model: PreTrainedModel) -> int | None:
@@ -78,7 +159,11 @@ def num_positions(model: PreTrainedModel) -> int | None:
     if limit is None:
         return None
     tokens = model.get_input_embeddings()
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    tables = [
+        m
+        for m in language_model(model).modules()
+        if isinstance(m, nn.Embedding) and m is not tokens
+    ]
     is_table = any(table.num_embeddings in (limit, limit + _OPT_OFFSET) for table in tables)
     return limit if is_table else None
 
@@ -92,12 +177,19 @@ def check_positions(model: PreTrainedModel, name: str, longest: int | None) -> N
         longest: most tokens of a sequence; None: unlimited.
 
     Raises:
-        ConfigError: if sequences can be longer than the table; names the `max_length` to set.
+        ConfigError: if sequences can be longer than the table, or than what a model attends to
+            causally; names the `max_length` to set.
     """
-    known = num_positions(model)
-    if known is None or (longest is not None and longest <= known):
-        return
     found = "sequences of any length" if longest is None else f"sequences of up to {longest} tokens"
-    raise ConfigError(
-        f"{name} has {known} positions, fewer than {found} need. Set --data.max_length {known}."
-    )
+    known = num_positions(model)
+    if known is not None and (longest is None or longest > known):
+        raise ConfigError(
+            f"{name} has {known} positions, fewer than {found} need. Set --data.max_length {known}."
+        )
+    # Of more keys Doge keeps the best of the whole sequence, those after a token among them.
+    window = getattr(model.config.get_text_config(), "keep_window_size", None)
+    if window is not None and (longest is None or longest > window):
+        raise ConfigError(
+            f"{name} attends causally to {window} tokens only, its keep_window_size, fewer than "
+            f"{found} have. Set --data.max_length {window}."
+        )

@@ -1,12 +1,12 @@
 """Packed, prefix-shared attention for transformers models.
 
-`packed_attention` is registered with transformers as the implementation `PACKED`. It gets the run's
-segments (`packed_run.py`) in the keyword argument `packed_run`, which `model(...)` passes unchanged
-to every layer, also through peft and activation checkpointing.
+`packed_attention` is registered with transformers as the implementation `PACKED`. It attends in the
+segments of the run that is active (`packed_run.py`).
 """
 
 import inspect
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from kto_lightning.models.packed_run import PackedRun
+from kto_lightning.models.flex_attention import attend_flex, can_use_flex
+from kto_lightning.models.packed_run import PackedRun, UnsupportedAttentionError, current_run
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -46,10 +47,6 @@ _HARMLESS_OPTIONS = {
 }
 
 
-class UnsupportedAttentionError(Exception):
-    """A layer needs something that packed attention does not implement; the padded path does."""
-
-
 def packed_attention(
     module: torch.nn.Module,
     query: Float[Tensor, "1 heads tokens head_size"],
@@ -58,28 +55,46 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    packed_run: PackedRun | None = None,
+    softcap: float | None = None,
+    s_aux: Float[Tensor, " heads"] | None = None,
     **options: Any,  # whatever the model's layers pass
 ) -> tuple[Float[Tensor, "1 tokens heads value_size"], None]:
-    """Attention inside the segments of `packed_run`, with transformers' attention signature.
+    """Attention inside the segments of the active run, with transformers' attention signature.
+
+    Args:
+        softcap: scores are capped to `softcap · tanh(score / softcap)` (Gemma 2, arXiv:2408.00118).
+        s_aux: sinks, a score of each head that every query has beside those of its keys and that
+            adds nothing to the result (gpt-oss, arXiv:2508.10925).
 
     Raises:
-        UnsupportedAttentionError: if the layer passes an unknown option (soft-capping, sinks,
-            position biases), a mask, or no `packed_run`.
+        UnsupportedAttentionError: if the layer passes an unknown option (position biases), a mask,
+            or no run is active.
     """
-    _check_supported(module, attention_mask, packed_run, options)
-    assert packed_run is not None
-    packed_run.num_attention_calls += 1
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    key, value = packed_run.keys_and_values(_layer_index(module), key, value)
-    window = options.get("sliding_window") or _window_of_layer(module, options)
-    attend = _attend_varlen if _can_use_varlen(query, value, dropout) else _attend_by_segment
-    return attend(query, key, value, packed_run, scaling, window, dropout), None
-
-
-def _check_supported(module, attention_mask, packed_run, options) -> None:
-    if packed_run is None:
+    run = current_run()
+    if run is None:
         raise UnsupportedAttentionError("its attention was called without the run's segments")
+    _check_supported(module, attention_mask, options)
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    key, value = run.keys_and_values(module, key, value)
+    window = options.get("sliding_window") or _window_of_layer(module, options)
+    if softcap is None and s_aux is None:
+        if _can_use_varlen(query, value, dropout):
+            return _attend_varlen(query, key, value, run, scaling, window), None
+        attend = partial(_attend_plain, scaling=scaling, dropout=dropout)
+        return _attend_by_segment(query, key, value, run, window, attend), None
+    if can_use_flex(query, value, dropout):
+        attended = attend_flex(
+            query, key, value, run, scaling=scaling, window=window, softcap=softcap, sinks=s_aux
+        )
+        if attended is not None:
+            return attended, None
+    attend = partial(
+        _attend_with_scores, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux
+    )
+    return _attend_by_segment(query, key, value, run, window, attend, always_masked=True), None
+
+
+def _check_supported(module, attention_mask, options) -> None:
     if attention_mask is not None:
         raise UnsupportedAttentionError("the model makes an attention mask of its own")
     for name, option in options.items():
@@ -89,24 +104,29 @@ def _check_supported(module, attention_mask, packed_run, options) -> None:
         raise UnsupportedAttentionError("its attention is not causal")
 
 
-def _layer_index(module: torch.nn.Module) -> int:
-    layer = getattr(module, "layer_idx", None)
-    if layer is None:
-        raise UnsupportedAttentionError("its attention layers are not numbered")
-    return layer
-
-
 def _window_of_layer(module: torch.nn.Module, options: dict[str, Any]) -> int | None:
     """The sliding window of a layer that does not pass it as an option, from the config."""
     config = getattr(module, "config", None)
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
-    if layer_types:
-        return window if layer_types[_layer_index(module)] == "sliding_attention" else None
-    if window and "sliding_window" not in options:
-        # PhiMoE applies it in its mask; which layers of another model do is not in the config.
-        raise UnsupportedAttentionError("it has a sliding window that its layers do not pass on")
-    return None
+    if not layer_types:
+        if window and "sliding_window" not in options:
+            # PhiMoE applies it in its mask; which layers of another model do is not in the config.
+            raise UnsupportedAttentionError(
+                "it has a sliding window that its layers do not pass on"
+            )
+        return None
+    layer = getattr(module, "layer_idx", None)
+    own = [] if layer is None else layer_types[layer : layer + 1]
+    types = set(own or layer_types)
+    if types == {"full_attention"}:
+        return None
+    if types == {"sliding_attention"}:
+        return window
+    unknown = sorted(types - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise UnsupportedAttentionError(f"it has layers of type {', '.join(unknown)}")
+    raise UnsupportedAttentionError("its attention layers are not numbered")
 
 
 def _can_use_varlen(query: Tensor, value: Tensor, dropout: float) -> bool:
@@ -120,7 +140,7 @@ def _can_use_varlen(query: Tensor, value: Tensor, dropout: float) -> bool:
     )
 
 
-def _attend_varlen(query, key, value, run: PackedRun, scaling, window, dropout) -> Tensor:
+def _attend_varlen(query, key, value, run: PackedRun, scaling, window) -> Tensor:
     """One kernel for all segments; causal, with each segment's last query at its last key."""
     assert varlen_attn is not None
     options: dict[str, Any] = {}  # `Any`: pyright would check it against every parameter
@@ -142,8 +162,21 @@ def _attend_varlen(query, key, value, run: PackedRun, scaling, window, dropout) 
     return attended[None]
 
 
-def _attend_by_segment(query, key, value, run: PackedRun, scaling, window, dropout) -> Tensor:
-    """`scaled_dot_product_attention` per segment: for float32, the CPU and unusual head sizes."""
+def _attend_by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    run: PackedRun,
+    window: int | None,
+    attend: Callable[..., Tensor],
+    *,
+    always_masked: bool = False,
+) -> Tensor:
+    """One segment at a time: for float32, the CPU and unusual head sizes.
+
+    `attend(q, k, v, mask)`: the attention of one. Its mask is None where it is the causal one of as
+    many queries as keys, unless `always_masked`.
+    """
     attended = []
     segments = zip(
         query.split(run.lengths, dim=2),
@@ -157,21 +190,42 @@ def _attend_by_segment(query, key, value, run: PackedRun, scaling, window, dropo
             attended.append(q.new_empty(*q.shape[:3], v.shape[3]))
             continue
         mask = None
-        if q_length != kv_length or (window and window < kv_length):
+        if always_masked or q_length != kv_length or (window and window < kv_length):
             mask = run.mask(q_length, kv_length, window, q)
-        attended.append(
-            scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=mask is None,
-                dropout_p=dropout,
-                scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-        )
+        attended.append(attend(q, k, v, mask))
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous()
+
+
+def _attend_plain(q, k, v, mask: Tensor | None, *, scaling, dropout) -> Tensor:
+    return scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def _attend_with_scores(
+    q, k, v, mask: Tensor, *, scaling, dropout, softcap, sinks: Tensor | None
+) -> Tensor:
+    """Attention with its scores as a tensor, in at least float32, to cap them and add sinks."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scores = q @ k.transpose(2, 3)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask
+    if sinks is not None:
+        column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : k.shape[2]].to(v.dtype)
+    return torch.dropout(weights, dropout, train=dropout > 0) @ v
 
 
 @lru_cache(maxsize=1)

@@ -1,5 +1,6 @@
 """Building the policy and its reference from their settings."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -7,107 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from kto_lightning.distributed import on_any_rank
-from kto_lightning.errors import ConfigError, check_one_of
-from kto_lightning.models.following import Follow, FollowingReference
-from kto_lightning.models.loading import LoadedModel, LoRA, load_model
-from kto_lightning.models.model_files import is_adapter, weight_directories
-from kto_lightning.models.packing_probe import make_policy
+from kto_lightning.distributed import from_first_rank, on_any_rank
+from kto_lightning.errors import ConfigError
+from kto_lightning.models.following import FollowingReference
+from kto_lightning.models.loading import LoadedModel, load_model, take_policy
+from kto_lightning.models.model_files import weight_directories
+from kto_lightning.models.packed_run import CHECKPOINTING
 from kto_lightning.models.policy import Policy
-from kto_lightning.models.quantization import Quantization, check_quantization
-from kto_lightning.models.reference import FrozenReference, Reference, make_reference
+from kto_lightning.models.reference import (
+    AdapterReference,
+    FrozenReference,
+    Reference,
+    make_reference,
+)
 from kto_lightning.models.reference_cache import (
     CachedReference,
     ReferenceCache,
     reference_fingerprint,
 )
-from kto_lightning.models.weights import check_weights_fit
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(kw_only=True, slots=True)
-class ModelSettings:
-    """The models of a run, and how to load and run them; names as `KTOModule`'s arguments.
-
-    Raises:
-        ConfigError: if two of these contradict each other.
-    """
-
-    policy: str
-    """A directory, a hub id or an adapter directory."""
-    reference: str | None
-    """Likewise; None: the policy before training."""
-    dtype: str | None
-    """Of a frozen base's weights, a key of `DTYPES`; None: float32 (bfloat16 with
-    `quantization`)."""
-    quantization: Quantization | None
-    """Of a frozen base's weights; None: `dtype` applies."""
-    lora: LoRA | None
-    dropout: bool
-    activation_checkpointing: bool
-    activation_offloading: bool
-    reference_cache: str | None
-    """A directory; None: no log-probs are cached."""
-    follow: Follow | None
-    """How the reference follows the policy; None: it is frozen."""
-    offload_reference: bool
-    """Keep a second model in host memory except while it scores."""
-    trust_remote_code: bool
-    adapter_base: str | None = None
-    """The base of adapter directories; None: the one that their `adapter_config.json` names."""
-    shard: Callable[[Policy], None] | None = None
-    """The strategy's: shards a policy over all ranks, in place; None: nothing is sharded."""
-    rounds_weights: bool = False
-    """The strategy's: whether mixed precision rounds the weights, where autocast rounds the inputs
-    of products."""
-
-    def __post_init__(self) -> None:
-        if self.dtype is not None:
-            check_one_of("dtype", self.dtype, DTYPES)
-        frozen_base = self.lora is not None or is_adapter(self.policy)
-        if self.adapter_base is not None and not any(
-            name is not None and is_adapter(name) for name in (self.policy, self.reference)
-        ):
-            raise ConfigError(
-                "--model.adapter_base is for adapter directories, and neither --model.policy nor "
-                "--model.reference is one. Remove it."
-            )
-        if self.dtype == "bfloat16" and not frozen_base:
-            raise ConfigError(
-                "--model.dtype bfloat16 is for a frozen base: updates of a small learning rate are "
-                "rounded away in bfloat16 weights. Add --model.lora, or keep the weights in "
-                "float32 and compute in bfloat16 with --trainer.precision bf16-mixed."
-            )
-        check_quantization(self.quantization, frozen_base=frozen_base)
-        if self.follow is not None and frozen_base:
-            raise ConfigError(
-                "--model.follow is for full fine-tuning: with an adapter the reference is its "
-                "frozen base, which cannot follow. Remove --model.follow, or train all weights."
-            )
-        if self.follow is not None and self.reference_cache is not None:
-            raise ConfigError(
-                "--model.reference_cache keeps the log-probs of a frozen reference, and with "
-                "--model.follow the reference changes. Remove one of the two."
-            )
-        if self.offload_reference and self.quantization is not None:
-            raise ConfigError(
-                "--model.offload_reference cannot move quantized weights. Remove it or "
-                "--model.quantization."
-            )
-        if self.offload_reference and self.shard is not None:
-            raise ConfigError(
-                "--model.offload_reference moves a whole model, and under this strategy every "
-                "device holds only its shard of the reference. Remove it, or use "
-                "--trainer.strategy fsdp2_offload."
-            )
-        if self.offload_reference and frozen_base and self.reference is None:
-            raise ConfigError(
-                "--model.offload_reference has nothing to move: with an adapter the reference is "
-                "the policy's own base, and there is no second model. Remove it."
-            )
+from kto_lightning.models.routes.choose import (
+    RouteNeeds,
+    make_policy,
+)
+from kto_lightning.models.routes.runner import RouteName
+from kto_lightning.models.settings import DTYPES, ModelSettings
+from kto_lightning.models.sharding import LoadedPolicy, load_on_first_rank
 
 
 @dataclass(kw_only=True, slots=True)
@@ -116,72 +42,140 @@ class BuiltModels:
 
     policy: Policy
     reference: Reference
-    padding_reason: str | None
-    """Why the policy runs padded; None: it runs packed."""
-
-
-def check_device(settings: ModelSettings, device: torch.device) -> None:
-    """Refuse offloading to host memory where the run computes on the CPU anyway.
-
-    Raises:
-        ConfigError: with the option to remove.
-    """
-    for name in ("activation_offloading", "offload_reference"):
-        if getattr(settings, name) and device.type == "cpu":
-            raise ConfigError(
-                f"--model.{name} moves data from a GPU to host memory, and this run trains on the "
-                "CPU. Remove it; --model.activation_checkpointing true saves memory on a CPU too."
-            )
+    obstacles: dict[RouteName, str]
+    """Why the policy does not take each route that is faster than its own."""
+    unused: list[str]
+    """The policy's modules that text does not reach, which are frozen."""
 
 
 def build_models(
-    settings: ModelSettings, *, precision: str, reference_keys: Callable[[], set[bytes] | None]
+    settings: ModelSettings,
+    *,
+    precision: str,
+    longest: int | None,
+    device: torch.device,
+    reference_keys: Callable[[], set[bytes] | None],
 ) -> BuiltModels:
     """Load the policy, and the reference where one is needed beside it.
 
     Args:
         settings: which models.
         precision: the trainer's, part of what addresses a reference cache.
+        longest: most tokens of a sequence; None: unlimited.
+        device: where this rank computes.
         reference_keys: gives the cache keys of all reference log-probs that the run can need, or
             None where that is unknown; called only with a reference cache.
     """
-    load = partial(
-        load_model,
-        dtype=DTYPES[_dtype_name(settings)],
-        quantization=settings.quantization,
-        trust_remote_code=settings.trust_remote_code,
-        given_base=settings.adapter_base,
+    needs = RouteNeeds(
+        route=settings.route,
+        longest=longest,
+        sharded=settings.shard is not None,
     )
-    loaded = load(settings.policy, lora=settings.lora, dropout=settings.dropout)
-    policy, padding_reason = make_policy(loaded.model)
+    load = partial(_load, settings, device, needs)
+    policy, obstacles, loaded, shard_of = load(settings.policy, is_policy=True)
+    route, skeleton = policy.route, None
     if settings.shard is not None:
-        settings.shard(policy)
-    make = partial(_make_reference, settings, policy, loaded, load)
+        assert shard_of is not None
+        if settings.reference is None and loaded.adapter is None:
+            skeleton = copy.deepcopy(policy)  # of a sharded one there is no copy
+        settings.shard(policy, shard_of)
+    make = partial(_make_reference, settings, policy, loaded, load, skeleton)
     if settings.reference_cache is None:
         reference = make()
     else:
         agree = {} if settings.shard is None else {"agree": on_any_rank}
         cache = _cache(settings, precision)
         reference = CachedReference(cache, reference_keys(), make, **agree)
-    if not policy.packed and padding_reason is None:
-        padding_reason = "its reference cannot be packed"
-    if settings.activation_checkpointing:
-        policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if policy.route != route:
+        obstacles[route] = "its reference cannot be run so"
+    # A model in memory may have it on in the re-entrant variant, which DDP does not always take.
+    if settings.activation_checkpointing or policy.causal_lm.is_activation_checkpointing:
+        _checkpoint_activations(policy)
     policy.offloads_activations = settings.activation_offloading
-    return BuiltModels(policy=policy, reference=reference, padding_reason=padding_reason)
+    return BuiltModels(
+        policy=policy, reference=reference, obstacles=obstacles, unused=loaded.unused
+    )
+
+
+def _load(
+    settings: ModelSettings,
+    device: torch.device,
+    needs: RouteNeeds,
+    name: str,
+    *,
+    is_policy: bool = False,
+) -> LoadedPolicy:
+    """Load the policy or reference, and choose its route."""
+    load = partial(_load_here, settings, device, needs, name, is_policy=is_policy)
+    if settings.shard is None:
+        return load()
+    return load_on_first_rank(load, trust_remote_code=settings.trust_remote_code)
+
+
+def _load_here(
+    settings: ModelSettings,
+    device: torch.device,
+    needs: RouteNeeds,
+    name: str,
+    *,
+    is_policy: bool,
+) -> LoadedPolicy:
+    random = is_policy and settings.dropout
+    options: dict[str, Any] = {"lora": settings.lora, "dropout": random} if is_policy else {}
+    given = settings.objects.get("policy" if is_policy else "reference")
+    if given is not None:  # is on the device
+        loaded = take_policy(given, **options) if is_policy else LoadedModel(model=given)
+    else:
+        loaded = load_model(
+            name,
+            dtype=DTYPES[_dtype_name(settings)],
+            quantization=settings.quantization,
+            trust_remote_code=settings.trust_remote_code,
+            given_base=settings.adapter_base,
+            **options,
+        )
+        # For the probe's long sequences; else the strategy or the quantization places it.
+        if settings.shard is None and settings.quantization is None:
+            loaded.model.to(device)
+    policy, obstacles = make_policy(loaded.model, random=random, needs=needs)
+    return LoadedPolicy(policy, obstacles, loaded)
+
+
+def _checkpoint_activations(policy: Policy) -> None:
+    model = policy.causal_lm
+    # transformers 5.23 has it under another name.
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name, model.gradient_checkpointing_enable)
+    try:
+        enable(CHECKPOINTING)
+    except ValueError as error:
+        raise ConfigError(
+            f"--model.activation_checkpointing: {type(model).__name__} cannot compute its "
+            "activations a second time. Remove it; a lower --data.max_tokens saves memory too."
+        ) from error
+    # For the re-entrant variant transformers makes the embeddings of a frozen base a leaf that
+    # requires a gradient, to which GIT then adds in place.
+    if hasattr(model, "_require_grads_hook"):
+        model.disable_input_require_grads()
 
 
 def _make_reference(
-    settings: ModelSettings, policy: Policy, loaded: LoadedModel, load: Callable[[str], LoadedModel]
+    settings: ModelSettings,
+    policy: Policy,
+    loaded: LoadedModel,
+    load: Callable[[str], LoadedPolicy],
+    skeleton: Policy | None,
 ) -> Reference:
+    if settings.objects.get("reference") is policy.causal_lm:  # with an adapter, see `name_models`
+        return AdapterReference(policy, frozen_adapter=False)
     reference = make_reference(
         policy,
         loaded,
-        policy_name=settings.policy,
         name=settings.reference,
         load=load,
         offloaded=settings.offload_reference,
         shard=settings.shard,
+        skeleton=skeleton,
     )
     if settings.follow is None:
         return reference
@@ -189,46 +183,18 @@ def _make_reference(
     return FollowingReference(reference, settings.follow, policy)
 
 
-def load_policy_from_checkpoint(
-    checkpoint: dict[str, Any], *, trust_remote_code: bool, adapter_base: str | None = None
-) -> Policy:
-    """Build the policy as before training and load a checkpoint's weights into it.
-
-    Args:
-        checkpoint: its `state_dict`, and its `kto` as `policy_origin` makes it.
-        trust_remote_code: run code that comes with the model. What the checkpoint says of this
-            does not count: a file must not decide what code runs.
-        adapter_base: of a policy that was an adapter; None: the base it was trained on.
-
-    Raises:
-        ConfigError: if the checkpoint does not hold the weights of its policy.
-        ModelError: if that policy cannot be loaded.
-    """
-    origin = checkpoint["kto"]
-    loaded = load_model(
-        origin["policy"],
-        dtype=DTYPES[origin["dtype"] or "float32"],
-        lora=LoRA(**origin["lora"]) if origin["lora"] else None,
-        trust_remote_code=trust_remote_code,
-        given_base=adapter_base or origin.get("adapter_base"),
-    )
-    policy = Policy(loaded.model, packed=False)
-    whole = nn.ModuleDict({"policy": policy})  # the names in a checkpoint begin with it
-    check_weights_fit(checkpoint, whole)
-    whole.load_state_dict(checkpoint["state_dict"], strict=False)
-    return policy
-
-
 def _cache(settings: ModelSettings, precision: str) -> ReferenceCache:
     """The cache of this reference, addressed by what decides its log-probs."""
     assert settings.reference_cache is not None
-    directories = weight_directories(settings.reference or settings.policy, settings.adapter_base)
     numerics: tuple[str, ...] = (_dtype_name(settings), precision)
     if settings.quantization is not None:
         numerics += (settings.quantization,)
     if settings.rounds_weights and precision != "32-true":
         numerics += ("sharded",)
-    fingerprint = reference_fingerprint(directories, numerics)
+    name = settings.reference or settings.policy
+    fingerprint = from_first_rank(
+        lambda: reference_fingerprint(weight_directories(name, settings.adapter_base), numerics)
+    )
     return ReferenceCache(Path(settings.reference_cache) / fingerprint)
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from kto_lightning.errors import ModelError
 from kto_lightning.models.loading_errors import explain_loading
+from kto_lightning.models.model_class import auto_class
 from kto_lightning.models.model_files import is_directory, read_json
 
 _COUNTED = ("layer", "head", "expert", "label", "block", "group")
@@ -68,7 +69,8 @@ def _check_setting(path: Path, key: str, value: Any, *, trust_remote_code: bool)
         raise ModelError(f"{path}: {key} must be the name of a safetensors file, got {value}.")
     if isinstance(value, int):
         limit = _MAX_COUNT if any(word in key for word in _COUNTED) else _MAX_INTEGER
-        limit = _MAX_INTEGER if key.endswith(("_size", "_dim")) else limit
+        if any(word in key for word in ("_size", "_dim", "vocab")):
+            limit = _MAX_INTEGER
         if abs(value) > limit:
             raise ModelError(f"{path}: {key} {value} is more than any model has. Copy it again.")
 
@@ -83,14 +85,24 @@ def check_size(name: str, config: PreTrainedConfig) -> None:
     if not is_directory(name) or not type(config).__module__.startswith("transformers.models."):
         return  # the code that came with a model has been trusted
     found = sum(map(count_elements, sorted(Path(name).glob("*.safetensors"))))
-    with explain_loading(name, f"{_config_of(name)} cannot be used"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    model = make_empty(name, config, trust_remote_code=False)
     expected = sum(parameter.numel() for parameter in model.parameters())
     if expected > _MAX_PACKING * found:
         raise ModelError(
             f"{_config_of(name)} calls for {expected:,} weights, and its files hold {found:,}. "
             "Copy the model again."
         )
+
+
+def make_empty(name: str, config: PreTrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
+    """A model as its config calls for, on the device `meta`.
+
+    Raises:
+        ModelError: if its config cannot be used.
+    """
+    with explain_loading(name, f"{_config_of(name)} cannot be used"), torch.device("meta"):
+        auto = auto_class(name, config, trust_remote_code=trust_remote_code)
+        return auto.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
 
 
 def count_elements(path: Path) -> int:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from kto_lightning.errors import ConfigError, check_count, check_number
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.reference import FrozenReference, Reference, reshard
+from kto_lightning.sharded_checkpoint import ShardedHeader, read_tensors
 
 CHECKPOINT_KEY = "reference"
 
@@ -86,7 +87,6 @@ class FollowingReference(FrozenReference):
         """
         if step % self.follow.every_n_steps:
             return
-        reshard(self.policy)
         reshard(policy)
         pairs = zip(self.policy.parameters(), policy.parameters(), strict=True)
         for own, new in pairs:  # a tied weight comes once
@@ -101,12 +101,11 @@ def reference_state(reference: Reference | None) -> dict[str, Any]:
     """Entries of a checkpoint: the weights of a reference that follows the policy or has, else
     none.
 
-    Every rank must call it; under FSDP2 only rank 0 gets the weights.
+    Under FSDP2 every rank gets its shards.
     """
     if not isinstance(reference, FrozenReference) or not reference.in_checkpoints:
         return {}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return {CHECKPOINT_KEY: get_model_state_dict(reference.policy, options=options)}
+    return {CHECKPOINT_KEY: get_model_state_dict(reference.policy)}
 
 
 def restore_reference(
@@ -149,7 +148,12 @@ def restore_reference(
             "the checkpoint holds a reference that followed the policy, whose log-probs are in no "
             "cache. Remove --model.reference_cache."
         )
-    options = StateDictOptions(full_state_dict=True)
-    set_model_state_dict(reference.policy, state, options=options)
+    if isinstance(checkpoint, ShardedHeader):
+        own: dict[str, Any] = get_model_state_dict(reference.policy)
+        named = {f"{CHECKPOINT_KEY}.{name}": value for name, value in own.items()}
+        read_tensors(checkpoint.path, named)
+    else:
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(reference.policy, state, options=options)
     reference.in_checkpoints = True
     reference.description += ", from the checkpoint"

@@ -1,22 +1,22 @@
 """Loading of models and adapters, from a directory or hub id."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from kto_lightning.errors import ConfigError, ModelError, check_count, check_number
+from kto_lightning.errors import ConfigError, ModelError
 from kto_lightning.models.adapters import check_adapter
 from kto_lightning.models.config_checks import check_size, load_config
-from kto_lightning.models.loading_errors import explain_loading, first_line
+from kto_lightning.models.loading_errors import explain_loading
+from kto_lightning.models.lora import ADAPTER, REFERENCE_ADAPTER, LoRA
+from kto_lightning.models.lora_layers import add_adapter, expected_warnings_ignored
+from kto_lightning.models.model_class import auto_class
 from kto_lightning.models.model_files import (
     adapter_base,
     check_model_files,
@@ -24,29 +24,8 @@ from kto_lightning.models.model_files import (
     is_adapter,
 )
 from kto_lightning.models.quantization import Quantization, loading_options
-
-MAX_RANK = 65_536
-REFERENCE_ADAPTER = "reference"
-"""peft's name for the frozen copy of an adapter that training starts from."""
-
-
-@dataclass(kw_only=True, slots=True)
-class LoRA:
-    """A new low-rank adapter (arXiv:2106.09685) on a frozen base."""
-
-    r: int = 16
-    """Rank of the update."""
-    alpha: float = 32.0
-    """The update is scaled by alpha / r."""
-    target_modules: str | list[str] = "all-linear"
-    """Names of the modules to adapt, `lm_head` too; `all-linear`: all linear ones but the head."""
-    dropout: float = 0.0
-    """Dropout on the update's input; unlike the model's own, it is on whenever it is above 0."""
-
-    def __post_init__(self) -> None:
-        check_count("--model.lora.r", self.r, most=MAX_RANK)
-        check_number("lora.alpha", self.alpha, above=0.0)
-        check_number("lora.dropout", self.dropout, below=1.0)
+from kto_lightning.models.randomness import disable_dropout
+from kto_lightning.models.text_part import find_text_part, freeze_without_gradient
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,6 +39,8 @@ class LoadedModel:
     an adapter directory, with its frozen copy `REFERENCE_ADAPTER` as its reference."""
     base: str | None = None
     """The name of the base of a given adapter."""
+    unused: list[str] = field(default_factory=list)
+    """The modules that text does not reach, see `TextPart`. They are frozen."""
 
 
 def load_model(
@@ -96,9 +77,7 @@ def load_model(
         model = load_base(name)
         if not dropout:
             disable_dropout(model)
-        if lora is None:
-            return LoadedModel(model=model)
-        return LoadedModel(model=_add_adapter(model, lora), adapter="new")
+        return _with_adapter(model, lora)
     if lora is not None:
         raise ConfigError(
             f"--model.lora adds an adapter, but --model.policy {name} is an adapter already. "
@@ -108,10 +87,42 @@ def load_model(
     check_adapter(name)
     with explain_missing_base(name, base):
         model = load_base(base)
-    adapted = _load_adapter(model, name, base)
+    adapted = load_adapter(model, name, base)
     if not dropout:
         disable_dropout(adapted)
-    return LoadedModel(model=adapted, adapter="given", base=base)
+    unused = freeze_without_gradient(model)
+    return LoadedModel(model=adapted, adapter="given", base=base, unused=unused)
+
+
+def take_policy(
+    model: nn.Module, *, lora: LoRA | None = None, dropout: bool = False
+) -> LoadedModel:
+    """The policy of a model in memory, as `load_model` has it of a directory. It changes in place.
+
+    Args:
+        model: a transformers model, or a `PeftModel` around one, whose adapter is then trained.
+        lora: see `load_model`, as `dropout`.
+    """
+    if not dropout:
+        disable_dropout(model)
+    if isinstance(model, PeftModel):
+        _copy_adapter(model)
+        base: Any = model.get_base_model()
+        unused = freeze_without_gradient(base)
+        return LoadedModel(model=model.train(), adapter="given", unused=unused)
+    assert isinstance(model, PreTrainedModel)
+    return _with_adapter(model.train(), lora)
+
+
+def _with_adapter(model: PreTrainedModel, lora: LoRA | None) -> LoadedModel:
+    """The policy, which is trained as far as text reaches: a new adapter, or without one all
+    weights."""
+    if lora is None:
+        return LoadedModel(model=model, unused=freeze_without_gradient(model))
+    part = find_text_part(model)
+    adapted = add_adapter(model, lora, unreached=part.unreached)
+    freeze_without_gradient(model)
+    return LoadedModel(model=adapted, adapter="new", unused=part.unused)
 
 
 def load_causal_lm(
@@ -120,10 +131,14 @@ def load_causal_lm(
     dtype: torch.dtype = torch.float32,
     quantization: Quantization | None = None,
     trust_remote_code: bool = False,
+    on_meta: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model from safetensors, in training mode.
 
     `from_pretrained` returns eval mode, in which activation checkpointing would silently be off.
+
+    Args:
+        on_meta: leave all tensors on the device `meta`, without values.
 
     Raises:
         ModelError: if there is no such model, or its files are damaged, incomplete or pickled.
@@ -133,13 +148,15 @@ def load_causal_lm(
     check_size(name, config)
     with explain_loading(name, f"the model {name} cannot be loaded"):
         # `Any`: its annotation does not say that `output_loading_info` adds a second value.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        auto = auto_class(name, config, trust_remote_code=trust_remote_code)
+        loaded: Any = auto.from_pretrained(
             name,
             config=config,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **({"device_map": "meta"} if on_meta else {}),
             **loading_options(quantization, dtype),
         )
     model, found = loaded
@@ -162,62 +179,21 @@ def load_causal_lm(
     return model.train()
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Disable every dropout of a model, including that of its adapters."""
-    for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
-        # Functional dropouts get their rate from an attribute: `dropout`, `attention_dropout`, ….
-        for name, rate in vars(module).items():
-            if "drop" in name and isinstance(rate, float):
-                vars(module)[name] = 0.0
-
-
-@contextmanager
-def _tied_weights_allowed() -> Iterator[None]:
-    """Suppress peft's warnings about adapters on tied weights (`export` unties before it merges),
-    and about missing weights, which are an error."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True")
-        yield
-
-
-def _add_adapter(model: PreTrainedModel, lora: LoRA) -> nn.Module:
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  # int by annotation only
-        target_modules=_target_modules(lora.target_modules),
-        lora_dropout=lora.dropout,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        with _tied_weights_allowed():
-            adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise ModelError(
-            f"--model.lora.target_modules {lora.target_modules}: {first_line(error)}"
-        ) from error
-    return adapted.train()
-
-
-def _target_modules(names: str | list[str]) -> str | list[str]:
-    """One module's name as a list: peft reads a string as a pattern that the whole path must match,
-    which a bare name does for a top-level module only."""
-    if isinstance(names, str) and names.isidentifier():
-        return [names]
-    return names
-
-
-def _load_adapter(model: PreTrainedModel, name: str, base: str) -> nn.Module:
-    """Load an adapter twice: to be trained, and frozen as `REFERENCE_ADAPTER`."""
+def load_adapter(model: PreTrainedModel, name: str, base: str) -> nn.Module:
+    """Load an adapter twice: to be trained, and frozen as `REFERENCE_ADAPTER`. It has values also
+    if the model has none."""
+    assign = model.device.type == "meta"
     what = f"{name}: the adapter does not fit its base {base}"
-    with explain_loading(name, what), _tied_weights_allowed():
-        adapted = PeftModel.from_pretrained(model, name, is_trainable=True)
+    with explain_loading(name, what), expected_warnings_ignored():
+        adapted = PeftModel.from_pretrained(
+            model, name, is_trainable=True, low_cpu_mem_usage=assign
+        )
         # Of the two, only this one says which keys did not match.
-        found = adapted.load_adapter(name, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
-        adapted.set_adapter("default")
-        adapted.peft_config["default"].base_model_name_or_path = base
+        found = adapted.load_adapter(
+            name, adapter_name=REFERENCE_ADAPTER, is_trainable=False, low_cpu_mem_usage=assign
+        )
+        adapted.set_adapter(ADAPTER)
+        adapted.peft_config[ADAPTER].base_model_name_or_path = base
     wrong = [f"lacks {key}" for key in found.missing_keys]
     wrong += [f"has {key}" for key in found.unexpected_keys]
     if wrong:
@@ -227,6 +203,23 @@ def _load_adapter(model: PreTrainedModel, name: str, base: str) -> nn.Module:
             "again."
         )
     return adapted.train()
+
+
+def _copy_adapter(model: PeftModel) -> None:
+    """Add a frozen copy of the adapter as `REFERENCE_ADAPTER`."""
+    config: Any = copy.deepcopy(model.peft_config[ADAPTER])  # of LoRA or another kind
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # another would change the base's weights once more
+    with expected_warnings_ignored():
+        model.add_adapter(REFERENCE_ADAPTER, config)
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if REFERENCE_ADAPTER in parts:
+            parts[parts.index(REFERENCE_ADAPTER)] = ADAPTER
+            tensor.data.copy_(tensors[".".join(parts)])
+    model.set_adapter(ADAPTER)  # freezes the others
 
 
 def vocabulary_size(

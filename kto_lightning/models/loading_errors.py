@@ -1,6 +1,7 @@
 """What libraries raise over the files of a model, as messages that name the file."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,11 +55,26 @@ def reason_of_failure(name: str, error: BaseException) -> str:
         )
     if "ignore_mismatched_sizes" in str(error):  # the rest of its text points to a report
         return "weights have other shapes than its config calls for. Copy the model again."
+    package = _missing_package(error)
+    if package is not None:
+        return f"it needs {package}, which is not installed. `pip install {package}`."
     if Path(name).is_dir():
         return _unreadable_json(Path(name)) or _described(error)
     if "connect" not in str(error):
         return _described(error)
     return f"there is no directory {name} here, and the hub cannot be reached. Check the path."
+
+
+def _missing_package(error: BaseException) -> str | None:
+    """The package that an error asks to install; None: it is about something else."""
+    if not isinstance(error, ImportError):
+        return None
+    asked = re.search(r"pip install ([\w.\[\]-]*\w\]?)", str(error))
+    if asked is not None:
+        return asked[1]
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return error.name.partition(".")[0]
+    return None
 
 
 def _described(error: BaseException) -> str:

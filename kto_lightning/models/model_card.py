@@ -8,11 +8,12 @@ from huggingface_hub import ModelCardData
 
 from kto_lightning.errors import printable
 
+_CAUSAL = "AutoModelForCausalLM"
 _LOAD_MODEL = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("DIRECTORY")
+model = {auto_class}.from_pretrained("DIRECTORY")
 tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
 ```
 """
@@ -22,6 +23,16 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 model = AutoPeftModelForCausalLM.from_pretrained("DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
+```
+"""
+_LOAD_OTHER_ADAPTER = """\
+```python
+from peft import PeftConfig, PeftModel
+from transformers import {auto_class}, AutoTokenizer
+
+base = PeftConfig.from_pretrained("DIRECTORY").base_model_name_or_path
+model = PeftModel.from_pretrained({auto_class}.from_pretrained(base), "DIRECTORY")
 tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
 ```
 """
@@ -37,13 +48,17 @@ _MARKUP = re.compile(r"([\\`*\[\]<>|!~&#])")
 _DATA_SETTINGS = ("batch_size", "max_length", "truncation", "pairing")
 
 
-def model_card(origin: Mapping[str, Any], *, is_adapter: bool) -> str:
+def model_card(origin: Mapping[str, Any], *, is_adapter: bool, auto_class: str = _CAUSAL) -> str:
     """Markdown for the `README.md` of an exported directory.
 
     Args:
         origin: `KTOModule.origin`: policy, settings, data and last results, as plain values.
         is_adapter: whether the directory holds an adapter instead of a model.
+        auto_class: the name of the class that opens the model or the adapter's base.
     """
+    load = _LOAD_MODEL
+    if is_adapter:
+        load = _LOAD_ADAPTER if auto_class == _CAUSAL else _LOAD_OTHER_ADAPTER
     data = origin["data"]
     kind = "a low-rank adapter for" if is_adapter else "a model made from"
     method = _PAPERS.get(origin["loss"]) or _text(origin["loss"])
@@ -59,7 +74,7 @@ def model_card(origin: Mapping[str, Any], *, is_adapter: bool) -> str:
             f"---\n{metadata.to_yaml()}\n---",
             f"\nThis is {kind} {_code(origin['policy'])}, trained with {method} on "
             "completions that users marked desirable or undesirable, by kto_lightning.",
-            f"\n## How to load it\n\n{_LOAD_ADAPTER if is_adapter else _LOAD_MODEL}",
+            f"\n## How to load it\n\n{load.format(auto_class=auto_class)}",
             f"## Data\n\n{_data_table(data)}",
             f"## Settings\n\n{_table(settings)}",
             f"## Results\n\nAfter {_text(origin['step'])} optimizer steps; rewards are β times "

@@ -97,7 +97,7 @@ def weight_directories(name: str, given_base: str | None = None) -> list[Path]:
         return [Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))]
 
 
-_VOLATILE = {
+VOLATILE = {
     *("transformers_version", "peft_version", "_name_or_path"),
     *("base_model_name_or_path", "revision", "inference_mode"),
 }
@@ -125,7 +125,7 @@ def model_identity(name: str, given_base: str | None = None) -> str:
         for config in ("adapter_config.json", "config.json"):
             if (directory / config).exists():
                 settings = read_json(directory / config)
-                kept = {key: value for key, value in settings.items() if key not in _VOLATILE}
+                kept = {key: value for key, value in settings.items() if key not in VOLATILE}
                 digest.update(f"{config} {json.dumps(kept, sort_keys=True)}\n".encode())
         for path in sorted(directory.glob("*.safetensors")):
             try:

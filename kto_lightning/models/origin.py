@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kto_lightning.errors import ConfigError, ModelError
-from kto_lightning.models.loading import LoRA
 from kto_lightning.models.loading_errors import first_line
+from kto_lightning.models.lora import LoRA
 
 _TEXT = (str,)
 _TEXT_OR_NONE = (str, type(None))
@@ -55,7 +55,25 @@ def check_origin(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:
             f"{path}: its origin, under kto, is not what `fit` writes: {wrong.rstrip('.')}. Give "
             "another checkpoint."
         )
+    _check_in_files(origin, path)
     return origin
+
+
+def _check_in_files(origin: dict[str, Any], path: str) -> None:
+    """Refuse a policy or tokenizer that was an object in Python: no name leads to it."""
+    data, objects = origin["data"], origin.get("in_memory")
+    found = {}
+    if isinstance(objects, list) and "policy" in objects:
+        found["policy"] = origin["policy"]
+    if data.get("tokenizer_in_memory") is True:
+        found["tokenizer"] = data["tokenizer"]
+    for role, name in found.items():
+        raise ModelError(
+            f"{path}: its {role} was an object in a Python program ({name}), which `export` cannot "
+            "build again. In such a program, load the checkpoint with trainer.validate(module, "
+            "datamodule=data, ckpt_path=…), and save module.policy.model and the tokenizer with "
+            "their save_pretrained."
+        )
 
 
 def _first_wrong(origin: Any) -> str | None:

@@ -8,13 +8,23 @@ Two kinds of run (arXiv:2410.20305 shares prefixes between DPO's two answers in 
   itself. The prompts are not computed a second time.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from kto_lightning.models.ambient import Ambient, contexts_of_checkpoint
+from kto_lightning.models.row_indices import interleaved_ranges, to_device
+
+
+class UnsupportedAttentionError(Exception):
+    """A layer needs something that packed attention does not implement; another route does."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -35,37 +45,21 @@ class PromptStore:
     is_recording: bool = True
     """False after the run. Activation checkpointing runs the layers a second time in backward, and
     these calls must not store anything."""
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Layer index to keys and values, `[1, kv_heads, num_rows, head_size]` each."""
+    layers: dict[tuple[nn.Module, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """A layer and the number of its call in the run to keys and values, `[1, kv_heads, num_rows,
+    head_size]` each. DiffLlama's layers attend twice, HRM's run in cycles."""
 
-    def add(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Store one layer's keys and values of the run."""
+    def add(self, call: tuple[nn.Module, int], key: Tensor, value: Tensor) -> None:
+        """Store the keys and values of one call of a layer."""
         key, value = key.detach(), value.detach()
         if self.rows is not None:
             key, value = key.index_select(2, self.rows), value.index_select(2, self.rows)
-        self.layers[layer] = (key, value)
-
-
-def interleaved_ranges(*starts_and_lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Row indices of the first range of each list, then of the second of each, and so on; int64.
-
-    Args:
-        starts_and_lengths: starts and lengths of the first list's ranges, of the second's, …, all
-            lists equally long.
-
-    Example:
-        >>> interleaved_ranges([0, 10], [2, 1])
-        array([ 0,  1, 10])
-    """
-    starts = np.stack(starts_and_lengths[0::2], axis=1).reshape(-1).astype(np.int64)
-    lengths = np.stack(starts_and_lengths[1::2], axis=1).reshape(-1).astype(np.int64)
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
+        self.layers[call] = (key, value)
 
 
 @dataclass(slots=True, eq=False)
 class PackedRun:
-    """The segments of one packed run, passed to every layer.
+    """The segments of one packed run, which every layer reads while the run is `active`.
 
     One object per run, so that the index tensors and masks below are made once and not per layer.
     """
@@ -78,9 +72,9 @@ class PackedRun:
     """Mismatched run: prompt tokens of each segment."""
     kv_rows: Tensor | None = None
     """Mismatched run: arranges `[stored rows | rows of this run]` as `[x1 y'1 | x2 y'2 | …]`."""
-    num_attention_calls: int = 0
-    """Layers that have called `packed_attention`; lower than the number of layers in models with
-    other layers that mix tokens."""
+    block_masks: dict[int | None, Any] = field(default_factory=dict)
+    """A window to the mask of `flex_attention.py`."""
+    _calls: Counter[nn.Module] = field(default_factory=Counter)
     _masks: dict[tuple, Tensor] = field(default_factory=dict)
     _boundaries: dict[str, Tensor] = field(default_factory=dict)
 
@@ -99,8 +93,18 @@ class PackedRun:
             lengths=lengths,
             store=store,
             prefix_lengths=prompt_lengths,
-            kv_rows=torch.from_numpy(kv_rows).to(device, non_blocking=True),
+            kv_rows=to_device(kv_rows, device),
         )
+
+    def active(self) -> AbstractContextManager[None]:
+        """A context in which layers attend in this run; of this thread only."""
+        return _current.active(self)
+
+    @property
+    def num_attention_calls(self) -> int:
+        """Calls of `packed_attention`; fewer than the number of layers in models with other layers
+        that mix tokens."""
+        return self._calls.total()
 
     @property
     def kv_lengths(self) -> list[int]:
@@ -109,18 +113,28 @@ class PackedRun:
             return self.lengths
         return [p + n for p, n in zip(self.prefix_lengths, self.lengths, strict=True)]
 
-    def keys_and_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values to attend to, `[1, kv_heads, kv_tokens, head_size]` each.
+    def keys_and_values(
+        self, layer: nn.Module, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The keys and values that a layer attends to in its next call, `[1, kv_heads, kv_tokens,
+        head_size]` each.
 
         A matched run saves them to its store; a mismatched run puts the prompts' before its own.
+
+        Raises:
+            UnsupportedAttentionError: if the matched run had no such call.
         """
+        call = layer, self._calls[layer]
+        self._calls[layer] += 1
         if self.prefix_lengths is None:
             if self.store is not None and self.store.is_recording:
-                self.store.add(layer, key, value)
+                self.store.add(call, key, value)
             return key, value
         assert self.store is not None
         assert self.kv_rows is not None
-        prompt_key, prompt_value = self.store.layers[layer]
+        if call not in self.store.layers:
+            raise UnsupportedAttentionError("its layers attend more often for y' than for y")
+        prompt_key, prompt_value = self.store.layers[call]
         return (
             torch.cat([prompt_key.to(key.dtype), key], dim=2).index_select(2, self.kv_rows),
             torch.cat([prompt_value.to(value.dtype), value], dim=2).index_select(2, self.kv_rows),
@@ -134,14 +148,22 @@ class PackedRun:
         """
         key = (q_length, kv_length, window, like.dtype)
         if key not in self._masks:
-            distance = torch.arange(kv_length - q_length, kv_length, device=like.device)[:, None]
-            distance = distance - torch.arange(kv_length, device=like.device)
-            hidden = distance < 0
+            queries = torch.arange(kv_length - q_length, kv_length, device=like.device)[:, None]
+            keys = torch.arange(kv_length, device=like.device)
+            hidden = keys > queries
             if window:
-                hidden |= distance >= window
+                hidden |= keys <= queries - window
             mask = torch.zeros(q_length, kv_length, dtype=like.dtype, device=like.device)
             self._masks[key] = mask.masked_fill_(hidden, float("-inf"))
         return self._masks[key]
+
+    def visible_keys(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """The first and the last key that each query sees, `[queries]` each, int64; see `mask`."""
+        lengths, kv_lengths = np.array(self.lengths), np.array(self.kv_lengths)
+        ends = np.cumsum(kv_lengths)
+        first = np.repeat(ends - kv_lengths, lengths)
+        last = interleaved_ranges(ends - lengths, lengths)
+        return first if window is None else np.maximum(first, last - window + 1), last
 
     def boundaries(self, of: str, device: torch.device) -> Tensor:
         """Cumulative segment lengths `[0, n1, n1 + n2, …]` of the `queries` or `keys`, int32."""
@@ -150,3 +172,15 @@ class PackedRun:
             boundaries = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
             self._boundaries[of] = boundaries.to(device, non_blocking=True)
         return self._boundaries[of]
+
+
+_current: Ambient[PackedRun] = Ambient("packed_run")
+
+
+def current_run() -> PackedRun | None:
+    """The run that is active in this thread; None: none is."""
+    return _current.get()
+
+
+CHECKPOINTING: dict[str, Any] = {"use_reentrant": False, "context_fn": contexts_of_checkpoint}
+"""What to give a model's `gradient_checkpointing_enable`, so that its layers can run packed."""

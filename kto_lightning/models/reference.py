@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from kto_lightning.batches.types import Logps, PackedBatch
-from kto_lightning.models.loading import REFERENCE_ADAPTER, LoadedModel
+from kto_lightning.models.loading import LoadedModel
+from kto_lightning.models.lora import REFERENCE_ADAPTER
 from kto_lightning.models.model_files import is_file
-from kto_lightning.models.packing_probe import make_policy
 from kto_lightning.models.policy import Policy
+from kto_lightning.models.sharding import LoadedPolicy, Shard, copy_shards
 
 _COPY_DESCRIPTION = "a frozen copy of the initial policy"
 
@@ -97,7 +98,9 @@ class FrozenReference:
     @torch.no_grad()
     def logps(self, batch: PackedBatch, *, matched: bool = True, mismatched: bool = True) -> Logps:
         with _on_device(self.policy, self._device):
-            return self.policy(batch, matched=matched, mismatched=mismatched)
+            logps = self.policy(batch, matched=matched, mismatched=mismatched)
+        reshard(self.policy)
+        return logps
 
 
 def _tensors(policy: Policy) -> list[Tensor]:
@@ -143,6 +146,7 @@ class AdapterReference:
     @torch.no_grad()
     def logps(self, batch: PackedBatch, *, matched: bool = True, mismatched: bool = True) -> Logps:
         training = self._policy.training
+        trained = {name for name, p in self._policy.named_parameters() if p.requires_grad}
         self._policy.eval()  # without the adapter's dropout
         # peft sets `requires_grad` when it switches adapters. Under FSDP2 it has to set it on the
         # sharded parameters, not on gathered ones that are freed afterwards.
@@ -154,6 +158,10 @@ class AdapterReference:
                 return logps
         finally:
             self._policy.train(training)
+            # peft would train the adapter on a vision tower too, which text does not reach.
+            for name, parameter in self._policy.named_parameters():
+                if name not in trained:
+                    parameter.requires_grad_(False)
 
     def to(self, device: torch.device) -> None:
         """Do nothing: the weights are the policy's."""
@@ -181,23 +189,23 @@ def make_reference(
     policy: Policy,
     loaded: LoadedModel,
     *,
-    policy_name: str,
     name: str | None,
-    load: Callable[[str], LoadedModel],
+    load: Callable[[str], LoadedPolicy],
     offloaded: bool = False,
-    shard: Callable[[Policy], None] | None = None,
+    shard: Shard | None = None,
+    skeleton: Policy | None = None,
 ) -> Reference:
     """The reference of a policy that has just been loaded.
 
     Args:
-        policy: switched to the padded path if the reference cannot run packed, because both get the
-            same batches.
+        policy: switched to the padded route if the reference cannot share prompts, because both
+            get the same batches.
         loaded: the model that `policy` wraps.
-        policy_name: the name that it was loaded by.
         name: the reference's; None: the initial policy.
-        load: loads a model by its name.
+        load: loads a second model by its name.
         offloaded: keep a second model in host memory, see `FrozenReference`.
         shard: shards a second model over all ranks, as it has sharded the policy.
+        skeleton: sharded, with `name` None: the policy before it was sharded.
     """
     if name is None and loaded.adapter is not None:
         return AdapterReference(policy, frozen_adapter=loaded.adapter == "given")
@@ -205,14 +213,20 @@ def make_reference(
         return FrozenReference.copy_of(policy, offloaded=offloaded)
     if loaded.adapter == "given" and name == loaded.base:
         return AdapterReference(policy, frozen_adapter=False)
-    # A sharded policy cannot be copied, so its model is loaded once more.
-    reference, padding_reason = make_policy(load(name or policy_name).model)
-    if padding_reason is not None and policy.packed:
-        policy.run_padded()
+    if name is None:
+        assert skeleton is not None
+        reference, shard_of = skeleton, copy_shards(policy)
+    else:
+        second = load(name)
+        reference, shard_of = second.policy, second.shard_of
+    if reference.shares_prompts != policy.shares_prompts:
+        policy.use_route("padded")
+        reference.use_route("padded")
     description = f"{name}, frozen" if name else _COPY_DESCRIPTION
     frozen = FrozenReference(reference, description, name=name, offloaded=offloaded)
     if shard is not None:
-        shard(frozen.policy)
+        assert shard_of is not None
+        shard(frozen.policy, shard_of)
     return frozen
 
 

@@ -1,11 +1,12 @@
 """Loading of tokenizers, from a directory or hub id, with a padding token and a chat template."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from kto_lightning.errors import ModelError
+from kto_lightning.errors import ConfigError, ModelError
 from kto_lightning.models.loading_errors import explain_loading, first_line
 from kto_lightning.models.model_files import (
     adapter_base,
@@ -54,12 +55,42 @@ def load_tokenizer(
             f"{name} has no tokenizer files. Save its tokenizer there with "
             "tokenizer.save_pretrained, or name another with --data.tokenizer."
         )
+    _complete(tokenizer, chat_template)
+    return tokenizer
+
+
+def take_tokenizer(tokenizer: Any, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """A copy of a tokenizer in memory, as `load_tokenizer` gives it of a directory.
+
+    Raises:
+        ConfigError: if it is no tokenizer of transformers.
+        ModelError: if there is no such template.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        inner = isinstance(getattr(tokenizer, "tokenizer", None), PreTrainedTokenizerBase)
+        advice = "Give its attribute tokenizer." if inner else "Load one with AutoTokenizer."
+        raise ConfigError(
+            "the tokenizer must be a directory, a hub id or a transformers "
+            f"PreTrainedTokenizerBase, got {type(tokenizer).__name__}. {advice}"
+        )
+    taken = copy.deepcopy(tokenizer)
+    _complete(taken, chat_template)
+    return taken
+
+
+def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A tokenizer's class and, where it is known, what it was loaded from."""
+    source = f" (loaded from {tokenizer.name_or_path})" if tokenizer.name_or_path else ""
+    return f"{type(tokenizer).__name__} in memory{source}"
+
+
+def _complete(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
+    """Give it a padding token, and the chat template that is asked for."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
         tokenizer.chat_template = _find_template(chat_template, tokenizer)
         setattr(tokenizer, _TEMPLATE_SOURCE, chat_template)
-    return tokenizer
 
 
 def _find_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -115,7 +146,10 @@ def _is_empty(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def end_token_ids(
-    tokenizer: PreTrainedTokenizerBase, model: str, given_base: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    model: str,
+    given_base: str | None = None,
+    generation: GenerationConfig | None = None,
 ) -> set[int]:
     """The tokens at which a model stops: of its generation_config.json, and the tokenizer's.
 
@@ -123,10 +157,13 @@ def end_token_ids(
         tokenizer: whose end-of-text token counts.
         model: a directory or a hub id; for an adapter directory, that of its base.
         given_base: see `adapter_base`.
+        generation: of a model in memory, instead of the file.
     """
     try:
-        base = adapter_base(model, given_base) if is_adapter(model) else model
-        ids = GenerationConfig.from_pretrained(base).eos_token_id
+        if generation is None:
+            base = adapter_base(model, given_base) if is_adapter(model) else model
+            generation = GenerationConfig.from_pretrained(base)
+        ids = generation.eos_token_id
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ModelError):
         ids = None  # it has none; where it is damaged, loading the model says so
     own: Any = tokenizer.eos_token_id  # Any: typed as any special token, lists included

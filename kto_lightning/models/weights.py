@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kto_lightning.errors import ConfigError
+from kto_lightning.sharded_checkpoint import ShardedHeader
 
 
 def drop_frozen(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
@@ -26,13 +27,13 @@ def _quantized_weight(name: str) -> str | None:
     return f"{weight}.weight" if dot else None
 
 
-def _fits(value: Any, shape: torch.Size) -> bool:
-    """Whether it is a tensor of this shape whose values can be copied."""
+def _fits(value: Any, shape: torch.Size, *, sharded: bool) -> bool:
+    """Whether it is a tensor of this shape whose values can be copied, or read if it is sharded."""
     return (
         isinstance(value, Tensor)
         and value.shape == shape
         and value.layout == torch.strided
-        and not value.is_meta
+        and (sharded or not value.is_meta)
     )
 
 
@@ -49,7 +50,8 @@ def check_weights_fit(checkpoint: dict[str, Any], module: nn.Module) -> None:
     own = {name: weight.shape for name, weight in module.state_dict().items()}
     trained = [n for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad]
     wrong = [name for name in trained if name not in saved]
-    wrong += [n for n, value in saved.items() if n not in own or not _fits(value, own[n])]
+    sharded = isinstance(checkpoint, ShardedHeader)
+    wrong += [n for n, v in saved.items() if n not in own or not _fits(v, own[n], sharded=sharded)]
     if not wrong:
         return
     origin = checkpoint.get("kto")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kto_lightning.models.architecture import num_positions
+from kto_lightning.errors import ConfigError
+from kto_lightning.models.architecture import check_positions, num_positions
 from tests.support.cli import fit, rows, run_cli, small_model
 from tests.support.factories import make_model, write_jsonl
 
@@ -12,6 +13,14 @@ from tests.support.factories import make_model, write_jsonl
 @pytest.mark.parametrize(("architecture", "positions"), [("gpt2", 2048), ("llama", None)])
 def test_number_of_positions(architecture: str, positions: int | None):
     assert num_positions(make_model(architecture, vocab_size=100)) == positions
+
+
+def test_sequences_longer_than_a_causal_window_are_rejected():
+    model = make_model("doge", vocab_size=100, keep_window_size=32)
+    check_positions(model, "doge", 32)
+    for longest in (33, None):
+        with pytest.raises(ConfigError, match=r"32 tokens only.* --data\.max_length 32\."):
+            check_positions(model, "doge", longest)
 
 
 def test_sequences_longer_than_the_table_are_rejected(

@@ -1,6 +1,8 @@
 """Packed attention against its definition in float64, segment by segment."""
 
 import math
+from contextlib import suppress
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kto_lightning.models.attention import UnsupportedAttentionError, packed_attention
-from kto_lightning.models.packed_run import PackedRun, PromptStore, interleaved_ranges
+from kto_lightning.models.packed_run import CHECKPOINTING, PackedRun, PromptStore, current_run
+from kto_lightning.models.row_indices import interleaved_ranges
 
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 8
 
@@ -31,35 +35,63 @@ def heads(tokens: int, count: int = HEADS, *, seed: int = 0) -> Tensor:
     return torch.randn(1, count, tokens, HEAD_SIZE, generator=generator, dtype=torch.float64)
 
 
+def attend(
+    run: PackedRun,
+    layer: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    with run.active():
+        found, weights = packed_attention(layer, query, key, value, mask, **options)
+    assert weights is None
+    return found
+
+
 def defined_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None = None,
+    scaling: float = HEAD_SIZE**-0.5,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of one sequence's last queries: `[1, heads, q, d]` and `[1, kv_heads, kv, d]`."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = scaling * query @ key.transpose(2, 3)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     num_queries, num_keys = scores.shape[2:]
     places = torch.arange(num_keys - num_queries, num_keys)
     distance = places[:, None] - torch.arange(num_keys)
     visible = (distance >= 0) & (distance < (window or math.inf))
-    scores[:, :, ~visible] = -math.inf
-    return scores.softmax(-1) @ value
+    weights = scores.masked_fill(~visible, -math.inf).exp()
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + sinks.exp()[:, None, None]
+    return weights / total @ value
 
 
-def by_segment(
-    query: Tensor, key: Tensor, value: Tensor, run: PackedRun, window: int | None, scaling: float
-) -> Tensor:
+def by_segment(query: Tensor, key: Tensor, value: Tensor, run: PackedRun, **options: Any) -> Tensor:
     segments = zip(
         query.split(run.lengths, 2),
         key.split(run.kv_lengths, 2),
         value.split(run.kv_lengths, 2),
         strict=True,
     )
-    parts = [defined_attention(*part, window=window, scaling=scaling) for part in segments]
+    parts = [defined_attention(*part, **options) for part in segments]
     return torch.cat(parts, dim=2).transpose(1, 2)
 
 
 segment_lengths = st.lists(st.integers(0, 9), min_size=1, max_size=4)
+softcaps = st.none() | st.floats(0.5, 4.0)
+SINKS = torch.tensor([-1.0, 0.0, 0.5, 2.0], dtype=torch.float64)
 
 
 @settings(deadline=None, max_examples=30)
@@ -67,8 +99,10 @@ segment_lengths = st.lists(st.integers(0, 9), min_size=1, max_size=4)
     lengths=segment_lengths,
     window=st.none() | st.integers(1, 12),
     kv_heads=st.sampled_from((1, 2, 4)),
+    softcap=softcaps,
+    sinks=st.sampled_from((None, SINKS)),
 )
-def test_segments_attend_to_themselves_alone(lengths, window, kv_heads) -> None:
+def test_segments_attend_to_themselves_alone(lengths, window, kv_heads, softcap, sinks) -> None:
     tokens = sum(lengths)
     query, key, value = (
         heads(tokens),
@@ -76,12 +110,11 @@ def test_segments_attend_to_themselves_alone(lengths, window, kv_heads) -> None:
         heads(tokens, kv_heads, seed=2),
     )
     run = PackedRun(lengths=lengths)
-    found, weights = packed_attention(
-        Layer(), query, key, value, None, scaling=0.3, sliding_window=window, packed_run=run
-    )
-    assert weights is None
+    options = {"scaling": 0.3, "softcap": softcap}
+    found = attend(run, Layer(), query, key, value, sliding_window=window, s_aux=sinks, **options)
     assert run.num_attention_calls == 1
-    torch.testing.assert_close(found, by_segment(query, key, value, run, window, 0.3))
+    expected = by_segment(query, key, value, run, window=window, sinks=sinks, **options)
+    torch.testing.assert_close(found, expected)
 
 
 @settings(deadline=None, max_examples=30)
@@ -89,8 +122,11 @@ def test_segments_attend_to_themselves_alone(lengths, window, kv_heads) -> None:
     lengths=st.lists(st.tuples(*[st.integers(0, 9)] * 3), min_size=1, max_size=4),
     window=st.none() | st.integers(1, 12),
     rows_only=st.booleans(),
+    softcap=softcaps,
 )
-def test_a_mismatched_segment_attends_to_its_prompt_and_itself(lengths, window, rows_only) -> None:
+def test_a_mismatched_segment_attends_to_its_prompt_and_itself(
+    lengths, window, rows_only, softcap
+) -> None:
     prompts, completions, others = (list(column) for column in zip(*lengths, strict=True))
     wholes = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     starts = np.cumsum([0, *wholes[:-1]]).tolist()
@@ -103,13 +139,11 @@ def test_a_mismatched_segment_attends_to_its_prompt_and_itself(lengths, window, 
         store = PromptStore(starts=starts, num_rows=sum(wholes))
     layer = Layer(layer_idx=3)
     first = [heads(sum(wholes), count, seed=count) for count in (HEADS, KV_HEADS, KV_HEADS)]
-    packed_attention(layer, *first, None, packed_run=PackedRun(lengths=wholes, store=store))
+    attend(PackedRun(lengths=wholes, store=store), layer, *first)
 
     own = [heads(sum(others), n, seed=9 + i) for i, n in enumerate((HEADS, KV_HEADS, KV_HEADS))]
     run = PackedRun.after_prompts(store, prompts, others, torch.device("cpu"))
-    found, _ = packed_attention(
-        layer, *own, None, scaling=0.3, sliding_window=window, packed_run=run
-    )
+    found = attend(run, layer, *own, sliding_window=window, softcap=softcap)
 
     def with_prompts(kept: Tensor, continued: Tensor) -> Tensor:
         parts = zip(
@@ -118,29 +152,47 @@ def test_a_mismatched_segment_attends_to_its_prompt_and_itself(lengths, window, 
         return torch.cat([piece for pair in parts for piece in pair], dim=2)
 
     key, value = with_prompts(first[1], own[1]), with_prompts(first[2], own[2])
-    torch.testing.assert_close(found, by_segment(own[0], key, value, run, window, 0.3))
+    expected = by_segment(own[0], key, value, run, window=window, softcap=softcap)
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_store_holds_detached_tensors_and_ignores_checkpointing() -> None:
-    store = PromptStore(starts=[0], num_rows=5)
+    store, layer = PromptStore(starts=[0], num_rows=5), Layer()
     run = PackedRun(lengths=[5], store=store)
     key = heads(5, KV_HEADS).requires_grad_()
-    packed_attention(Layer(), heads(5), key, heads(5, KV_HEADS), None, packed_run=run)
-    kept, _ = store.layers[0]
+    attend(run, layer, heads(5), key, heads(5, KV_HEADS))
+    ((kept, _),) = store.layers.values()
     assert not kept.requires_grad
     assert kept.data_ptr() == key.data_ptr()  # without `rows` nothing is copied
     PackedRun.after_prompts(store, [5], [2], torch.device("cpu"))
     store.layers.clear()
     # As activation checkpointing does in backward:
-    packed_attention(Layer(), heads(5), key, heads(5, KV_HEADS), None, packed_run=run)
+    attend(run, layer, heads(5), key, heads(5, KV_HEADS))
     assert not store.layers
+
+
+def test_each_call_of_a_layer_has_keys_of_its_own_in_the_store() -> None:
+    """DiffLlama's layers attend twice, those of HRM once a cycle."""
+    store = PromptStore(starts=[0], num_rows=3)
+    calls = [(layer, seed) for seed, layer in enumerate([Layer(), Layer()] * 2)]
+    tensors = [[heads(3, n, seed=seed) for n in (HEADS, KV_HEADS, KV_HEADS)] for _, seed in calls]
+    run = PackedRun(lengths=[3], store=store)
+    for (layer, _), (query, key, value) in zip(calls, tensors, strict=True):
+        attend(run, layer, query, key, value)
+    assert run.num_attention_calls == 4
+    after = PackedRun.after_prompts(store, [3], [1], torch.device("cpu"))
+    own = heads(1), heads(1, KV_HEADS, seed=8), heads(1, KV_HEADS, seed=9)
+    for (layer, _), (_, key, value) in zip(calls, tensors, strict=True):
+        found = attend(after, layer, *own)
+        whole = torch.cat([key, own[1]], dim=2), torch.cat([value, own[2]], dim=2)
+        torch.testing.assert_close(found, defined_attention(own[0], *whole).transpose(1, 2))
+    with pytest.raises(UnsupportedAttentionError, match="more often for y' than for y"):
+        attend(after, calls[0][0], *own)
 
 
 def test_gradients_stay_inside_their_segment() -> None:
     query, key, value = (heads(7, n, seed=n).requires_grad_() for n in (HEADS, KV_HEADS, KV_HEADS))
-    found, _ = packed_attention(
-        Layer(), query, key, value, None, packed_run=PackedRun(lengths=[3, 4])
-    )
+    found = attend(PackedRun(lengths=[3, 4]), Layer(), query, key, value)
     found[:, :3].sum().backward()
     for tensor in (query, key, value):
         assert tensor.grad is not None
@@ -148,35 +200,99 @@ def test_gradients_stay_inside_their_segment() -> None:
         assert tensor.grad[:, :, 3:].abs().sum() == 0
 
 
+def test_gradients_of_capped_scores_and_of_sinks() -> None:
+    tensors = [heads(7, n, seed=n) for n in (HEADS, KV_HEADS, KV_HEADS)]
+    run = PackedRun(lengths=[3, 4])
+
+    def found(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Tensor:
+        return attend(run, Layer(), query, key, value, s_aux=sinks, softcap=1.5)
+
+    def expected(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Tensor:
+        return by_segment(query, key, value, run, sinks=sinks, softcap=1.5)
+
+    direction = heads(7).transpose(1, 2)
+    sides = []
+    for function in (found, expected):
+        leaves = [tensor.clone().requires_grad_() for tensor in (*tensors, SINKS)]
+        sides.append(torch.autograd.grad(function(*leaves), leaves, direction))
+    torch.testing.assert_close(*sides)
+
+
+def test_dropout_applies_to_capped_scores() -> None:
+    tensors = [heads(40, n, seed=n) for n in (HEADS, KV_HEADS, KV_HEADS)]
+    run = PackedRun(lengths=[40])
+    torch.manual_seed(0)
+    thinned, again = (attend(run, Layer(), *tensors, softcap=2.0, dropout=0.5) for _ in range(2))
+    assert not torch.equal(thinned, again)
+    assert (attend(run, Layer(), *tensors, softcap=2.0) - thinned).abs().mean() > 0.1
+
+
 def test_the_working_type_is_that_of_the_values() -> None:
     # Under autocast rotary embeddings leave queries and keys in float32.
-    query, key, value = heads(5).float(), heads(5, KV_HEADS).float(), heads(5, KV_HEADS).bfloat16()
-    found, _ = packed_attention(Layer(), query, key, value, None, packed_run=PackedRun(lengths=[5]))
-    assert found.dtype == torch.bfloat16
+    tensors = heads(5).float(), heads(5, KV_HEADS).float(), heads(5, KV_HEADS).bfloat16()
+    run = PackedRun(lengths=[5])
+    assert attend(run, Layer(), *tensors).dtype == torch.bfloat16
+    assert attend(run, Layer(), *tensors, s_aux=SINKS.float()).dtype == torch.bfloat16
+
+
+def test_a_run_is_active_in_its_context_and_thread_alone() -> None:
+    outer, inner, seen = PackedRun(lengths=[1]), PackedRun(lengths=[2]), []
+    with outer.active():
+        with suppress(RuntimeError), inner.active():
+            seen.append(current_run())
+            raise RuntimeError
+        assert current_run() is outer
+        thread = Thread(target=lambda: seen.append(current_run()))
+        thread.start()
+        thread.join()
+    assert current_run() is None
+    assert seen == [inner, None]
+
+
+def test_checkpointing_recomputes_in_the_run_of_the_forward() -> None:
+    """Backward comes after the run, may be in another thread, and other runs come between."""
+    tensors = [heads(7, n, seed=n).requires_grad_() for n in (HEADS, KV_HEADS, KV_HEADS)]
+    run, layer = PackedRun(lengths=[3, 4]), Layer()
+    expected = torch.autograd.grad(attend(run, layer, *tensors).sum(), tensors)
+    with run.active():
+        found, _ = checkpoint(packed_attention, layer, *tensors, None, **CHECKPOINTING)
+    gradients: list[Any] = []
+
+    def backward() -> None:
+        with PackedRun(lengths=[7]).active():
+            gradients.append(torch.autograd.grad(found.sum(), tensors, retain_graph=True))
+
+    thread = Thread(target=backward)
+    thread.start()
+    thread.join()
+    backward()
+    torch.testing.assert_close(gradients, [expected, expected])
 
 
 @pytest.mark.parametrize(
     ("layer", "options", "message"),
     [
-        (Layer(), {"softcap": 50.0}, "its attention uses 'softcap'"),
-        (Layer(), {"s_aux": torch.zeros(4)}, "its attention uses 's_aux'"),
         (Layer(), {"position_bias": torch.zeros(4)}, "its attention uses 'position_bias'"),
         (Layer(), {"past_key_values": object()}, "its attention uses 'past_key_values'"),
         (Layer(), {"is_causal": False}, "not causal"),
-        (Layer(), {"attention_mask": torch.ones(1, 1, 5, 5)}, "mask of its own"),
-        (Layer(), {"packed_run": None}, "without the run's segments"),
-        (Layer(layer_idx=None), {}, "not numbered"),
+        (Layer(), {"mask": torch.ones(1, 1, 5, 5)}, "mask of its own"),
+        (Layer(None, layer_types=["sliding_attention", "full_attention"]), {}, "not numbered"),
+        (Layer(2, layer_types=["sliding_attention", "full_attention"]), {}, "not numbered"),
+        (Layer(layer_types=["chunked_attention"]), {}, "layers of type chunked_attention"),
         (Layer(sliding_window=4), {}, "a sliding window that its layers do not pass on"),
     ],
 )
 def test_unsupported_options_are_rejected(
     layer: Layer, options: dict[str, Any], message: str
 ) -> None:
-    arguments: dict[str, Any] = {"attention_mask": None, "packed_run": PackedRun(lengths=[5])}
+    tensors = heads(5), heads(5, KV_HEADS), heads(5, KV_HEADS)
     with pytest.raises(UnsupportedAttentionError, match=message):
-        packed_attention(
-            layer, heads(5), heads(5, KV_HEADS), heads(5, KV_HEADS), **(arguments | options)
-        )
+        attend(PackedRun(lengths=[5]), layer, *tensors, **options)
+
+
+def test_attention_outside_of_a_run_is_rejected() -> None:
+    with pytest.raises(UnsupportedAttentionError, match="without the run's segments"):
+        packed_attention(Layer(), heads(5), heads(5, KV_HEADS), heads(5, KV_HEADS), None)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +302,8 @@ def test_unsupported_options_are_rejected(
         (Layer(sliding_window=3), {"sliding_window": None}, None),
         (Layer(sliding_window=3, layer_types=["sliding_attention"]), {}, 3),
         (Layer(sliding_window=3, layer_types=["full_attention"]), {}, None),
+        (Layer(None), {}, None),
+        (Layer(None, sliding_window=3, layer_types=["sliding_attention"] * 2), {}, 3),
     ],
 )
 def test_the_window_comes_from_the_option_or_the_config(
@@ -193,8 +311,8 @@ def test_the_window_comes_from_the_option_or_the_config(
 ) -> None:
     query, key, value = heads(6), heads(6, KV_HEADS, seed=1), heads(6, KV_HEADS, seed=2)
     run = PackedRun(lengths=[6])
-    found, _ = packed_attention(layer, query, key, value, None, packed_run=run, **options)
-    expected = by_segment(query, key, value, run, window, HEAD_SIZE**-0.5)
+    found = attend(run, layer, query, key, value, **options)
+    expected = by_segment(query, key, value, run, window=window)
     torch.testing.assert_close(found, expected)
 
 

@@ -23,11 +23,12 @@ from kto_lightning.models.following import (
     reference_state,
     restore_reference,
 )
-from kto_lightning.models.loading import LoRA
-from kto_lightning.models.packing_probe import make_policy
+from kto_lightning.models.lora import LoRA
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.reference import FrozenReference
+from kto_lightning.models.routes.choose import make_policy
 from kto_lightning.module import KTOModule
+from kto_lightning.sharded_checkpoint import read_checkpoint, read_header, write_directory
 from tests.support.cli import (
     EVERY_STEP,
     TWO_EPOCHS,
@@ -198,14 +199,15 @@ def shard(policy: Policy, mesh: DeviceMesh) -> None:
     fully_shard(policy, mesh=mesh)
 
 
-def test_sharded_weights(mesh: DeviceMesh) -> None:
+def test_sharded_weights(mesh: DeviceMesh, tmp_path: Path) -> None:
     policy, whole = make_pair(every_n_steps=1, alpha=0.6)
     start = state(whole.policy)
     sharded = copy.deepcopy(whole)
     for model in (policy, sharded.policy):
         shard(model, mesh)
     (micro_batch,) = step_batch().micro_batches
-    sharded.logps(micro_batch)  # after it FSDP2 leaves the root's own weights gathered
+    sharded.logps(micro_batch)
+    assert all(isinstance(p, DTensor) for p in sharded.policy.parameters())  # nothing is gathered
     sharded.after_step(1, policy)
     assert all(isinstance(p, DTensor) for p in sharded.policy.parameters())
     followed = {name: p.full_tensor() for name, p in sharded.policy.named_parameters()}  # pyright: ignore[reportCallIssue]
@@ -214,13 +216,16 @@ def test_sharded_weights(mesh: DeviceMesh) -> None:
     assert all(torch.equal(followed[name], p) for name, p in whole.policy.named_parameters())
     assert not any(torch.equal(followed[name], start[name]) for name in start)
     saved = reference_state(sharded)
-    assert not any(isinstance(value, DTensor) for value in saved["reference"].values())
+    assert all(isinstance(value, DTensor) for value in saved["reference"].values())
     origin = {"kto": {"reference": "policy", "follow": {}}}
-    _, other = make_pair()
-    shard(other.policy, mesh)
-    restore_reference(saved | origin, other, requested=None, resuming=True)
-    for name, p in other.policy.named_parameters():
-        assert torch.equal(p.full_tensor(), followed[name])  # pyright: ignore[reportCallIssue]
+    write_directory(saved | origin, tmp_path / "step=1.ckpt")
+    for read in (read_header, read_checkpoint):
+        _, other = make_pair()
+        shard(other.policy, mesh)
+        checkpoint = read(tmp_path / "step=1.ckpt")
+        restore_reference(checkpoint, other, requested=None, resuming=True)
+        for name, p in other.policy.named_parameters():
+            assert torch.equal(p.full_tensor(), followed[name])  # pyright: ignore[reportCallIssue]
 
 
 FOLLOW = ("--model.follow.every_n_steps", 4, "--model.follow.alpha", 0.75)

@@ -11,13 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kto_lightning.errors import ConfigError, ModelError
-from kto_lightning.models.loading import (
-    LoRA,
-    disable_dropout,
-    load_causal_lm,
-    load_model,
-    vocabulary_size,
-)
+from kto_lightning.models.loading import load_causal_lm, load_model, vocabulary_size
+from kto_lightning.models.lora import LoRA
+from kto_lightning.models.randomness import disable_dropout
 from kto_lightning.models.tokenizer import load_tokenizer
 from tests.support.factories import make_model, make_tokenizer, save_adapter, save_model
 

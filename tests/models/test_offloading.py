@@ -8,9 +8,10 @@ import torch
 
 from kto_lightning.models import offloading
 from kto_lightning.models.offloading import OffloadedActivations
-from kto_lightning.models.packing_probe import make_policy
+from kto_lightning.models.packed_run import CHECKPOINTING
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.reference import FrozenReference, _on_device
+from kto_lightning.models.routes.choose import make_policy
 from tests.support.cli import fit, small_data, small_model
 from tests.support.factories import make_model
 from tests.support.steps import VOCABULARY, fit_steps, make_module, step_batch
@@ -48,7 +49,7 @@ def test_a_step_is_the_same_bit_for_bit(
         module = make_module(kind)
         assert module.policy is not None
         if checkpointing:
-            module.policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            module.policy.causal_lm.gradient_checkpointing_enable(CHECKPOINTING)
         module.policy.offloads_activations = offloads
         assert not copies
         results.append(fit_steps(module, step_batch(max_tokens=max_tokens)))
@@ -84,9 +85,9 @@ def test_the_store_copies_the_prompts_rows_with_offloading() -> None:
     """Whole tensors, which autograd then has in host memory, would stay on the device."""
     policy = make_llama().train()
     (micro_batch,) = step_batch().micro_batches
-    assert policy._make_prompt_store(micro_batch).rows is None
+    assert policy._runner._make_prompt_store(micro_batch).rows is None
     policy.offloads_activations = True
-    rows = policy._make_prompt_store(micro_batch).rows
+    rows = policy._runner._make_prompt_store(micro_batch).rows
     assert rows is not None
     assert len(rows) == sum(micro_batch.prompt_lengths)
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 import kto_lightning.models.policy
+import kto_lightning.models.routes.packed
 from kto_lightning.batches.types import PackedBatch
 from kto_lightning.models.architecture import auxiliary_coefficient, logit_scale
-from kto_lightning.models.packed_run import PromptStore
+from kto_lightning.models.packed_run import CHECKPOINTING, PromptStore
 from kto_lightning.models.policy import Policy, sum_per_owner
+from kto_lightning.models.routes.runner import RouteName
 from tests.support.factories import ARCHITECTURES, add_adapter, make_model
 from tests.support.plain_forwards import (
     Float64,
@@ -31,7 +33,7 @@ from tests.support.plain_forwards import (
 from tests.support.tolerances import assert_errs_like_plain, assert_gradients_err_like_plain
 
 VOCABULARY = 97
-PADDED = ("gemma2", "bloom", "mamba", "falcon", "gpt_oss")
+PADDED = ("bloom", "mamba", "falcon")
 PACKED = tuple(name for name in ARCHITECTURES if name not in PADDED)
 # Sliding windows are 16 tokens.
 LENGTHS = [(7, 9, 5), (1, 20, 3), (24, 1, 17), (11, 6, 30)]
@@ -46,7 +48,7 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> list[PromptStore]:
         made.append(PromptStore(**arguments))
         return made[-1]
 
-    monkeypatch.setattr(kto_lightning.models.policy, "PromptStore", recording)
+    monkeypatch.setattr(kto_lightning.models.routes.packed, "PromptStore", recording)
     return made
 
 
@@ -59,7 +61,7 @@ def model_of(architecture: str, **overrides: Any) -> Any:
 
 
 def with_checkpointing(model: Any) -> Any:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable(CHECKPOINTING)
     return model.train()
 
 
@@ -92,7 +94,7 @@ def test_packed_equals_separate_forwards(
 
 @pytest.mark.parametrize("architecture", PADDED)
 def test_padded_equals_separate_forwards(architecture: str) -> None:
-    policy = Policy(model_of(architecture), packed=False)
+    policy = Policy(model_of(architecture), route="padded")
     assert_like_plain(policy, model_of(architecture), triples_of(), shares_prompts=False)
 
 
@@ -100,7 +102,7 @@ def test_padded_equals_separate_forwards(architecture: str) -> None:
 def test_padded_equals_packed_where_both_are_possible(architecture: str) -> None:
     policy = Policy(model_of(architecture))
     assert policy.causal_lm.config._attn_implementation == "kto_packed"
-    policy.run_padded()
+    policy.use_route("padded")
     assert_like_plain(policy, model_of(architecture), triples_of(), shares_prompts=False)
 
 
@@ -119,11 +121,13 @@ EDGE_CASES = {
 }
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("route", ["packed", "padded"])
 @pytest.mark.parametrize("lengths", EDGE_CASES.values(), ids=EDGE_CASES)
-def test_empty_and_short_sequences(lengths: list[tuple[int, int, int]], packed: bool) -> None:
-    policy = Policy(model_of("mistral"), packed=packed)
-    assert_like_plain(policy, model_of("mistral"), triples_of(lengths), shares_prompts=packed)
+def test_empty_and_short_sequences(lengths: list[tuple[int, int, int]], route: RouteName) -> None:
+    policy = Policy(model_of("mistral"), route=route)
+    assert_like_plain(
+        policy, model_of("mistral"), triples_of(lengths), shares_prompts=policy.shares_prompts
+    )
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2_moe"])
@@ -240,12 +244,12 @@ def with_bias(model: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "overrides", "change", "packed"),
+    ("architecture", "overrides", "change"),
     [
-        ("cohere", {"logit_scale": 3.0}, copy.copy, True),
-        ("granite", {"logits_scaling": 0.25}, copy.copy, True),
-        ("gemma2", {"final_logit_softcapping": 1.0}, copy.copy, False),
-        ("llama", {}, with_bias, True),
+        ("cohere", {"logit_scale": 3.0}, copy.copy),
+        ("granite", {"logits_scaling": 0.25}, copy.copy),
+        ("gemma2", {"final_logit_softcapping": 1.0}, copy.copy),
+        ("llama", {}, with_bias),
     ],
     ids=["logit_scale", "logits_scaling", "softcap", "bias"],
 )
@@ -253,11 +257,10 @@ def test_scale_softcap_and_bias_of_the_head(
     architecture: str,
     overrides: dict[str, Any],
     change: Callable[[Any], Any],
-    packed: bool,
 ) -> None:
-    policy = Policy(change(model_of(architecture, **overrides)), packed=packed)
+    policy = Policy(change(model_of(architecture, **overrides)))
     plain = change(model_of(architecture, **overrides))
-    assert_like_plain(policy, plain, triples_of(), shares_prompts=packed)
+    assert_like_plain(policy, plain, triples_of())
     before = plain_logps(model_of(architecture), triples_of())[0]
     assert (plain_logps(plain, triples_of())[0] - before).abs().max() > 0.1
 
@@ -279,15 +282,17 @@ def test_logit_scale_under_the_name_of_each_family(settings: dict[str, Any], fac
     assert logit_scale(config) == factor
 
 
-@pytest.mark.parametrize(("architecture", "packed"), [("qwen2_moe", True), ("gpt_oss", False)])
+@pytest.mark.parametrize(
+    ("architecture", "route"), [("qwen2_moe", "packed"), ("gpt_oss", "padded")]
+)
 def test_the_auxiliary_loss_equals_that_of_the_plain_padded_batch(
-    architecture: str, packed: bool
+    architecture: str, route: RouteName
 ) -> None:
     overrides = {"router_aux_loss_coef": 0.5}
-    policy = Policy(model_of(architecture, **overrides), packed=packed)
+    policy = Policy(model_of(architecture, **overrides), route=route)
     plain = model_of(architecture, **overrides)
     triples = triples_of()
-    logps = policy(pack_triples(triples, shares_prompts=packed))
+    logps = policy(pack_triples(triples, shares_prompts=policy.shares_prompts))
     rows = [torch.tensor([*t.prompt_ids, *t.completion_ids]) for t in triples]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -301,9 +306,12 @@ def test_the_auxiliary_loss_equals_that_of_the_plain_padded_batch(
         loss.backward()
     models = (policy.model, plain, exact)
     assert_gradients_err_like_plain(*(gradients(model) for model in models))
-    assert auxiliary_coefficient(plain.config) == 0.5
+    assert auxiliary_coefficient(plain) == 0.5
     assert (
-        policy(pack_triples(triples, shares_prompts=packed), matched=False).auxiliary_loss is None
+        policy(
+            pack_triples(triples, shares_prompts=policy.shares_prompts), matched=False
+        ).auxiliary_loss
+        is None
     )
 
 
@@ -313,9 +321,9 @@ def test_without_a_coefficient_there_is_no_auxiliary_loss() -> None:
     assert Policy(model_of("llama"))(pack_triples(triples_of())).auxiliary_loss is None
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("route", ["packed", "padded"])
 def test_the_head_runs_on_the_scored_rows_alone(
-    packed: bool, monkeypatch: pytest.MonkeyPatch
+    route: RouteName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_rows = []
     head = kto_lightning.models.policy.linear_logps
@@ -327,9 +335,9 @@ def test_the_head_runs_on_the_scored_rows_alone(
 
     monkeypatch.setattr(kto_lightning.models.policy, "linear_logps", counting)
     monkeypatch.setattr(nn.Linear, "forward", _refusing_vocabulary(nn.Linear.forward))
-    policy = Policy(model_of("llama"), packed=packed)
+    policy = Policy(model_of("llama"), route=route)
     lengths = [(7, 9, 5), (0, 4, 3), (5, 2, 0)]
-    batch = pack_triples(triples_of(lengths), shares_prompts=packed)
+    batch = pack_triples(triples_of(lengths), shares_prompts=policy.shares_prompts)
     policy(batch)
     policy(batch, matched=False)
     assert num_rows == [9 + 3 + 2, 5 + 2, 5 + 2]

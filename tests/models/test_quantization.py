@@ -77,7 +77,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("quantized")
     model = small_model(folder / "base", "llama")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kto_lightning.models.build.check_quantization", lambda *_, **__: None)
+        patch.setattr("kto_lightning.models.settings.check_quantization", lambda *_, **__: None)
         train = small_data(folder / "data.jsonl", 12)
         fit(model, train, folder / "out", *OPTIONS, "--trainer.max_steps", 3)
         yield folder

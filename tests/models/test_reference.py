@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from kto_lightning.batches.types import PackedBatch
-from kto_lightning.models.loading import REFERENCE_ADAPTER, LoadedModel, LoRA, load_model
-from kto_lightning.models.packing_probe import make_policy
+from kto_lightning.models.loading import LoadedModel, load_model
+from kto_lightning.models.lora import REFERENCE_ADAPTER, LoRA
+from kto_lightning.models.packed_run import CHECKPOINTING
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.reference import AdapterReference, FrozenReference, Reference
+from kto_lightning.models.routes.choose import make_policy
 from tests.support.factories import make_tokenizer, save_adapter, save_model
 from tests.support.plain_forwards import Plain, make_triples, pack_triples
 from tests.support.tolerances import assert_same_logps
@@ -43,8 +45,8 @@ def pair(request: pytest.FixtureRequest, directories: dict[str, Path]) -> tuple[
 
 
 def make_pair(loaded: LoadedModel, kind: str) -> tuple[Policy, Reference]:
-    policy, padding_reason = make_policy(loaded.model)
-    assert padding_reason is None
+    policy, obstacles = make_policy(loaded.model)
+    assert not obstacles
     if kind == "frozen copy":
         return policy, FrozenReference.copy_of(policy)
     return policy, AdapterReference(policy, frozen_adapter=kind == "frozen adapter")
@@ -115,7 +117,7 @@ def test_scoring_does_not_change_training(
             torch.manual_seed(0)
             _randomise_new_adapter(policy)
         if checkpointing:
-            policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            policy.causal_lm.gradient_checkpointing_enable(CHECKPOINTING)
         train(policy.train(), scoring_with=reference if is_scoring else None)
         weights.append(dict(policy.named_parameters()))
     assert weights[0].keys() == weights[1].keys()

@@ -219,23 +219,34 @@ def test_lora_uses_the_log_probs_of_its_base(inputs, tmp_path, capsys):
     assert "26 of 26" in capsys.readouterr().out
 
 
+FIXED = ("--checkpoint.every_n_steps", 1, "--trainer.max_epochs", 2, "--data.max_tokens", 200)
+
+
+@pytest.fixture(scope="module")
+def known(inputs, tmp_path_factory) -> Path:
+    """A cache with one log-prob of the third step, from a batch of its own."""
+    directory = tmp_path_factory.mktemp("known")
+    single = write_jsonl(directory / "single.jsonl", plain_records(NUM_RECORDS)[:2])
+    options = ("--model.reference_cache", directory / "cache", "--data.batch_size", 1)
+    fit(inputs / "model", single, directory / "run", *options)
+    return directory / "cache"
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, known, tmp_path_factory) -> Path:
+    """A run that is not killed."""
+    directory = tmp_path_factory.mktemp("whole")
+    cached = ("--model.reference_cache", shutil.copytree(known, directory / "cache"))
+    return fit(inputs / "model", inputs / "records.jsonl", directory / "run", *FIXED, *cached)
+
+
 @pytest.mark.parametrize("bytes_kept", [0, 1, 3 * RECORD.itemsize, 4 * RECORD.itemsize, 170])
 def test_a_run_killed_while_it_fills_the_cache_resumes_bit_for_bit(
-    bytes_kept: int, inputs, tmp_path, monkeypatch
+    bytes_kept: int, inputs, known, whole, tmp_path, monkeypatch
 ):
     """Batches of four: records 1 to 4 of an append are matched, 5 to 8 mismatched."""
-    fixed = ("--checkpoint.every_n_steps", 1, "--trainer.max_epochs", 2, "--data.max_tokens", 200)
     model, records = inputs / "model", inputs / "records.jsonl"
-
-    def options(name: str) -> tuple[object, ...]:
-        """One log-prob of the third step is known already, from a batch of its own."""
-        cache = tmp_path / name
-        single = write_jsonl(tmp_path / "single.jsonl", plain_records(NUM_RECORDS)[:2])
-        known = ("--model.reference_cache", cache, "--data.batch_size", 1)
-        fit(model, single, tmp_path / f"{name}_known", *known)
-        return (*fixed, "--model.reference_cache", cache)
-
-    whole = fit(model, records, tmp_path / "whole", *options("cache_of_whole"))
+    options = (*FIXED, "--model.reference_cache", shutil.copytree(known, tmp_path / "cache"))
     append, num_appends = ReferenceCache._append, 0
 
     def append_or_end(self: ReferenceCache, content: bytes) -> None:
@@ -246,12 +257,11 @@ def test_a_run_killed_while_it_fills_the_cache_resumes_bit_for_bit(
             raise Killed
         append(self, content)
 
-    killed = options("cache_of_killed")
     with monkeypatch.context() as patch:
         patch.setattr(ReferenceCache, "_append", append_or_end)
         with pytest.raises(Killed):
-            fit(model, records, tmp_path / "killed", *killed)
-    fit(model, records, tmp_path / "killed", *killed, *LAST)
+            fit(model, records, tmp_path / "killed", *options)
+    fit(model, records, tmp_path / "killed", *options, *LAST)
     assert_runs_equal(tmp_path / "killed", whole)
 
 

@@ -98,6 +98,8 @@ DISPATCH = (
 CUDA_TILE_ROWS = 4096
 CUDA_TILE_SHARE = 64
 """A float32 tile takes at most 1/64 of the device's memory: 128 MiB of 8 GiB."""
+CUDA_BUDGET_SHARE = 16
+"""A trained head may keep 1/16 of the device's memory until backward."""
 CPU_TILE_ROWS = 512
 CPU_TILE_ELEMENTS = 2**21
 """8 MiB in float32: within 5% of the fastest size at N = 256, D = 896, on one core."""
@@ -126,7 +128,7 @@ def budget_bytes(device: torch.device) -> int:
             raise ValueError(f"{BUDGET_VARIABLE} must be a whole number of MiB, got {given!r}")
         return int(given) * MIB
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 16
+        return torch.cuda.get_device_properties(device).total_memory // CUDA_BUDGET_SHARE
     return CPU_BUDGET_MIB * MIB
 
 

@@ -12,19 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from kto_lightning.errors import ModelError
-from kto_lightning.models.packing_probe import make_policy
-from tests.support.factories import ARCHITECTURES, make_model
+from kto_lightning.models.routes.choose import make_policy
+from tests.support.factories import make_model
 from tests.support.plain_forwards import Plain, make_triples, pack_triples
 
 VOCABULARY = 97
-PADDING_REASONS = {
-    "gemma2": "its attention uses 'softcap'",
-    "gpt_oss": "its attention uses 's_aux'",
-    "bloom": "its attention cannot be replaced",
-    "falcon": "its attention cannot be replaced",
-    # Which of the two depends on the version of transformers.
-    "mamba": "it has layers of type|its attention cannot be replaced",
-}
 
 
 def model_of(architecture: str, **overrides: Any) -> Any:
@@ -34,30 +26,20 @@ def model_of(architecture: str, **overrides: Any) -> Any:
 def check_policy(model: Any, plain: Any) -> str | None:
     """Check that the policy scores as the plain model does; returns why it is padded."""
     training, attention = model.training, model.config._attn_implementation
-    policy, reason = make_policy(model)
-    assert policy.packed is (reason is None)
+    policy, obstacles = make_policy(model)
+    reason = obstacles.get("packed")
+    assert (policy.route == "packed") is (reason is None)
     assert model.training is training
-    assert (model.config._attn_implementation == attention) is not policy.packed
+    assert (model.config._attn_implementation == attention) is (policy.route != "packed")
     triples = make_triples([(7, 9, 5), (11, 6, 30)], vocab_size=VOCABULARY)
-    logps = policy(pack_triples(triples, shares_prompts=policy.packed))
+    logps = policy(pack_triples(triples, shares_prompts=policy.shares_prompts))
     Plain(plain, triples).assert_logps(logps)
     return reason
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_each_architecture_is_packed_or_padded(architecture: str) -> None:
-    reason = check_policy(model_of(architecture).train(), model_of(architecture))
-    if architecture in PADDING_REASONS:
-        assert re.match(PADDING_REASONS[architecture], reason or "")
-    else:
-        assert reason is None
 
 
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        # Without soft-capping it can run packed.
-        ({"architecture": "gemma2", "attn_logit_softcapping": None}, None),
         ({"architecture": "gpt_neox", "use_parallel_residual": False}, None),
         ({"architecture": "qwen2", "use_sliding_window": True, "sliding_window": 4}, None),
     ],
@@ -137,15 +119,14 @@ def partly_recurrent(model: Any) -> Any:
     return model
 
 
-def with_fixed_arguments(model: Any) -> Any:
-    """The decoder rejects unknown arguments, such as `packed_run`."""
+def without_positions(model: Any) -> Any:
+    """The decoder takes no positions."""
     forward = type(model.model).forward  # unbound, so that a copy of the model runs itself
 
-    def strict(self: Any, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
-        unknown = options.keys() - {"position_ids", "use_cache", "past_key_values", "inputs_embeds"}
-        if unknown:
-            raise TypeError(f"unexpected {unknown}")
-        return forward(self, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    def strict(self: Any, input_ids: Any, **options: Any) -> Any:
+        if options.get("position_ids") is not None:
+            raise TypeError("unexpected position_ids")
+        return forward(self, input_ids=input_ids, **options)
 
     model.model.forward = MethodType(strict, model.model)
     return model
@@ -156,7 +137,7 @@ def with_fixed_arguments(model: Any) -> Any:
     [
         (mixing_neighbours, "its packed log-probs differ from those of its own forward"),
         (partly_recurrent, "only 1 of its 2 layers attend"),
-        (with_fixed_arguments, r"it does not take packed attention \(TypeError: unexpected"),
+        (without_positions, r"it does not take packed sequences \(TypeError: unexpected"),
     ],
 )
 def test_models_with_wrong_packed_log_probs_are_padded(
@@ -205,11 +186,11 @@ def test_unsupported_heads_are_rejected(modify: Callable[[Any], Any], message: s
 @pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.1}], ids=["plain", "dropout"])
 def test_an_adapter_on_attention_alone_is_packed(settings: dict[str, Any]) -> None:
     model = get_peft_model(model_of("llama"), LoraConfig(target_modules=["q_proj"], **settings))
-    assert make_policy(model)[1] is None
+    assert not make_policy(model)[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_are_packed(dtype: torch.dtype) -> None:
-    policy, reason = make_policy(model_of("qwen2").to(dtype))
-    assert reason is None
-    assert policy.packed
+    policy, obstacles = make_policy(model_of("qwen2").to(dtype))
+    assert not obstacles
+    assert policy.route == "packed"

@@ -1,0 +1,1 @@
+"""How a model runs a micro-batch: packed, on cached prompts, or padded; chosen by a probe."""
