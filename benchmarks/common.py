@@ -5,7 +5,6 @@ so that other load or a warming machine affects all of them. Speedups are median
 ratios.
 """
 
-import ctypes
 import gc
 import json
 import math
@@ -21,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from private_memory import trim
 
+MIB = 2**20
 PACKAGES = ("torch", "triton", "lightning", "transformers", "trl", "peft", "liger-kernel")
 CLEAR_REFERENCES = Path("/proc/self/clear_refs")
 
@@ -146,9 +147,8 @@ def reset_peak_memory(device: torch.device) -> float:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with suppress(OSError, AttributeError):
-            # Freed memory that was not returned would hide what the next run allocates.
-            ctypes.CDLL(None).malloc_trim(0)
+        trim()
+        with suppress(OSError):
             CLEAR_REFERENCES.write_text("5")
     return used_memory_mib(device)
 

@@ -73,12 +73,12 @@ class Turns:
 
     def __init__(self, connection: Connection, device: torch.device) -> None:
         self._connection, self._device = connection, device
-        self._idle_mib = self._started = self._started_cpu = 0.0
+        self._idle_mib = self._peak_mib = self._started = self._started_cpu = 0.0
 
     def ready(self) -> None:
         """Send the idle memory: everything is loaded and nothing trained yet."""
         gc.collect()
-        self._idle_mib = reset_peak_memory(self._device)
+        self._idle_mib = self._peak_mib = reset_peak_memory(self._device)
         self._wait({"idle_mib": self._idle_mib})
 
     def end_step(self, step_values: Callable[[], dict[str, Any]]) -> None:
@@ -87,7 +87,10 @@ class Turns:
             torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - self._started
         cpu_seconds = time.process_time() - self._started_cpu
-        peak_mib = used_memory_mib(self._device, peak=True) - self._idle_mib
+        # Linux counts resident pages per core, to within a batch: its high-water mark, read twice,
+        # can be some pages lower the second time.
+        self._peak_mib = max(self._peak_mib, used_memory_mib(self._device, peak=True))
+        peak_mib = self._peak_mib - self._idle_mib
         self._wait(
             Step(seconds=seconds, cpu_seconds=cpu_seconds, peak_mib=peak_mib, **step_values())
         )
@@ -117,13 +120,14 @@ def train_ours(task: Task, turns: Turns) -> None:
     from kto_lightning.callbacks.checkpoints import StepSeed
     from kto_lightning.callbacks.reporting import DiagnosisWarnings, MetricsStart
     from kto_lightning.data.datamodule import KTODataModule
+    from kto_lightning.models.routes.choose import explain_obstacles
     from kto_lightning.module import KTOModule
     from kto_lightning.training.metrics_csv import MetricsFile
 
     class TakeTurns(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-            if pl_module.padding_reason is not None:
-                raise SystemExit(f"the model runs padded: {pl_module.padding_reason}")
+            if pl_module.route_obstacles:
+                raise SystemExit(explain_obstacles(pl_module.route_obstacles))
             self.unit = UnitCosts.of(pl_module.policy.causal_lm)
             turns.ready()
 

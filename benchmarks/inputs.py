@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -119,11 +120,9 @@ def texts(value: Any) -> Iterator[str]:
             yield from texts(item)
 
 
-def make_model(
-    shape: Shape, device: str = "cpu", *, dtype: torch.dtype = torch.float32, **settings: Any
-) -> PreTrainedModel:
-    """A model with random weights; `settings` are added to its config."""
-    config = AutoConfig.for_model(
+def make_config(shape: Shape, **settings: Any) -> PreTrainedConfig:
+    """The config of a shape; `settings` are added."""
+    return AutoConfig.for_model(
         "qwen2",
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -135,6 +134,13 @@ def make_model(
         bos_token_id=None,
         **settings,
     )
+
+
+def make_model(
+    shape: Shape, device: str = "cpu", *, dtype: torch.dtype = torch.float32, **settings: Any
+) -> PreTrainedModel:
+    """A model with random weights; `settings` are added to its config."""
+    config = make_config(shape, **settings)
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -156,11 +162,27 @@ def save_model(
         device: where the weights are drawn; billions take minutes on a CPU.
         adapter: a directory for a LoRA adapter of rank 16 on every linear layer; None: no adapter.
     """
+    tokens = save_tokenizer(directory, records, shape.vocabulary)
+    model = make_model(shape, device, dtype=dtype, **tokens)
+    model.save_pretrained(directory)
+    if adapter is not None:
+        settings = LoraConfig(
+            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model.name_or_path = str(directory)  # saved in the adapter's config
+        get_peft_model(model, settings).save_pretrained(str(adapter))
+    return directory
+
+
+def save_tokenizer(
+    directory: Path, records: list[dict[str, Any]], vocabulary: int
+) -> dict[str, Any]:
+    """Save a tokenizer trained on `records`; returns its tokens that a model's config names."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=min(shape.vocabulary, TOKENIZER_VOCABULARY),
+        vocab_size=min(vocabulary, TOKENIZER_VOCABULARY),
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -171,14 +193,5 @@ def save_model(
     )
     template = files("trl") / "chat_templates" / f"{CHAT_TEMPLATE}.jinja"
     tokenizer.chat_template = template.read_text(encoding="utf-8")
-    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = make_model(shape, device, dtype=dtype, **tokens)
-    model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    if adapter is not None:
-        settings = LoraConfig(
-            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        model.name_or_path = str(directory)  # saved in the adapter's config
-        get_peft_model(model, settings).save_pretrained(str(adapter))
-    return directory
+    return {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}

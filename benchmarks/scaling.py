@@ -37,8 +37,8 @@ from common import (
 )
 from inputs import SHAPES, make_model
 from lightning.fabric.utilities import move_data_to_device
+from operations import counter
 from silence import quiet
-from step_runs import counter
 
 from kto_lightning.batches.collate import pack
 from kto_lightning.batches.types import Logps, PackedBatch, StepBatch

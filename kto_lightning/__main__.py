@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from kto_lightning.cli.streams import lost_output, protect_streams
 from kto_lightning.errors import printable
+from kto_lightning.strategies.parent import end_with_parent
 
 TRAINER = "kto_lightning.cli.trainer"
 COMMANDS = {
@@ -40,7 +41,7 @@ commands:
   fit       train a model:  --model.policy DIR_OR_HUB_ID --data.train FILE [--output_dir DIR]
   validate  loss, rewards and reward AUC on held-out records:  --data.validation FILE
   predict   a reward for every record:  --data.predict FILE
-  inspect   report on files of records:  FILE… [--tokenizer DIR] [--json] [--html FILE]
+  inspect   report on files of records:  FILE… [--try] [--tokenizer DIR] [--html FILE]
   report    report on a run, finished or not, as an HTML page:  OUTPUT [--html FILE]
   export    a checkpoint to a Hugging Face directory:  CHECKPOINT DIR [--merge]
   parity    TRL's KTOTrainer and `fit` side by side:  --model DIR --data FILE
@@ -74,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 for data or run; 2 for usage.
     """
+    end_with_parent()
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments:
         sys.stderr.write(USAGE)

@@ -74,6 +74,18 @@ class StoppedRun(KTOError):
     status = 1
 
 
+class OtherRankError(KTOError):
+    """Another rank has failed and says why; this one ends with it.
+
+    Attributes:
+        status: the exit status of that rank.
+    """
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 def pick_settings(kind: type[T], settings: Mapping[str, Any]) -> T:
     """A dataclass of settings, its fields taken by name from all arguments of a constructor."""
     assert is_dataclass(kind)
@@ -143,7 +155,7 @@ def check_number(
 
 
 def check_one_of(name: str, value: str, known: Iterable[str]) -> None:
-    """Raise ConfigError unless `value` is one of `known`."""
+    """Raise ConfigError unless `value` of the option `name` is one of `known`."""
     known = list(known)
     if value not in known:
-        raise ConfigError(f"--model.{name} must be one of {', '.join(known)}, got {value}.")
+        raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value}.")

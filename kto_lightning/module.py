@@ -1,29 +1,37 @@
 """`KTOModule`: one optimizer step of KTO, from a packed batch to updated weights."""
 
+import os
+import warnings
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 
 from kto_lightning.batches.objective import LossName, Objective
 from kto_lightning.batches.types import Prediction, StepBatch
+from kto_lightning.distributed import fill_missing_gradients, reaching_all
 from kto_lightning.errors import ConfigError, pick_settings
 from kto_lightning.models.architecture import check_positions
-from kto_lightning.models.build import ModelSettings, build_models, check_device
+from kto_lightning.models.build import build_models
 from kto_lightning.models.following import (
     Follow,
     FollowingReference,
     restore_reference,
 )
-from kto_lightning.models.loading import LoRA
+from kto_lightning.models.in_memory import name_models
+from kto_lightning.models.lora import LoRA
 from kto_lightning.models.model_files import resolve_name
 from kto_lightning.models.policy import Policy
-from kto_lightning.models.reference import Reference, recorded_reference
+from kto_lightning.models.reference import FrozenReference, Reference, recorded_reference
 from kto_lightning.models.reference_cache import CachedReference
+from kto_lightning.models.routes.choose import RouteSetting
+from kto_lightning.models.routes.runner import RouteName
+from kto_lightning.models.settings import ModelSettings, check_device
 from kto_lightning.models.weights import check_weights_fit
+from kto_lightning.strategies.checks import check_objects
 from kto_lightning.strategies.protocol import TrainingStrategy, training_strategy
 from kto_lightning.training.averaging import drop_frozen_averages, restore_averages
 from kto_lightning.training.checkpoints import add_policy_state, check_epochs_left, policy_origin
@@ -51,6 +59,9 @@ class KTOModule(LightningModule):
     The loader's item is one optimizer step (`StepBatch`), so z0 is one number per step over the
     whole batch, however it is cut into micro-batches and over ranks.
 
+    A Python program may also give `policy` and `reference` as a `transformers.PreTrainedModel` or
+    `peft.PeftModel`, which is then trained, or frozen, in place.
+
     Args:
         policy: the model to train: a Hugging Face directory, a hub id or an adapter directory.
         reference: the model that rewards are measured against; null: the policy before training.
@@ -73,7 +84,10 @@ class KTOModule(LightningModule):
         quantization: 4bit loads a frozen base in NormalFloat4 (QLoRA, arXiv:2305.14314; needs
             bitsandbytes), its other weights in dtype, by default then bfloat16; null: none.
         lora: train a new low-rank adapter on the frozen policy instead of all its weights.
-        dropout: keep the model's dropout on in training.
+        route: how the models run: packed (sequences end to end, prompts shared by both
+            completions), cached (prompts once, completions on top of the model's own cache), padded
+            (each completion with its prompt, in rows), or auto: the first of these that is exact.
+        dropout: train with all that is random in the model: dropout, router noise, skipped layers.
         activation_checkpointing: recompute activations in backward instead of keeping them.
         activation_offloading: keep activations in host memory until backward.
         reference_cache: a directory that keeps the reference's log-probs from run to run.
@@ -90,8 +104,8 @@ class KTOModule(LightningModule):
 
     def __init__(
         self,
-        policy: str,
-        reference: str | None = None,
+        policy: str | os.PathLike[str] | nn.Module,
+        reference: str | os.PathLike[str] | nn.Module | None = None,
         beta: float = 0.1,
         loss: LossName = "kto",
         desirable_weight: Literal["auto"] | float = "auto",
@@ -106,6 +120,7 @@ class KTOModule(LightningModule):
         dtype: Literal["float32", "bfloat16"] | None = None,
         quantization: Literal["4bit"] | None = None,
         lora: LoRA | None = None,
+        route: RouteSetting = "auto",
         dropout: bool = False,
         activation_checkpointing: bool = False,
         activation_offloading: bool = False,
@@ -115,7 +130,7 @@ class KTOModule(LightningModule):
         trust_remote_code: bool = False,
         adapter_base: str | None = None,
     ) -> None:
-        settings = dict(locals())
+        settings = name_models(locals())
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint under LoRA has no frozen weights
@@ -126,8 +141,10 @@ class KTOModule(LightningModule):
         self.policy: Policy | None = None
         """Loaded by `configure_model`, after the records have been read."""
         self.reference: Reference | None = None
-        self.padding_reason: str | None = None
-        """Why the model runs padded; None: it runs packed."""
+        self.route_obstacles: dict[RouteName, str] = {}
+        """Why the policy does not take each route that is faster than its own."""
+        self.unused_modules: list[str] = []
+        """The policy's modules that text does not reach, such as a vision tower; frozen."""
         self.published = PublishedMetrics()
         self.validated_step = -1
         self.resumption = Resumption()
@@ -139,6 +156,9 @@ class KTOModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what a plain `Trainer` accepts and this module cannot run, before any loading."""
         check_precision(self.trainer.precision)
+        if self.model_settings.objects:
+            check_objects(self.model_settings.objects, self.trainer.strategy)
+            self._set_attention(original=False)
         if stage == "fit":
             self._check_data()
 
@@ -151,22 +171,39 @@ class KTOModule(LightningModule):
             self.model_settings, shard=strategy.shard, rounds_weights=strategy.rounds_weights
         )
         data = self._data
+        for model in settings.objects.values():
+            model.to(self._compute_device)
+        if self.trainer.state.fn == "fit" or self.trainer.world_size > 1:
+            self.resumption.identify_objects(settings)
         if self.trainer.state.fn == "fit":
             check_device(settings, self.trainer.strategy.root_device)
         elif settings.reference is None:
             settings = replace(settings, reference=recorded_reference(settings.policy))
+        # A data module of another kind has none, as `facts` below.
+        longest = getattr(data, "longest_sequence", lambda: 0)()
         models = build_models(
             settings,
             precision=str(self.trainer.precision),
+            longest=longest,
+            device=self._compute_device,
             reference_keys=lambda: data.reference_keys(),
         )
         self.policy, self.reference = models.policy, models.reference
         if self.trainer.state.fn == "fit":
-            self.resumption.identify(settings, self.trainer)
-        self.padding_reason = models.padding_reason
-        longest = getattr(data, "longest_sequence", None)  # as `facts` below
-        if longest is not None:
-            check_positions(models.policy.causal_lm, settings.policy, longest())
+            self.resumption.identify(settings)
+        self.route_obstacles, self.unused_modules = models.obstacles, models.unused
+        check_positions(models.policy.causal_lm, settings.policy, longest)
+
+    def teardown(self, stage: str) -> None:
+        """Give models in memory back with the attention that they came with."""
+        if self.model_settings.objects:
+            self._set_attention(original=True)
+
+    def _set_attention(self, *, original: bool) -> None:
+        if self.policy is not None:
+            self.policy.set_attention(original=original)
+        if isinstance(self.reference, FrozenReference):
+            self.reference.policy.set_attention(original=original)
 
     @property
     def _strategy(self) -> TrainingStrategy:
@@ -236,6 +273,9 @@ class KTOModule(LightningModule):
         self._place_reference()
         # `from_pretrained` gives eval mode, in which activation checkpointing is silently off.
         self.train()
+        # Lightning's advice on modules in eval mode: the policy leaves those there that would only
+        # add noise.
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
 
     def on_train_start(self) -> None:
         self.resumption.begin()
@@ -294,6 +334,7 @@ class KTOModule(LightningModule):
                     losses = scorer.compute_losses(micro_batch, logps, z0, sums)
                     balance = scorer.auxiliary_loss(micro_batch, logps.policy, batch.num_tokens)
                     loss = losses.sum() / batch.num_examples + balance
+                    loss = reaching_all(loss, scorer.policy.parameters())
                     # DDP and FSDP2 average gradients over ranks, and `num_examples` counts the
                     # examples of all ranks: times the world size, the average is the sum.
                     self.manual_backward(loss * self.trainer.world_size)
@@ -302,6 +343,7 @@ class KTOModule(LightningModule):
                     # lines they would still be there during the next micro-batch's forward.
                     logps.detach_()
                     del losses, balance, loss
+        fill_missing_gradients(scorer.policy.parameters())
         norm = self._gradient_norm()
         scalars = torch.stack([z0_raw, z0, norm.to(z0)])
         metrics, peaks = read_step(

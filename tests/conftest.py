@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,10 @@ from hypothesis import settings
 
 pytest.register_assert_rewrite("tests.support")
 
-SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+TESTS = Path(__file__).resolve().parent
+SHARED_DATA = TESTS.parent.parent / "shared" / "data"
+DRAWING = {"benchmarks", "demo", "fuzz", "reports", "test_generations.py"}
+"""Tests that look at reports, or run on inputs that nobody has chosen."""
 
 # Property-based tests have no deadline: how long one example takes is the machine's business.
 settings.register_profile("no_deadline", deadline=None)
@@ -50,6 +54,19 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.cli import small_data
 
     return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _undrawn_charts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Reports of other tests have no charts: Matplotlib takes two thirds of a small run's time."""
+    if DRAWING.intersection(request.path.relative_to(TESTS).parts):
+        yield
+        return
+    from tests.support.pages import undraw
+
+    with pytest.MonkeyPatch.context() as patch:
+        undraw(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -3,21 +3,22 @@
 import inspect
 import re
 import shlex
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl.trainer import kto_trainer
 from trl.trainer.kto_config import KTOConfig
 
 from docs.hooks import key_tables
 from docs.keys import keys
 from kto_lightning.training.metrics_csv import COLUMNS
-from tests.support.cli import run_cli
+from tests.support.cli import run_cli, small_data, small_model
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 TEXTS = {path.stem: path.read_text(encoding="utf-8") for path in [*PAGES, ROOT / "README.md"]}
 INHERITED = re.findall(
     r"\w+",
@@ -104,6 +105,20 @@ def test_every_file_and_test_that_a_page_names_exists(page: str):
     rooms = "|".join(path.parent.name for path in package.glob("*/__init__.py"))
     for path in re.findall(rf"`((?:{rooms})/[\w/]+\.py)`", TEXTS[page]):
         assert (package / path).is_file(), path
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_the_programs_of_the_page_on_python_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    programs = re.findall(r"^```python\n(.*?)```", TEXTS["api"], re.DOTALL | re.MULTILINE)
+    assert len(programs) == 3
+    small_model(tmp_path / "model")
+    small_data(tmp_path / "feedback.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for program in programs:
+        exec(program.replace("Qwen/Qwen2.5-0.5B-Instruct", "model"), {})
+        assert AutoModelForCausalLM.from_pretrained("aligned").config.model_type == "qwen2"
+        assert AutoTokenizer.from_pretrained("aligned")
+        shutil.rmtree("aligned")
 
 
 def test_the_readme_has_a_tree_of_every_folder():

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.errors import ConfigError
-from kto_lightning.models.loading import LoRA
+from kto_lightning.models.lora import LoRA
+from kto_lightning.models.packed_run import CHECKPOINTING
 from kto_lightning.models.reference import AdapterReference, FrozenReference
 from kto_lightning.module import KTOModule
 from kto_lightning.parity.agreement import LATER
@@ -60,7 +61,7 @@ def oracle(
     assert isinstance(module.reference, FrozenReference)
     policy, reference = copy.deepcopy((module.policy, module.reference.policy))
     for scorer in (policy, reference):
-        scorer.run_padded()  # their own attention
+        scorer.use_route("padded")  # their own attention
         scorer.to(dtype)
     count = len(examples)
 
@@ -132,10 +133,10 @@ def test_z0_is_positive_in_these_tests_and_is_clamped() -> None:
     assert row["train/z0"] == 0.0 > -0.5 > row["train/z0_raw"]
 
 
-@pytest.mark.parametrize("kind", ["llama", "lora", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "lora", "padded"])
 def test_micro_batches_and_ranks_do_not_change_the_step(kind: str) -> None:
-    packed = make_policy_and_reference(kind)[0].packed
-    assert packed is (kind != "gemma2")
+    packed = make_policy_and_reference(kind)[0].shares_prompts
+    assert packed is (kind != "padded")
     whole = fit_steps(make_module(kind), step_batch(packed=packed))
     assert whole.row["train/tokens"] == MIXED.num_tokens
     assert whole.row["step"] == 1
@@ -199,7 +200,7 @@ def test_micro_batches_do_not_change_several_steps() -> None:
 def test_activation_checkpointing_changes_nothing(max_tokens: int) -> None:
     module = make_module()
     assert module.policy is not None
-    module.policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    module.policy.causal_lm.gradient_checkpointing_enable(CHECKPOINTING)
     assert_same_step(
         fit_steps(module, step_batch(max_tokens=max_tokens)), fit_steps(make_module(), step_batch())
     )
@@ -260,7 +261,7 @@ def test_mixed_bfloat16_is_close() -> None:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("files")
     model = save_model(root / "model", "qwen2", make_tokenizer())
-    padded = save_model(root / "padded", "gemma2", make_tokenizer(), seed=1)
+    padded = save_model(root / "padded", "mamba", make_tokenizer(), seed=1)
     records = [record | {"label": i % 2 == 0} for i, record in enumerate(plain_records(7))]
     train = write_jsonl(root / "train.jsonl", records)
     adapter = save_adapter(root / "adapter", model)
@@ -291,7 +292,7 @@ def fit_files(files: dict[str, Path], policy: str = "model", **settings: Any) ->
 
 def test_from_files(files: dict[str, Path]) -> None:
     module, rows = fit_files(files)
-    assert module.padding_reason is None
+    assert not module.route_obstacles
     assert isinstance(module.reference, FrozenReference)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     first = rows[0]
@@ -328,8 +329,8 @@ def test_a_reference_that_cannot_share_prompts_makes_the_policy_run_padded(
     files: dict[str, Path],
 ) -> None:
     module, rows = fit_files(files, reference=str(files["padded"]))
-    assert not module.policy.packed
-    assert module.padding_reason == "its reference cannot be packed"
+    assert module.policy.route == "padded"
+    assert module.route_obstacles == {"packed": "its reference cannot be run so"}
     assert all(math.isfinite(row["train/loss"]) for row in rows)
     assert abs(rows[0]["train/reward/desirable"]) > 0.01
 

@@ -26,8 +26,8 @@ class ExecutionContext:
 
     rank: int
     world_size: int
-    packed: bool
-    """Whether the model runs packed sequences and shares prompts; otherwise it pads."""
+    shares_prompts: bool
+    """Whether the model shares prompts between completions; otherwise it pads."""
     with_keys: bool
     """Whether batches carry the keys of a reference cache."""
 
@@ -95,7 +95,7 @@ class Batching:
             seed=seed,
             rank=context.rank,
             world_size=context.world_size,
-            padded=not context.packed,
+            padded=not context.shares_prompts,
             buffer=buffer,
         )
 
@@ -108,7 +108,7 @@ class Batching:
             desirable_weight=weights.desirable,
             undesirable_weight=weights.undesirable,
             max_length=self.max_length,
-            can_share_prompts=context.packed,
+            can_share_prompts=context.shares_prompts,
             with_keys=context.with_keys,
         )
 

@@ -32,7 +32,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         check_number("beta", self.beta, above=0.0)
-        check_one_of("loss", self.loss, get_args(LossName))
+        check_one_of("--model.loss", self.loss, get_args(LossName))
         self.class_weights(1, 1)
 
     @property

@@ -55,9 +55,8 @@ class StepLoader(DataLoader[StepBatch]):
                     batch = next(batches)
             except StopIteration:
                 return
-            except Exception:
-                # A killed worker's connections are reset a moment before it has ended.
-                wait([worker.sentinel for worker in self._workers], timeout=1.0)
+            except Exception as error:
+                self._wait_for_end(error)
                 if not self._ended_workers():
                     raise
                 self._give_workers_up()
@@ -71,6 +70,15 @@ class StepLoader(DataLoader[StepBatch]):
         started = set(multiprocessing.active_children()) - before
         self._workers = frozenset(started) or self._workers  # they live on from epoch to epoch
         return batches
+
+    def _wait_for_end(self, error: Exception) -> None:
+        """Wait for the worker whose end may be behind an error: the kernel closes a process's
+        connections first, its sentinel among them, and gives its exit status later."""
+        limit = 10.0 if isinstance(error, OSError | EOFError) else 1.0
+        closed = wait([worker.sentinel for worker in self._workers], timeout=limit)
+        for worker in self._workers:
+            if worker.sentinel in closed:
+                worker.join(limit)
 
     def _ended_workers(self) -> list[BaseProcess]:
         return [worker for worker in self._workers if not worker.is_alive()]

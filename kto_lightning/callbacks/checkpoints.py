@@ -2,7 +2,7 @@
 
 import os
 import sys
-from contextlib import suppress
+import time
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from kto_lightning.callbacks.lightning_state import ends_epoch, kto_data, validates_now
 from kto_lightning.errors import StoppedRun, check_count, printable
+from kto_lightning.sharded_checkpoint import remove_leftovers
+from kto_lightning.strategies.protocol import training_strategy
 from kto_lightning.training.checkpoints import (
     checkpoints_of,
     list_checkpoints,
@@ -24,6 +26,10 @@ from kto_lightning.training.checkpoints import (
 class Checkpoints(Checkpoint):
     """Saves `OUTPUT/checkpoints/step=N.ckpt` and keeps the last two.
 
+    Once saving has taken longer than a step, later checkpoints are written beside the steps that
+    follow, if the strategy can. The end of the run and the next checkpoint wait for that, and only
+    then is an older one removed.
+
     Args:
         every_n_steps: optimizer steps from one checkpoint to the next; null: at the end only.
     """
@@ -33,24 +39,32 @@ class Checkpoints(Checkpoint):
         self.every_n_steps = every_n_steps
         self.resume_settings = {"checkpoint.every_n_steps": every_n_steps}
         self._saved_step = -1
+        self._saves_slowly = False
+        self._has_pending = False
+        self._step_started = self._step_seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rename checkpoints of later steps than the one resumed from, so that `last` never means
         one of them, and remove what a killed run left of one."""
         if not trainer.is_global_zero:
             return
-        for part in checkpoints_of(trainer.default_root_dir).glob(".step=*.ckpt.part"):
-            with suppress(OSError):
-                part.unlink()
+        remove_leftovers(checkpoints_of(trainer.default_root_dir))
         for step, path in list_checkpoints(trainer.default_root_dir):
             if step > trainer.global_step:
                 os.replace(path, _unused_name(path.with_suffix(".ckpt.old")))
                 where = printable(str(path))
                 print(f"warning: {where} is of a later step; renamed to .ckpt.old", file=sys.stderr)
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        self._step_started = time.perf_counter()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
+        self._step_seconds = time.perf_counter() - self._step_started
+        self._finish(trainer, wait=False)
         if self._is_due(trainer) and not validates_now(trainer) and not ends_epoch(trainer):
             self._save(trainer)
 
@@ -83,22 +97,39 @@ class Checkpoints(Checkpoint):
         normalize_loop_progress(loops, num_epochs=num_epochs, num_in_epoch=num_in_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer)
+        self._save(trainer, trains_on=False)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Save a run that stops between two steps, on all ranks alike."""
         if isinstance(exception, StoppedRun) and trainer.state.fn == "fit" and trainer.global_step:
-            self._save(trainer)
+            self._save(trainer, trains_on=False)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, *, trains_on: bool = True) -> None:
+        self._finish(trainer, wait=True)
         step = trainer.global_step
         if step == self._saved_step:
             return
-        directory = checkpoints_of(trainer.default_root_dir)
-        trainer.save_checkpoint(directory / f"step={step}.ckpt")
-        self._saved_step = step
+        background = trains_on and self._saves_slowly
+        path = checkpoints_of(trainer.default_root_dir) / f"step={step}.ckpt"
+        started = time.perf_counter()
+        trainer.save_checkpoint(path, storage_options={"background": True} if background else None)
+        self._saved_step, self._has_pending = step, True
+        if background:
+            return
+        self._finish(trainer, wait=True)
+        if training_strategy(trainer.strategy).saves_in_background:
+            is_slow = time.perf_counter() - started > self._step_seconds
+            self._saves_slowly = trainer.strategy.broadcast(is_slow)
+
+    def _finish(self, trainer: Trainer, *, wait: bool) -> None:
+        """Remove older checkpoints once the latest is whole."""
+        if not self._has_pending:
+            return
+        if not training_strategy(trainer.strategy).finish_saving(wait=wait):
+            return
+        self._has_pending = False
         if trainer.is_global_zero:
             for _, old in list_checkpoints(trainer.default_root_dir)[:-2]:
                 trainer.strategy.remove_checkpoint(old)

@@ -16,14 +16,20 @@ from rich.text import Text
 
 from kto_lightning.batches.class_weights import effective_ratio
 from kto_lightning.callbacks.lightning_state import kto_data, kto_module
+from kto_lightning.callbacks.memory import memory_rows
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.data.prepared import PreparedData
 from kto_lightning.data.rewards import check_writable, rewards_paths
+from kto_lightning.data.sources import names_of
 from kto_lightning.data.streaming.stream import ExampleStream
 from kto_lightning.distributed import warn
 from kto_lightning.errors import printable
 from kto_lightning.files import write_whole
 from kto_lightning.models.following import FollowingReference
+from kto_lightning.models.lora_layers import left_out
+from kto_lightning.models.routes.choose import explain_obstacles
+from kto_lightning.models.routes.runner import RouteName
+from kto_lightning.models.text_part import shown_names
 from kto_lightning.module import KTOModule
 from kto_lightning.reports.data import (
     as_json,
@@ -96,8 +102,10 @@ class DataReportFile(Callback):
 
 
 def _write_stream_report(stream: ExampleStream, trainer: Trainer) -> None:
-    sources = [stream.source] if isinstance(stream.source, str) else stream.source
-    content = {"sources": sources, "streamed": True} | asdict(stream.counts)
+    names = names_of(stream.source)
+    sources = [names] if isinstance(names, str) else names
+    content = {"sources": sources, "streamed": True, "read_as": stream.reader.notes}
+    content |= asdict(stream.counts)
     write_whole(_data_report_path(trainer), as_json(content) + "\n", what="the data report")
 
 
@@ -112,7 +120,9 @@ class Summary(Callback):
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module, data = kto_module(pl_module), kto_data(trainer)
-        rows = [*_data_rows(data), *_model_rows(module, data)]
+        readings = [("reading", text) for text in data.prepared.readings]
+        rows = [*readings, *_data_rows(data), *_model_rows(module, data)]
+        rows += memory_rows(trainer, module, data)
         warnings, num_steps = list(data.prepared.warnings), module.num_training_steps()
         if isinstance(module.reference, FollowingReference) and num_steps is not None:
             warnings += module.reference.warnings(num_steps)
@@ -196,6 +206,13 @@ def _stream_rows(data: PreparedData, stream: ExampleStream) -> list[Row]:
     ]
 
 
+_ROUTES: dict[RouteName, str] = {
+    "packed": "packed, prompts shared by both completions",
+    "cached": "cached, prompts once and both completions on top of them",
+    "padded": "padded, each completion with its prompt",
+}
+
+
 def _model_rows(module: KTOModule, data: KTODataModule) -> list[Row]:
     assert module.policy is not None
     assert module.reference is not None
@@ -203,16 +220,23 @@ def _model_rows(module: KTOModule, data: KTODataModule) -> list[Row]:
     total = sum(p.numel() for p in parameters)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     num_steps = module.num_training_steps() or "as many as the stream gives"
-    attention = "packed, prompts shared by both completions"
-    if module.padding_reason is not None:
-        attention = f"padded, because {module.padding_reason}"
+    route = _ROUTES[module.policy.route]
+    if module.route_obstacles:
+        route = f"{route}; {explain_obstacles(module.route_obstacles)}"
     per_step = data.batching.batch_size
     if data.prepared.train_set is not None:
         per_step = min(per_step, len(data.prepared.train_set))
+    trained = f"{trainable:,} of {total:,} parameters trained"
+    if module.unused_modules:
+        trained += f"; frozen, as no text reaches it: {shown_names(module.unused_modules)}"
+    lora = module.model_settings.lora
+    unadapted = left_out(module.policy.model, module.unused_modules)
+    if lora is not None and lora.exclude_modules is None and unadapted:
+        trained += f"; no adapter on {', '.join(unadapted)}, which peft cannot adapt"
     return [
-        ("model", f"{module.model_settings.policy}: {trainable:,} of {total:,} parameters trained"),
+        ("model", f"{module.model_settings.policy}: {trained}"),
         ("reference", module.reference.description),
-        ("attention", attention),
+        ("route", route),
         ("steps", f"{num_steps}, {per_step} examples each"),
     ]
 

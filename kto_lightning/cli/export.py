@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _export(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging
 
-    from kto_lightning.models.build import load_policy_from_checkpoint
-    from kto_lightning.models.export import has_adapter, merge_adapter, save_weights
+    from kto_lightning.models.export import has_adapter, save_weights
+    from kto_lightning.models.from_checkpoint import load_policy_from_checkpoint, read_values
+    from kto_lightning.models.merging import merge_obstacle
 
     checkpoint_path, directory = arguments.checkpoint, arguments.directory
     checkpoint = _load_checkpoint(checkpoint_path)
@@ -97,6 +99,7 @@ def _export(arguments: argparse.Namespace) -> None:
             checkpoint,
             trust_remote_code=arguments.trust_remote_code,
             adapter_base=arguments.adapter_base,
+            merges=arguments.merge,
         )
         tokenizer = _load_tokenizer(origin, arguments)
     except ModelError as error:
@@ -106,27 +109,38 @@ def _export(arguments: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--merge: {checkpoint_path} holds a full model without an adapter. Omit --merge."
             )
-        merge_adapter(policy)
-    save_weights(policy, tokenizer, directory, origin=origin)
-    kind = "adapter" if has_adapter(policy) else "model"
+        obstacle = merge_obstacle(policy.model)
+        if obstacle is not None:
+            raise ConfigError(
+                f"--merge: no merged model would equal the adapter: {obstacle}. Omit --merge to "
+                "write the adapter."
+            )
+    read = partial(read_values, checkpoint)
+    save_weights(policy, tokenizer, directory, origin=origin, merges=arguments.merge, read=read)
+    kind = "adapter" if has_adapter(policy) and not arguments.merge else "model"
     print(f"{kind:9} {printable(str(directory))}")
 
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint whose tensors are on disk: those of a file are mapped into memory, those of a
+    directory on the device `meta`."""
     from kto_lightning.models.origin import check_origin
+    from kto_lightning.sharded_checkpoint import is_sharded, read_header, verify_directory
     from kto_lightning.training.checkpoint_files import AtomicCheckpointIO
 
     if not path.exists():
         raise KTOError(f"there is no checkpoint {path}. Check the path.")
+    if path.is_dir() and not is_sharded(path):
+        raise KTOError(
+            f"{path} is a directory without a checkpoint. Give a checkpoint that `fit` wrote."
+        )
     if path.is_dir():
-        raise KTOError(f"{path} is a directory. Give a checkpoint file that `fit` wrote.")
-    checkpoint = AtomicCheckpointIO().load_checkpoint(path, map_location=_to_cpu)
+        verify_directory(path)
+        checkpoint: dict[str, Any] = read_header(path)
+    else:
+        checkpoint = AtomicCheckpointIO().map_checkpoint(path)
     check_origin(checkpoint, str(path))
     return checkpoint
-
-
-def _to_cpu(storage: Any, _: str) -> Any:
-    return storage
 
 
 def _load_tokenizer(origin: dict[str, Any], arguments: argparse.Namespace) -> Any:

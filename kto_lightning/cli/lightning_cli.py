@@ -2,6 +2,7 @@
 
 import sys
 import textwrap
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from kto_lightning.callbacks.checkpoints import Checkpoints, StepSeed
 from kto_lightning.callbacks.generations import Generations
@@ -24,8 +26,9 @@ from kto_lightning.callbacks.reporting import (
     Summary,
     WritableRewards,
 )
+from kto_lightning.callbacks.shared_output import SharedOutput
 from kto_lightning.cli.config_file import ConfigFile
-from kto_lightning.cli.parser import PROG, Parser, first_cause
+from kto_lightning.cli.parser import PROG, Parser, first_cause, offer_as
 from kto_lightning.cli.paths import expand_paths
 from kto_lightning.cli.refusals import (
     ENVIRONMENT,
@@ -35,18 +38,17 @@ from kto_lightning.cli.refusals import (
     check_trainer_options,
 )
 from kto_lightning.data.datamodule import KTODataModule
+from kto_lightning.data.prepared import PreparedData
 from kto_lightning.data.rewards import write_rewards
 from kto_lightning.distributed import explain_lost_rank, gathered, wait_for_each_other
 from kto_lightning.errors import ConfigError, KTOError, error_message, printable
-from kto_lightning.models.build import load_policy_from_checkpoint
 from kto_lightning.models.export import save_policy
-from kto_lightning.models.policy import Policy
 from kto_lightning.module import KTOModule
 from kto_lightning.reports.run import write_run_report
 from kto_lightning.reports.run.run_file import mark_finished, stops_recorded
-from kto_lightning.strategies.checks import check_strategy, strategy_name
-from kto_lightning.strategies.fsdp2 import NAME as FSDP2_NAME
-from kto_lightning.strategies.launcher import terminate_ranks_together
+from kto_lightning.strategies.checks import check_strategy, is_sharding
+from kto_lightning.strategies.heartbeat import watch_hosts
+from kto_lightning.strategies.launcher import launch_ranks
 from kto_lightning.strategies.protocol import training_strategy
 from kto_lightning.training.checkpoint_files import AtomicCheckpointIO
 from kto_lightning.training.checkpoints import (
@@ -58,11 +60,21 @@ from kto_lightning.training.checkpoints import (
 from kto_lightning.training.metrics_csv import COLUMNS, MONITORABLE_METRICS, MetricsFile
 from kto_lightning.training.run_lock import run_lock
 
+offer_as(KTOModule.__init__, policy=str, reference=str | None)
+offer_as(
+    KTODataModule.__init__,
+    train=str | list[str] | None,
+    validation=float | str | list[str] | None,
+    predict=str | list[str] | None,
+    tokenizer=str | None,
+)
+
 
 class KTOCLI(LightningCLI):
     """`fit`, `validate` and `predict` on top of Lightning's trainer."""
 
     def __init__(self, arguments: list[str]) -> None:
+        self._command = arguments[0] if arguments else None
         super().__init__(
             model_class=KTOModule,
             datamodule_class=KTODataModule,
@@ -88,14 +100,15 @@ class KTOCLI(LightningCLI):
             load_from_checkpoint_support=False,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
+    def subcommands(self) -> dict[str, set[str]]:
+        """Only the given command where it comes first: each parser takes a tenth of a second."""
         skipped = {"model", "dataloaders", "datamodule", "weights_only"}
-        return {
+        commands = {
             "fit": skipped | {"train_dataloaders", "val_dataloaders"},
             "validate": skipped | {"verbose"},
             "predict": skipped | {"return_predictions"},
         }
+        return {k: v for k, v in commands.items() if k == self._command} or commands
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -121,7 +134,8 @@ class KTOCLI(LightningCLI):
         trainer = config.trainer
         check_environment(str(self.subcommand), self._parser(self.subcommand))
         check_trainer_options(trainer, trains=self.subcommand == "fit")
-        check_strategy(trainer.strategy, config.model)
+        ranks = {"num_nodes": trainer.num_nodes, "devices": trainer.devices}
+        check_strategy(trainer.strategy, config.model, **ranks)
         config.output_dir = "." if config.output_dir == "" else config.output_dir
         self._rewards_dir = config.output_dir
         config.output_dir = config.output_dir or "output"
@@ -161,14 +175,15 @@ class KTOCLI(LightningCLI):
         kwargs["logger"] = [metrics_file, *(logger for logger in loggers if _is_logger(logger))]
         progress = ProgressBar() if sys.stdout.isatty() else ProgressLines()
         callbacks = _as_list(trainer.callbacks)
-        check_callbacks(callbacks, shards=strategy_name(trainer.strategy).startswith(FSDP2_NAME))
+        given = self.config[str(self.subcommand)].trainer  # there a strategy is a name or class
+        check_callbacks(callbacks, shards=is_sharding(given.strategy))
         if self.subcommand == "fit":
             validates = self._module_and_data()[1].validation is not None
             check_monitors(callbacks, validates=validates, known=MONITORABLE_METRICS)
-        configs = self.config[str(self.subcommand)].trainer.callbacks
         kwargs["callbacks"] = [
-            BeforeOthers([one.as_dict() for one in _as_list(configs)]),
+            BeforeOthers([one.as_dict() for one in _as_list(given.callbacks)]),
             *callbacks,
+            SharedOutput(),
             MetricsStart(),
             StepSeed(),
             DiagnosisWarnings(),
@@ -187,6 +202,7 @@ class KTOCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         with ExitStack() as stack:
+            names = stack.enter_context(watch_hosts(self.trainer))
             if subcommand == "fit" and self.trainer.is_global_zero:
                 output_dir = self.config[subcommand].output_dir
                 stack.enter_context(run_lock(output_dir))
@@ -194,8 +210,8 @@ class KTOCLI(LightningCLI):
             self._checkpoint = self._find_checkpoint()
             if self._checkpoint is not None:
                 explain_restoring(self.trainer, self._checkpoint)
-            stack.enter_context(terminate_ranks_together(self.trainer))
-            stack.enter_context(explain_lost_rank())
+            stack.enter_context(launch_ranks(self.trainer))
+            stack.enter_context(explain_lost_rank(names))
             super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
@@ -204,29 +220,36 @@ class KTOCLI(LightningCLI):
         if held_out and module.validated_step != self.trainer.global_step:
             self.trainer.validate(module, datamodule=data, verbose=False)
         origin = module.origin()
-        gathered_state = training_strategy(self.trainer.strategy).whole_state()
+        gather = training_strategy(self.trainer.strategy).gather
         with wait_for_each_other():
-            if self.trainer.is_global_zero:
-                policy = module.policy
-                if gathered_state is not None:
-                    checkpoint = {"state_dict": gathered_state, "kto": origin}
-                    policy = load_policy_from_checkpoint(
-                        checkpoint, trust_remote_code=module.model_settings.trust_remote_code
-                    )
-                assert policy is not None
-                self._export(policy, origin)
+            if gather is not None or self.trainer.is_global_zero:
+                self._export(origin, gather)
 
-    def _export(self, policy: Policy, origin: dict[str, Any]) -> None:
+    def _export(
+        self, origin: dict[str, Any], gather: Callable[[Tensor], Tensor | None] | None
+    ) -> None:
         module, data = self._module_and_data()
+        assert module.policy is not None
         assert data.prepared.tokenizer is not None
         output = Path(self.trainer.default_root_dir)
         trusted = module.model_settings.trust_remote_code
-        save_policy(
-            policy, data.prepared.tokenizer, output, origin=origin, trust_remote_code=trusted
+        obstacle = save_policy(
+            module.policy,
+            data.prepared.tokenizer,
+            output,
+            origin=origin,
+            trust_remote_code=trusted,
+            gather=gather,
         )
+        if not self.trainer.is_global_zero:
+            return
         averaging = averaging_callback(self.trainer)
         by = f" (weights averaged by {type(averaging).__name__})" if averaging is not None else ""
-        print(f"model     {printable(str(output / 'model'))}{by}")
+        if obstacle is None:
+            print(f"model     {printable(str(output / 'model'))}{by}")
+        else:
+            print(f"adapter   {printable(str(output / 'adapter'))}{by}")
+            print(f"no merged model: {obstacle}.")
         print(f"metrics   {printable(str(output / 'metrics.csv'))}")
         _write_report(output)
 
@@ -255,8 +278,7 @@ class KTOCLI(LightningCLI):
     @rank_zero_only
     def after_validate(self) -> None:
         module, data = self._module_and_data()
-        for warning in data.prepared.warnings:
-            print(f"warning: {printable(warning)}", file=sys.stderr)
+        _print_notes(data.prepared)
         metrics = module.published.latest
         if not any(metrics.get(f"val/reward/{side}") for side in ("desirable", "undesirable")):
             _warn_of_identical_reference(module)
@@ -267,8 +289,7 @@ class KTOCLI(LightningCLI):
     def after_predict(self) -> None:
         module, data = self._module_and_data()
         assert data.prepared.predict_set is not None
-        for warning in data.prepared.warnings:
-            print(f"warning: {printable(warning)}", file=sys.stderr)
+        _print_notes(data.prepared)
         batches = self.trainer.predict_loop.predictions
         predictions = gathered([prediction for batch in batches for prediction in batch])
         if not self.trainer.is_global_zero:
@@ -294,6 +315,13 @@ def _write_report(output: Path) -> None:
         return
     print(f"report    {printable(str(path))}")
     print(textwrap.fill(printable(verdict), width=79))
+
+
+def _print_notes(data: PreparedData) -> None:
+    for reading in data.readings:
+        print(f"reading: {printable(reading)}", file=sys.stderr)
+    for warning in data.warnings:
+        print(f"warning: {printable(warning)}", file=sys.stderr)
 
 
 def _warn_of_identical_reference(module: KTOModule) -> None:

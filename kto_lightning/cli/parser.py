@@ -4,8 +4,9 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
+from inspect import unwrap
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
@@ -14,14 +15,17 @@ from lightning.pytorch.cli import LightningArgumentParser
 from yaml import YAMLError
 
 from kto_lightning.cli.settings_file import load_yaml, read_settings
+from kto_lightning.data.commands import PROG
 from kto_lightning.errors import ConfigError, printable
 from kto_lightning.strict_yaml import RefusedYAML, check_yaml
 
-PROG = "python -m kto_lightning"
 SHORT_OPTIONS = {"--generate": "--report.generate"}
 _GIVEN = ("Given value:", "Got value:")
 _QUOTE = "'"
+_MOST_NAMES, _SOME_NAMES = 12, 4
+"""Of the settings of a class in a message: how many are all shown, how many else."""
 _REFUSED_KEY = re.compile(r"Option '([^']*)' is not accepted")
+_NO_SETTING = re.compile(r" has no setting '([^']*)'")
 _LONG_WORD = re.compile(r"(\S{300})\S+")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _class_problems: list[str] = []
@@ -134,7 +138,9 @@ class Parser(LightningArgumentParser):
         value = value.get("init_args", value) if isinstance(value, Namespace) else value
         for kind in filter(is_dataclass, get_args(hint)):
             for setting in fields(kind):
-                if isinstance(value, Namespace) and value.get(setting.name, 0) is None:
+                takes_null = "null" in _expected(setting.type)
+                is_null = isinstance(value, Namespace) and value.get(setting.name, 0) is None
+                if is_null and not takes_null:
                     self._exit(f"--{action.dest}.{setting.name} must not be null.")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -206,9 +212,10 @@ class Parser(LightningArgumentParser):
                 continue
             name = f"--{action.dest}" if self.exit_on_error else f".{action.dest}"
             problem = next((text for text in _class_problems if text in message), None)
+            hint = getattr(action, "_typehint", None)
             if problem is not None:
-                return f"{name}{problem}"
-            hint, got = getattr(action, "_typehint", None), self._wrong_value(action.dest, message)
+                return f"{name}{_explained(problem, hint)}"
+            got = self._wrong_value(action.dest, message)
             if hint is not None and got is not None:
                 *first, last = dict.fromkeys(_expected(hint))
                 expected = f"{', '.join(first)} or {last}" if first else last
@@ -243,11 +250,30 @@ class Parser(LightningArgumentParser):
         return (same[-1] if same else got) or "''"
 
 
+def offer_as(function: Callable, **types: Any) -> None:
+    """Let parameters that take objects of Python programs be options of a type to write.
+
+    Args:
+        function: whose annotations change.
+        types: of these parameters, by name.
+    """
+    unwrap(function).__annotations__.update(types)
+
+
 def shorten(message: str) -> str:
     """A message whose longest words are cut, such as a value of a megabyte, and whose control
     characters are escape sequences to read."""
     cut = _LONG_WORD.sub(r"\1…", message)
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), cut)
+
+
+def _explained(problem: str, hint: Any) -> str:
+    """The problem in the words of a class that knows more of settings that it does not have."""
+    unknown = _NO_SETTING.match(problem)
+    kinds = [kind for kind in get_args(hint) if hasattr(kind, "explain_unknown")]
+    if unknown is None or not kinds:
+        return problem
+    return f".{unknown[1]} {kinds[0].explain_unknown(unknown[1])}"
 
 
 def _read_as(value: str) -> str | None:
@@ -264,11 +290,15 @@ def _expected(hint: Any) -> list[str]:
         return [word for part in get_args(hint) for word in _expected(part)]
     if get_origin(hint) in (list, Iterable):
         return ["a list"]
+    if get_origin(hint) is dict:
+        return ["a mapping"]
     if get_origin(hint) is Literal:
         return [str(choice) for choice in get_args(hint)]
     name = _TYPES.get(hint) or getattr(hint, "__name__", str(hint))
     if is_dataclass(hint):
-        name += f" ({', '.join(field.name for field in fields(hint))})"
+        names = [field.name for field in fields(hint)]
+        shown = names if len(names) <= _MOST_NAMES else [*names[:_SOME_NAMES], "…"]
+        name += f" ({', '.join(shown)})"
     return [name]
 
 

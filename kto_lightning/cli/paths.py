@@ -15,7 +15,7 @@ PATH_OPTIONS = (
     (None, "output_dir"),
 )
 """Options of `fit`, `validate` and `predict` that name a file or directory, with their groups.
-Sources of records are expanded where they are found (`data/sources.py`)."""
+Sources of records are expanded where they are found (`data/sources/`)."""
 
 
 def expanded_path(text: str) -> Path:

@@ -15,7 +15,14 @@ from transformers.utils import logging as transformers_logging
 from kto_lightning.callbacks.preemption import Preempted
 from kto_lightning.cli.lightning_cli import KTOCLI
 from kto_lightning.cli.parser import expand_short_options, shorten
-from kto_lightning.errors import ConfigError, KTOError, StoppedRun, error_message, os_error_message
+from kto_lightning.errors import (
+    ConfigError,
+    KTOError,
+    OtherRankError,
+    StoppedRun,
+    error_message,
+    os_error_message,
+)
 
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
@@ -44,6 +51,14 @@ def _print_error(message: str) -> None:
     print(f"[rank {rank}] error: {message}" if rank else f"error: {message}", file=sys.stderr)
 
 
+def _end_with(error: KTOError) -> int:
+    """Print an error, unless another rank prints it; returns the exit status."""
+    if isinstance(error, OtherRankError):
+        return error.status
+    _print_error(error_message(error))
+    return 1
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Errors that a user can fix are a message on stderr, not a traceback.
 
@@ -66,8 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {shown}" if is_error else shown, file=sys.stderr)
         return stopped.status
     except KTOError as error:
-        _print_error(error_message(error))
-        return 1
+        return _end_with(error)
     except OSError as error:
         _print_error(os_error_message(error))
         return 1

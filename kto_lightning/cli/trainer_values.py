@@ -26,7 +26,7 @@ _LENGTHS = ("max_steps", "max_epochs")
 _SHARES = ("limit_train_batches", "limit_val_batches", "limit_predict_batches")
 _PROFILERS = ("simple", "advanced", "pytorch", "xla")
 _TIME = re.compile(r"\d+:\d+:\d+:\d+")
-_LISTED = ("auto", "ddp", "fsdp2", "fsdp2_offload")
+_LISTED = ("auto", "ddp", "fsdp2", "fsdp2_offload", "fsdp2_hybrid", "fsdp2_hybrid_offload")
 """Strategies that a message names; Lightning's others are taken too."""
 
 

@@ -5,6 +5,10 @@ rewards are differences of log-probs that nearly cancel, so their rounding error
 them: they may differ by the same or by 4·eps·|log-prob| (times β for rewards), whichever is larger.
 Token counts are equal. After SGD the weights agree to 1e-4 of the largest update; AdamW divides
 every gradient by its own size, which turns the rounding error of one near 0 into a full step.
+
+Some models (linear attention with far from usual weights) are more sensitive than that. What a run
+of TRL with every weight moved by its rounding says of it is in `Sensitivity`, by which all
+tolerances are multiplied.
 """
 
 import math
@@ -18,6 +22,9 @@ from kto_lightning.parity.trace import Trace
 EARLY, LATER = 1e-5, 5e-4
 NUM_EARLY_STEPS = 2
 WEIGHTS, MIN_MOVEMENT = 1e-4, 1e-3
+_FACTOR_OF_ROUNDING = 4.0
+MOST_SENSITIVE = 200.0
+"""Larger multiples of the tolerances would let faults pass."""
 _FOUR_EPS = 4 * torch.finfo(torch.float32).eps
 _RELATIVE_COLUMNS = (
     "train/loss",
@@ -52,6 +59,14 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sensitivity:
+    """How many times the tolerances rounding needs, at least 1 and at most `MOST_SENSITIVE`."""
+
+    columns: dict[str, float]
+    weights: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Movement:
     """The update of the weights by training, and the difference of both sides afterwards."""
 
@@ -59,6 +74,8 @@ class Movement:
     """The largest update of a weight on TRL's side."""
     difference: float
     """The largest difference of a weight between both sides."""
+    tolerance: float = WEIGHTS
+    """Of `difference`, relative to `largest`."""
 
     @property
     def is_enough(self) -> bool:
@@ -71,15 +88,18 @@ class Movement:
 
     @property
     def agrees(self) -> bool:
-        return self.share <= WEIGHTS
+        return self.share <= self.tolerance
 
 
-def compare(ours: Trace, theirs: Trace, *, beta: float) -> list[Comparison]:
+def compare(
+    ours: Trace, theirs: Trace, *, beta: float, sensitivity: Sensitivity | None = None
+) -> list[Comparison]:
     """Compare every column; a class that is absent on one side must be absent on both.
 
     Args:
         theirs: TRL's trace, whose mismatched log-probs give the tolerance of z0. z0 before the
             clamp is compared where TRL computes it.
+        sensitivity: of the model; None: 1.
 
     Raises:
         ValueError: if the numbers of steps differ.
@@ -91,14 +111,37 @@ def compare(ours: Trace, theirs: Trace, *, beta: float) -> list[Comparison]:
         dict(zip(theirs.columns, values, strict=True))
         for values in zip(*theirs.columns.values(), strict=True)
     ]
+    factors = {} if sensitivity is None else sensitivity.columns
     worst: dict[str, Comparison] = {}
     for step, row in enumerate(rows, start=1):
         relative = EARLY if step <= NUM_EARLY_STEPS else LATER
-        for name, allowed in _allowed(row, beta, relative).items():
+        for name, usual in _allowed(row, beta, relative).items():
+            allowed = usual * factors.get(name, 1.0)
             found = _compare_step(name, step, ours.columns[name][step - 1], row[name], allowed)
             if found is not None and (name not in worst or _excess(found) > _excess(worst[name])):
                 worst[name] = found
     return list(worst.values())
+
+
+def measure_sensitivity(
+    moved: Trace, theirs: Trace, moved_update: Movement, *, beta: float
+) -> Sensitivity:
+    """Compare two runs of TRL.
+
+    Args:
+        moved: with every weight multiplied by 1 ± eps.
+        theirs: with the weights as they are.
+        moved_update: the difference of their updates.
+    """
+    found = compare(moved, theirs, beta=beta)
+    return Sensitivity(
+        columns={comparison.name: _bounded(_excess(comparison)) for comparison in found},
+        weights=_bounded(moved_update.share / WEIGHTS if moved_update.is_enough else 0.0),
+    )
+
+
+def _bounded(excess: float) -> float:
+    return min(max(_FACTOR_OF_ROUNDING * excess, 1.0), MOST_SENSITIVE)
 
 
 def _compare_step(

@@ -8,14 +8,12 @@ import csv
 import math
 from pathlib import Path
 
-import torch
 from peft.utils import load_peft_weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from kto_lightning.cli.trainer import main
 from kto_lightning.errors import ConfigError, KTOError
-from kto_lightning.parity.trace import Inputs, Settings, Trace
+from kto_lightning.parity.trace import Inputs, Settings, Trace, load_model
 
 
 def our_trace(inputs: Inputs, settings: Settings, output_dir: Path, *options: str) -> Trace:
@@ -81,5 +79,4 @@ def _columns(metrics_csv: Path, num_steps: int) -> dict[str, list[float]]:
 def _weights(output_dir: Path, *, has_adapter: bool) -> dict[str, Tensor]:
     if has_adapter:
         return load_peft_weights(str(output_dir / "adapter"), device="cpu")
-    model = AutoModelForCausalLM.from_pretrained(output_dir / "model", dtype=torch.float32)
-    return model.state_dict()
+    return load_model(str(output_dir / "model")).state_dict()

@@ -6,9 +6,10 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from kto_lightning.batches.objective import LossName
+from kto_lightning.models.model_class import auto_class
 
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -48,13 +49,30 @@ class Inputs:
     """Another model as the reference; None: the initial policy."""
     chat_template: str | None = None
     """A file with a chat template instead of the tokenizer's."""
+    moves_weights: bool = False
+    """Whether every weight is multiplied by 1 ± eps, to see how far rounding alone moves a run."""
 
     def load(self) -> Any:
         """The initial model in float32; a `PeftModel` if there is an adapter."""
-        model = load_model(self.model)
+        model = self._moved(load_model(self.model))
         if self.adapter is None:
             return model
         return PeftModel.from_pretrained(model, self.adapter, is_trainable=True)
+
+    def load_reference(self) -> PreTrainedModel | None:
+        """None: TRL makes one of the initial policy by itself."""
+        if self.reference is not None:
+            return self._moved(load_model(self.reference))
+        return self.load() if self.moves_weights and self.adapter is None else None
+
+    def _moved(self, model: PreTrainedModel) -> PreTrainedModel:
+        if self.moves_weights:
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    signs = torch.randint(2, weight.shape, generator=generator) * 2 - 1
+                    weight.mul_(1 + torch.finfo(weight.dtype).eps * signs)
+        return model
 
     def initial_weights(self) -> dict[str, Tensor]:
         """The weights before the first step, as in `Trace.weights`."""
@@ -73,8 +91,9 @@ class Trace:
 
 
 def load_model(name: str) -> PreTrainedModel:
-    """A causal language model in float32, whatever its config specifies."""
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    """A model in float32, whatever its config specifies, of the class that `fit` trains."""
+    auto = auto_class(name, AutoConfig.from_pretrained(name), trust_remote_code=False)
+    return auto.from_pretrained(name, dtype=torch.float32)
 
 
 def trained_weights(model: Any) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ Behaviour of TRL 1.16 that matters for the comparison, and how `trl_trace` handl
   z0 (`kl`) is clamped; the mean before the clamp is recomputed from the log-probs.
 - Precision: bf16 autocast and gradient checkpointing are TRL's defaults. Both are off: float32.
 - Dropout, LoRA's too, is set to 0 in policy and reference (`disable_dropout`), as is our default.
+  Router noise (Phi-3.5-MoE, Mixtral) is left on; here it is off, as is ours.
 - AdamW is `adamw_torch_fused` with betas (0.9, 0.999), eps 1e-8 and 0 weight decay; decay skips
   biases, `nn.LayerNorm` and whatever is called a norm, but not embeddings, nor other vectors
   (gpt-oss's sinks, Mamba's D and `norm_f`). SGD has no momentum.
@@ -30,7 +31,7 @@ Behaviour of TRL 1.16 that matters for the comparison, and how `trl_trace` handl
   warm-up lasts ceil(ratio × steps) steps and its first step has a learning rate of 0.
 - A Mixture of Experts: the router's load-balancing loss over the matched sequences, padding masked
   out, is added to the loss with the config's `router_aux_loss_coef`, whatever the config's
-  `output_router_logits` says.
+  `output_router_logits` says. It fails where the config has no `num_experts`; it gets one.
 - The reference of a `PeftModel` is a frozen copy of its adapter ("ref"), not the bare base model.
 - Classes are selected by `index_select`; class weights multiply the losses, not the rewards.
 - The model is loaded as float32 whatever its config says; soft-capped attention (Gemma-2) makes
@@ -50,7 +51,7 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from kto_lightning.models.tokenizer import load_tokenizer
-from kto_lightning.parity.trace import Inputs, Settings, Trace, load_model, trained_weights
+from kto_lightning.parity.trace import Inputs, Settings, Trace, trained_weights
 
 _TRL_NAMES = {
     "kl": "train/z0",
@@ -77,6 +78,7 @@ class _RecordingTrainer(KTOTrainer):
         return logps
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        _disable_router_noise(model)
         self._mismatched.clear()
         self._metrics["train"].clear()
         loss = super()._compute_loss(model, inputs, return_outputs)
@@ -121,17 +123,38 @@ def trl_trace(
     if micro_batch_size is not None:
         config.per_device_train_batch_size = micro_batch_size
         config.gradient_accumulation_steps = settings.batch_size // micro_batch_size
+    model = inputs.load()
+    _name_experts(model.config.get_text_config())
     trainer = _RecordingTrainer(
-        model=inputs.load(),
-        ref_model=None if inputs.reference is None else load_model(inputs.reference),
+        model=model,
+        ref_model=inputs.load_reference(),
         args=config,
         train_dataset=_dataset(Path(inputs.train)),
         processing_class=load_tokenizer(
             inputs.adapter or inputs.model, chat_template=inputs.chat_template
         ),
     )
+    reference: Any = trainer.ref_model
+    if reference is not None:
+        _name_experts(reference.config.get_text_config())
     trainer.train()
     return Trace(columns=dict(trainer.columns), weights=trained_weights(trainer.model))
+
+
+def _disable_router_noise(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if any("jitter" in name for name in vars(module)):
+            module.training = False
+
+
+def _name_experts(config: Any) -> None:
+    """Give a config the `num_experts` that TRL reads; some call it `num_local_experts` (Granite 4,
+    Phi-3.5-MoE). Without experts (dense Granite 4) there is no load-balancing loss to compute."""
+    if not hasattr(config, "output_router_logits") or hasattr(config, "num_experts"):
+        return
+    config.num_experts = getattr(config, "num_local_experts", 0)
+    if not config.num_experts:
+        config.router_aux_loss_coef = 0.0
 
 
 def _config(settings: Settings, output_dir: Path, pad_to_multiple_of: int | None) -> KTOConfig:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kto_lightning.errors import printable
-from kto_lightning.parity.agreement import WEIGHTS, Comparison
+from kto_lightning.parity.agreement import Comparison
 from kto_lightning.parity.run import ParityResult
 
 _SHOWN = {
@@ -27,7 +27,7 @@ _SHOWN = {
 _COMMON_SETTINGS = (
     "Set on both sides: file order and TRL's pairing (--data.shuffle false, "
     "--data.pairing rotate), one batch per step without accumulation, one process on the CPU, "
-    "float32, no dropout."
+    "float32, no dropout and no router noise."
 )
 _DIFFERENCES = (
     "By default `fit` differs from TRL on purpose: it shuffles; a mismatched completion answers "
@@ -96,7 +96,7 @@ def _table(result: ParityResult) -> Table:
         f"moved {_size(weights.largest)}",
         "",
         _size(weights.difference),
-        _size(WEIGHTS * weights.largest) if compared else "",
+        _size(weights.tolerance * weights.largest) if compared else "",
         _agreement(weights.agrees) if compared else "not compared",
     )
     return table

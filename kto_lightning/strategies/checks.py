@@ -1,10 +1,20 @@
 """Checks of `--trainer.strategy` before any process is started."""
 
+from collections.abc import Iterable
 from typing import Any
 
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
 from kto_lightning.errors import ConfigError
-from kto_lightning.strategies.fsdp2 import FSDP2, OFFLOAD_NAME
+from kto_lightning.strategies.fsdp2 import (
+    FSDP2,
+    HYBRID_NAME,
+    HYBRID_OFFLOAD_NAME,
+    OFFLOAD_NAME,
+)
 from kto_lightning.strategies.fsdp2 import NAME as FSDP2_NAME
+from kto_lightning.strategies.replicas import check_replicas
 
 _SHARD = f"Use --trainer.strategy {FSDP2_NAME}."
 _DEEPSPEED = (
@@ -28,6 +38,8 @@ _REFUSED = {
     "deepspeed": _DEEPSPEED.format(FSDP2_NAME),
 }
 _UNSHARDED_OPTIMIZERS = ("adafactor", "adamw_8bit")
+_HYBRID = (HYBRID_NAME, HYBRID_OFFLOAD_NAME)
+_SHARDING = (FSDP2_NAME, OFFLOAD_NAME, *_HYBRID, FSDP2.__name__)
 
 
 def strategy_name(strategy: Any) -> str:
@@ -43,12 +55,19 @@ def strategy_problem(strategy: Any) -> str | None:
     return f"--trainer.strategy {name} {reason}" if reason else None
 
 
-def check_strategy(strategy: Any, model: Any) -> None:
+def is_sharding(strategy: Any) -> bool:
+    """Whether a strategy of a parsed config shards the model."""
+    return strategy_name(strategy) in _SHARDING
+
+
+def check_strategy(strategy: Any, model: Any, *, num_nodes: int, devices: Any) -> None:
     """Refuse strategies that cannot train here, and settings that a strategy cannot run.
 
     Args:
         strategy: `trainer.strategy` of the parsed config.
         model: the settings under `model`.
+        num_nodes: `trainer.num_nodes`.
+        devices: `trainer.devices`.
 
     Raises:
         ConfigError: with the strategy or setting to use instead.
@@ -56,9 +75,40 @@ def check_strategy(strategy: Any, model: Any) -> None:
     problem = strategy_problem(strategy)
     if problem is not None:
         raise ConfigError(problem)
-    name = strategy_name(strategy)
-    if name in (FSDP2_NAME, OFFLOAD_NAME, FSDP2.__name__):
+    if is_sharding(strategy):
         _check_sharded(model)
+        num_ranks = num_nodes * int(devices) if str(devices).isdecimal() else None
+        check_replicas(_replicas(strategy), num_nodes=num_nodes, num_ranks=num_ranks)
+
+
+def _replicas(strategy: Any) -> int | None:
+    """The argument `replicas` of a sharding strategy of a parsed config."""
+    if isinstance(strategy, str):
+        return None if strategy in _HYBRID else 1
+    return strategy.get("init_args", {}).get("replicas", 1)
+
+
+def check_objects(roles: Iterable[str], strategy: Strategy) -> None:
+    """Refuse strategies that cannot train models in memory.
+
+    Args:
+        roles: of the models that are in memory, such as `policy`.
+
+    Raises:
+        ConfigError: with what to use instead.
+    """
+    given = " and ".join(sorted(roles))
+    if getattr(strategy, "shard", None) is not None:
+        raise ConfigError(
+            f"the {given} cannot be sharded by {type(strategy).__name__}: every rank would hold "
+            "the whole model first, which sharding is to avoid. Give a directory or hub id, or use "
+            "strategy='ddp'."
+        )
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise ConfigError(
+            f"the {given} would be trained in child processes, and the model in memory here would "
+            "stay as it is. Use strategy='ddp', which runs the script once per rank, or torchrun."
+        )
 
 
 def _check_sharded(model: Any) -> None:

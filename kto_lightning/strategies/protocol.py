@@ -2,25 +2,32 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from lightning import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from torch import Tensor, nn
 
 from kto_lightning.distributed import gradient_norm
-from kto_lightning.models.policy import Policy
+from kto_lightning.models.sharding import Shard
 
 
 @runtime_checkable
 class TrainingStrategy(Protocol):
-    """Gradients, sharding and whole weights of a strategy. `FSDP2` implements it itself;
-    `Replicated` does so for Lightning's own strategies."""
+    """Gradients, sharding, whole tensors and checkpoints of a strategy. `FSDP2` implements it
+    itself; `Replicated` does so for Lightning's own strategies."""
 
-    shard: Callable[[Policy], None] | None
-    """Shards a policy over all ranks, in place; None: every rank holds all of it."""
+    shard: Shard | None
+    """None: every rank holds the whole policy."""
     rounds_weights: bool
     """Whether mixed precision rounds the weights, where autocast rounds the inputs of products."""
+    gather: Callable[[Tensor], Tensor | None] | None
+    """Gives the whole of a sharded tensor on the CPU on rank 0, None on the others; called on all
+    ranks, which begin with the same tensor. None: every rank holds whole tensors."""
+
+    saves_in_background: bool
+    """Whether `save_checkpoint` takes `storage_options={"background": True}`."""
 
     def synchronize_gradients(self, *, last: bool) -> AbstractContextManager[None]:
         """Surround the backward of a micro-batch; gradients of all ranks are averaged in the last
@@ -35,17 +42,26 @@ class TrainingStrategy(Protocol):
         """Make the optimizer step that follows change nothing."""
         ...
 
-    def whole_state(self) -> dict[str, Tensor] | None:
-        """The trained weights, unsharded, on rank 0; empty on the others; None: nothing is sharded,
-        and the module itself holds them. To be called on all ranks."""
+    def finish_saving(self, *, wait: bool) -> bool:
+        """Whether no checkpoint is being written in the background any more, on all ranks alike.
+        To be called on all ranks.
+
+        Args:
+            wait: until it is.
+
+        Raises:
+            KTOError: on all ranks, if the pending one could not be written.
+        """
         ...
 
 
 class Replicated:
     """Lightning's strategies in which every rank holds the whole model: one device, or DDP."""
 
-    shard: Callable[[Policy], None] | None = None
+    shard: Shard | None = None
     rounds_weights = False
+    saves_in_background = False
+    gather: Callable[[Tensor], Tensor | None] | None = None
 
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
@@ -61,8 +77,17 @@ class Replicated:
     def drop_gradients(self, module: LightningModule) -> None:
         module.zero_grad(set_to_none=True)
 
-    def whole_state(self) -> dict[str, Tensor] | None:
-        return None
+    def finish_saving(self, *, wait: bool) -> bool:
+        return True
+
+
+@runtime_checkable
+class MappingCheckpointIO(Protocol):
+    """A Lightning `CheckpointIO` that can leave the tensors of a checkpoint in their file."""
+
+    def map_checkpoint(self, path: Path) -> dict[str, Any]:
+        """Load a file whose tensors are mapped into memory."""
+        ...
 
 
 def training_strategy(strategy: Strategy) -> TrainingStrategy:

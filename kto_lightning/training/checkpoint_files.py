@@ -1,5 +1,8 @@
 """Checkpoint files: written whole with a checksum of every byte, checked before they are read.
 
+A strategy that shards the model writes directories instead (`sharded_checkpoint`), which are read
+here too.
+
 A file is what `torch.save` writes, followed by a line with the SHA-256 of all bytes before it,
 which `torch.load` and `zipfile` ignore. The CRC-32 that the zip format keeps for each entry does
 not cover the zip's own index, and a changed byte there can load one tensor in place of another. A
@@ -7,7 +10,6 @@ file without that line is one of before it was written, if it ends where its zip
 checked by the CRC-32 of its entries; anything else behind the zip is a damaged checksum.
 """
 
-import os
 import stat
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +23,17 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 
+from kto_lightning import sharded_checkpoint
 from kto_lightning.errors import KTOError
+from kto_lightning.sharded_checkpoint import (
+    HashingFile,
+    delete,
+    is_whole_directory,
+    part_of,
+    put_in_place,
+    read_checkpoint,
+    writing_error,
+)
 
 _MARK = b"\nkto_lightning sha256 "
 _TRAILER_SIZE = len(_MARK) + 64 + 1
@@ -48,21 +60,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         part = part_of(target)
         hashing: Any = None
         try:
+            if part.is_dir():  # left by a killed run that wrote directories
+                delete(part)
             with part.open("wb") as file:
-                hashing = _HashingFile(file)  # with what `torch.save` needs of a file
+                hashing = HashingFile(file)  # with what `torch.save` needs of a file
                 torch.save(checkpoint, hashing)
                 file.write(_trailer(hashing.digest.hexdigest()))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, target)
-            _sync_directory(target.parent)
+                hashing.sync()
+            put_in_place(part, target)
         except (OSError, RuntimeError) as error:
             part.unlink(missing_ok=True)
-            cause = (hashing and hashing.error) or error  # `torch.save` hides it behind its own
-            raise KTOError(
-                f"the checkpoint {target} cannot be written: {cause}. Earlier checkpoints are "
-                "whole; free some space, then resume with --ckpt_path last."
-            ) from error
+            # `torch.save` hides it behind its own.
+            raise writing_error(target, (hashing and hashing.error) or error) from error
 
     def load_checkpoint(
         self,
@@ -73,23 +82,45 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Load tensors and plain values only, so that a foreign checkpoint cannot run code.
 
         Raises:
-            KTOError: if the file is damaged or was not written by `fit`.
+            KTOError: if the checkpoint is damaged or was not written by `fit`.
         """
-        if not is_whole(Path(path)):
-            raise _unreadable(path)
-        try:
-            checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # unpickling a foreign file may raise any
-            raise _unreadable(path) from error
-        problem = problem_of(checkpoint)
-        if problem is not None:
-            raise KTOError(
-                f"{path} was not written by kto_lightning: it has {problem}. Give a checkpoint "
-                "that `fit` wrote."
-            )
-        return checkpoint
+        if Path(path).is_dir():
+            return _checked(read_checkpoint(Path(path)), path)
+        return _load(path, map_location=map_location)
+
+    def map_checkpoint(self, path: _PATH) -> dict[str, Any]:
+        """Load a file whose tensors are mapped into memory, so that only what is used of them is
+        read; they must be copied before the file may be removed.
+
+        Raises:
+            KTOError: as `load_checkpoint`.
+        """
+        return _load(path, map_location="cpu", mmap=True)
+
+    def remove_checkpoint(self, path: _PATH) -> None:
+        sharded_checkpoint.remove_checkpoint(Path(path))
+
+
+def _load(path: _PATH, **options: Any) -> dict[str, Any]:
+    if not is_whole(Path(path)):
+        raise _unreadable(path)
+    try:
+        checkpoint = torch.load(path, weights_only=True, **options)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # unpickling a foreign file may raise any
+        raise _unreadable(path) from error
+    return _checked(checkpoint, path)
+
+
+def _checked(checkpoint: dict[str, Any], path: _PATH) -> dict[str, Any]:
+    problem = problem_of(checkpoint)
+    if problem is not None:
+        raise KTOError(
+            f"{path} was not written by kto_lightning: it has {problem}. Give a checkpoint "
+            "that `fit` wrote."
+        )
+    return checkpoint
 
 
 def _unreadable(path: _PATH) -> KTOError:
@@ -99,48 +130,19 @@ def _unreadable(path: _PATH) -> KTOError:
     )
 
 
-class _HashingFile:
-    """A file to write to, from its start to its end, which hashes what is written."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = sha256()
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def part_of(checkpoint: Path) -> Path:
-    """The name under which a checkpoint is written before it is whole."""
-    return checkpoint.with_name(f".{checkpoint.name}.part")
-
-
 def _trailer(digest: str) -> bytes:
     return _MARK + digest.encode() + b"\n"
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def is_whole(path: Path) -> bool:
-    """Whether this is a regular file of which every byte matches its checksum.
+    """Whether this is a regular file of which every byte matches its checksum, or a directory with
+    all files of a sharded checkpoint in their sizes.
 
-    The whole file is read, once per process as long as it stays as it is.
+    A file is read to its end, once per process as long as it stays as it is; the checksums of a
+    directory are compared when it is loaded.
     """
+    if path.is_dir():
+        return is_whole_directory(path)
     try:
         status = path.stat()  # before it is opened: a pipe would never end
         if not stat.S_ISREG(status.st_mode):
@@ -184,12 +186,15 @@ def _matches_zip(file: BinaryIO, end: bytes) -> bool:
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """A checkpoint without the data of its tensors, which are on the device `meta`; None if it is
-    damaged or was not written by `fit`."""
+    """A checkpoint without the data of its large tensors, which are on the device `meta`; None if
+    it is damaged or was not written by `fit`."""
     if not is_whole(path):
         return None
     try:
-        header = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        if path.is_dir():
+            header = sharded_checkpoint.read_header(path)
+        else:
+            header = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except (OSError, MemoryError):
         raise
     except Exception:  # unpickling a foreign file may raise any

@@ -13,11 +13,12 @@ from torch import nn
 
 from kto_lightning.batches.objective import Objective
 from kto_lightning.errors import ConfigError, KTOError, printable
-from kto_lightning.models.build import ModelSettings
 from kto_lightning.models.following import reference_state
 from kto_lightning.models.model_files import resolve_name
 from kto_lightning.models.reference import Reference
+from kto_lightning.models.settings import ModelSettings
 from kto_lightning.models.weights import drop_frozen
+from kto_lightning.sharded_checkpoint import is_sharded
 from kto_lightning.training.checkpoint_files import problem_of_resuming, read_header
 from kto_lightning.training.optimizers import Optimization
 
@@ -97,11 +98,12 @@ def policy_origin(
     return {
         "policy": resolve_name(models.policy),
         "reference": resolve_name(models.reference or models.policy),
+        **({"in_memory": sorted(models.objects)} if models.objects else {}),
         "beta": objective.beta,
         "loss": objective.loss,
         "dtype": models.dtype,
         "quantization": models.quantization,
-        "lora": asdict(models.lora) if models.lora is not None else None,
+        "lora": models.lora.settings() if models.lora is not None else None,
         "follow": asdict(models.follow) if models.follow is not None else None,
         "trust_remote_code": models.trust_remote_code,
         "adapter_base": resolve_name(models.adapter_base) if models.adapter_base else None,
@@ -151,7 +153,7 @@ def find_checkpoint(path: str, output_dir: str, *, trains: bool) -> Path | None:
     given = Path(path)
     if not given.exists():
         raise KTOError(f"--ckpt_path {path}: there is no such checkpoint. Check the path.")
-    if given.is_dir():
+    if given.is_dir() and not is_sharded(given):
         raise KTOError(
             f"--ckpt_path {path} is a directory. Give one of its checkpoints, or --ckpt_path last "
             "with the --output_dir of the run."

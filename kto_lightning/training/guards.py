@@ -88,7 +88,7 @@ class NonFiniteGuard:
     """
 
     def __init__(self, action: str) -> None:
-        check_one_of("non_finite", action, NON_FINITE)
+        check_one_of("--model.non_finite", action, NON_FINITE)
         self._action = action
         self._num_skipped = self._num_skipped_in_a_row = 0
 

@@ -81,14 +81,14 @@ class Optimization:
     gradient_clip_norm: float | None
 
     def __post_init__(self) -> None:
-        check_one_of("optimizer", self.optimizer, OPTIMIZERS)
+        check_one_of("--model.optimizer", self.optimizer, OPTIMIZERS)
         if self.optimizer == "adamw_8bit":
             _check_bitsandbytes()
         check_number("learning_rate", self.learning_rate)
         check_number("weight_decay", self.weight_decay)
         if self.gradient_clip_norm is not None:
             check_number("gradient_clip_norm", self.gradient_clip_norm, above=0.0)
-        check_one_of("lr_schedule", self.lr_schedule, SCHEDULES)
+        check_one_of("--model.lr_schedule", self.lr_schedule, SCHEDULES)
         check_number("warmup_ratio", self.warmup_ratio, most=1.0)
         self._scheduler(SGD([torch.zeros(1)], lr=self.learning_rate), num_steps=1000)
 

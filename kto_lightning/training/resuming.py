@@ -2,16 +2,19 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning import Trainer
 
 from kto_lightning.batches.objective import Objective
+from kto_lightning.distributed import from_first_rank, gathered
 from kto_lightning.errors import ConfigError
-from kto_lightning.models.build import ModelSettings
+from kto_lightning.models.in_memory import object_identity
+from kto_lightning.models.lora import LoRA
 from kto_lightning.models.model_files import model_identity
+from kto_lightning.models.settings import ModelSettings
 from kto_lightning.training.optimizers import Optimization
 
 FIXED = (
@@ -30,7 +33,10 @@ _FORMER_DATA = ("batch_size", "max_length", "truncation", "pairing")
 _ADVICE = "Give the same, or start a new run from the exported model."
 
 
-_DATA = (*_FORMER_DATA, "shuffle", "pairing_seed", "streaming")
+_RECORDS = ("columns", "labels", "unlabeled", "chat", "format", "repeated")
+"""Settings that may change where the records stay the same. Their digests tell, which a stream has
+not: there they must stay."""
+_DATA = (*_FORMER_DATA, "shuffle", "pairing_seed", "streaming", *_RECORDS)
 _WEIGHTS = ("desirable_weight", "undesirable_weight")
 
 
@@ -101,7 +107,10 @@ def recorded_settings(origin: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by option, as far as a checkpoint's `kto` has them; older ones have some."""
     settings = origin.get("settings")
     if isinstance(settings, Mapping):
-        return dict(settings)
+        found, lora = dict(settings), settings.get("model.lora")
+        if isinstance(lora, Mapping):  # older ones have fewer of its settings
+            found["model.lora"] = asdict(LoRA()) | dict(lora)
+        return found
     found = {f"model.{name}": origin[name] for name in _FORMER_MODEL if name in origin}
     data = origin.get("data")
     if isinstance(data, Mapping):
@@ -127,14 +136,15 @@ def compare_settings(then: Mapping[str, Any], now: Mapping[str, Any], *, step: i
         if name in then and _is_plain(then[name])
         for key, before, after in _differences(name, then[name], now[name])
     ]
-    wrong = [change for change in changes if _is_fixed(change.key)]
+    fixed = (*FIXED, *(f"data.{name}" for name in _RECORDS if now.get("data.streaming")))
+    wrong = [change for change in changes if _is_inside(change.key, fixed)]
     if wrong:
         raise ConfigError(f"{_described(wrong)}. {_ADVICE}")
     return changes
 
 
-def _is_fixed(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in FIXED)
+def _is_inside(key: str, names: Iterable[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _described(wrong: list[Change]) -> str:
@@ -186,18 +196,40 @@ class Resumption:
         self.latest: list[Change] = []
         """Of this resumption."""
         self._before: Mapping[str, Any] | None = None
+        self._objects: dict[str, str] = {}
 
-    def identify(self, models: ModelSettings, trainer: Trainer) -> None:
+    def identify_objects(self, models: ModelSettings) -> None:
+        """Hash the models in memory, before they are changed; to be called on all ranks.
+
+        Raises:
+            ConfigError: if the ranks have others.
+        """
+        self._objects = {key: object_identity(one) for key, one in models.objects.items()}
+        everywhere = gathered([self._objects])
+        odd = [key for key in self._objects if len({one[key] for one in everywhere}) > 1]
+        if odd:
+            raise ConfigError(
+                f"the {' and the '.join(odd)} in memory has other weights on some ranks. Load the "
+                "same on every rank, or make it after seed_everything with one seed."
+            )
+
+    def identify(self, models: ModelSettings) -> None:
         """Hash the models' files; to be called on all ranks, of which the first reads them.
 
         Raises:
             ModelError: if a file cannot be read.
         """
-        names = {"policy": models.policy, "reference": models.reference or models.policy}
-        own = {}
-        if trainer.is_global_zero:
-            own = {key: model_identity(name, models.adapter_base) for key, name in names.items()}
-        self.identities = trainer.strategy.broadcast(own)
+        names = {"policy": models.policy, "reference": models.reference}
+
+        def hash_files() -> dict[str, str]:
+            found = self._objects | {
+                key: model_identity(name, models.adapter_base)
+                for key, name in names.items()
+                if name is not None and key not in self._objects
+            }
+            return {"reference": found["policy"]} | found
+
+        self.identities = from_first_rank(hash_files)
 
     def compare(self, checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
         """Compare models and settings with a checkpoint's, and keep what changed.
@@ -219,6 +251,8 @@ class Resumption:
         identities = then.get("identities")
         identities = identities if isinstance(identities, Mapping) else {}
         for key in ("policy", "reference"):
+            if key in identities and _in_memory(then, key) != _in_memory(now, key):
+                raise _other_kind(key, then, now)
             if identities.get(key, self.identities.get(key)) != self.identities.get(key):
                 raise _other_model(key, then.get(key), now[key])
         earlier = then.get("changes")
@@ -253,6 +287,22 @@ class Resumption:
         kept["results"] = {**kept.get("results", {}), **origin["results"]}
         changes = self.changes[: len(self.changes) - len(self.latest)]
         return origin | kept | {"changes": changes}
+
+
+def _in_memory(origin: Mapping[str, Any], key: str) -> bool:
+    """Whether a run's `policy` or `reference` was an object in Python."""
+    found = origin.get("in_memory")
+    found = found if isinstance(found, list) else []
+    same = key == "reference" and origin.get("reference") == origin.get("policy")
+    return key in found or (same and "policy" in found)
+
+
+def _other_kind(key: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> ConfigError:
+    was, given = ("in memory" if _in_memory(one, key) else "files" for one in (then, now))
+    return ConfigError(
+        f"--model.{key} {now[key]} ({given}) cannot be compared with {then.get(key)} ({was}) in "
+        "the run of --ckpt_path. Give it as then, as an object or by its name."
+    )
 
 
 def _other_model(key: str, before: Any, after: str) -> ConfigError:

@@ -52,7 +52,7 @@ class BatchScorer:
         loss_name: str,
         sum_over_ranks: Callable[[Tensor], Tensor],
     ) -> None:
-        self._policy, self._reference = policy, reference
+        self.policy, self._reference = policy, reference
         self._beta, self._loss = beta, loss_name
         self._sum_over_ranks = sum_over_ranks
         self.current_micro_batch: PackedBatch | None = None
@@ -90,12 +90,12 @@ class BatchScorer:
         """
         self.current_micro_batch = micro_batch
         reference = self._reference.logps(micro_batch)
-        return MicroBatchLogps(self._policy(micro_batch), reference)
+        return MicroBatchLogps(self.policy(micro_batch), reference)
 
     @torch.no_grad()
     def _score_without_gradient(self, micro_batch: PackedBatch) -> MicroBatchLogps:
         self.current_micro_batch = micro_batch
-        policy = self._policy(micro_batch, matched=False)
+        policy = self.policy(micro_batch, matched=False)
         return MicroBatchLogps(policy, self._reference.logps(micro_batch))
 
     def score_matched(
@@ -107,7 +107,7 @@ class BatchScorer:
             return self.score(micro_batch)
         if logps.policy.matched is None:
             self.current_micro_batch = micro_batch
-            logps.policy = self._policy(micro_batch, mismatched=False)
+            logps.policy = self.policy(micro_batch, mismatched=False)
         return logps
 
     def reference_point(
@@ -163,7 +163,7 @@ class BatchScorer:
             return torch.zeros((), device=micro_batch.weight.device)
         share = sum(micro_batch.matched.lengths) / num_tokens
         is_real = ~micro_batch.is_filler[0]  # a filler is a micro-batch of its own
-        return self._policy.auxiliary_coefficient * logps.auxiliary_loss * share * is_real
+        return self.policy.auxiliary_coefficient * logps.auxiliary_loss * share * is_real
 
     def rewards(self, logps: MicroBatchLogps) -> Float[Tensor, " batch"]:
         """β · log-ratio of the matched completions."""

@@ -12,7 +12,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SIZE = ["--hidden", 32, "--intermediate", 64, "--layers", 2, "--vocabulary", 512, "--words", 20]
-RUN = ["--batch-size", 4, "--max-length", 64, "--steps", 2, "--warmup", 1, "--turn", 1]
+RUN = ["--batch-size", 4, "--max-length", 64, "--steps", 3, "--warmup", 1, "--turn", 1]
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL, Lightning and peft
 
@@ -37,8 +37,9 @@ def check(result: dict[str, Any]) -> None:
     assert result["disagreement"] is None
     ours, theirs = result["rows"]["ours"], result["rows"]["TRL"]
     for row in (ours, theirs):
-        assert len(row["steps"]) == 3
-        assert row["examples_per_second"] == pytest.approx(4000 / row["step_ms"], rel=0.5)
+        assert len(row["steps"]) == 4
+        # The same median, since the timed steps are an odd number.
+        assert row["examples_per_second"] == pytest.approx(4000 / row["step_ms"])
         assert row["step_ms_10"] <= row["step_ms"] <= row["step_ms_90"]
         assert row["cpu_ms"] > 0
         assert row["idle_mib"] > 100  # torch alone

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from kto_lightning.callbacks.preemption import SIGNALS
@@ -121,8 +122,10 @@ def test_an_ignored_signal_stays_ignored(policy: Path, train: Path, tmp_path: Pa
 
 
 def kill_worker() -> None:
-    """As the kernel does when memory runs out."""
-    os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+    """As the kernel does when memory runs out. Workers of earlier runs may still wait for their
+    loader to be collected."""
+    workers = [psutil.Process(child.pid) for child in multiprocessing.active_children()]
+    max(workers, key=psutil.Process.create_time).kill()
 
 
 @pytest.mark.parametrize(

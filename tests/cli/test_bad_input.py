@@ -40,8 +40,8 @@ def message(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 FILES: dict[str, tuple[bytes, str]] = {
-    "compressed": (gzip.compress(VALID_LINES.encode(), mtime=0), "train.jsonl:1: not valid UTF-8"),
-    "UTF-16": (VALID_LINES.encode("utf-16"), "train.jsonl:1: not valid UTF-8"),
+    "compressed": (gzip.compress(VALID_LINES.encode(), mtime=0), "train.jsonl is compressed."),
+    "UTF-16": (VALID_LINES.encode("utf-16"), "train.jsonl is UTF-16 text"),
     "NUL": (VALID_LINES.encode() + b"\0\n", "train.jsonl:4: invalid JSON"),
     "an unpaired surrogate": (
         VALID_LINES.encode() + rb'{"prompt": "\ud800", "completion": "b", "label": true}',

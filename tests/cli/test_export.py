@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.cli import fit, run_cli, small_data, small_model
+from tests.support.cli import fit, rows, run_cli, small_data, small_model
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,56 @@ def test_a_lora_checkpoint_is_the_adapter_or_the_merged_model(inputs, tmp_path):
     assert run_cli("export", last_checkpoint(output), tmp_path / "merged", "--merge") == 0
     model = "model.safetensors"
     assert same_weights(tmp_path / "merged" / model, output / "model" / model)
+
+
+SETTINGS = """
+model:
+  lora:
+    r: 2
+    use_dora: true
+    use_rslora: true
+    modules_to_save: [lm_head]
+    rank_pattern: {q_proj: 4}
+    exclude_modules: [k_proj]
+"""
+
+
+def test_settings_of_peft_are_resumed_and_exported(inputs, tmp_path, capsys):
+    (tmp_path / "lora.yaml").write_text(SETTINGS)
+    config = ("--config", tmp_path / "lora.yaml", "--checkpoint.every_n_steps", 3)
+    policy, train = inputs / "model", inputs / "train.jsonl"
+    whole = fit(policy, train, tmp_path / "whole", *config)
+    first = rows(whole)[0]
+    assert float(first["train/reward/margin"]) == 0  # the base is the reference
+    fit(policy, train, tmp_path / "cut", *config, "--trainer.max_steps", 3)
+    resumed = ("--ckpt_path", "last", "--trainer.max_steps", 6)
+    other = ("--model.lora.use_rslora", "false")
+    fit(policy, train, tmp_path / "cut", *config, *resumed, *other, status=2)
+    assert "--model.lora.use_rslora is false (was true)" in capsys.readouterr().err
+    cut = fit(policy, train, tmp_path / "cut", *config, *resumed)
+    model, adapter = "model.safetensors", "adapter_model.safetensors"
+    assert same_weights(cut / "model" / model, whole / "model" / model)
+    assert same_weights(cut / "adapter" / adapter, whole / "adapter" / adapter)
+    assert run_cli("export", last_checkpoint(cut), tmp_path / "merged", "--merge") == 0
+    assert same_weights(tmp_path / "merged" / model, whole / "model" / model)
+    assert run_cli("export", last_checkpoint(cut), tmp_path / "adapter") == 0
+    assert same_weights(tmp_path / "adapter" / adapter, whole / "adapter" / adapter)
+
+
+def test_an_adapter_that_cannot_be_merged_exactly_is_exported_alone(inputs, tmp_path, capsys):
+    policy = small_model(tmp_path / "policy", "zamba2")
+    lora = ("--model.lora.r", 2, "--trainer.max_steps", 6)
+    output = fit(policy, inputs / "train.jsonl", tmp_path / "output", *lora)
+    printed = capsys.readouterr().out
+    assert f"adapter   {output / 'adapter'}" in printed
+    assert "no merged model: model.layers.1.shared_transformer" in printed
+    assert not (output / "model").exists()
+    assert run_cli("export", last_checkpoint(output), tmp_path / "merged", "--merge") == 2
+    assert "--merge: no merged model would equal the adapter: " in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+    assert run_cli("export", last_checkpoint(output), tmp_path / "adapter") == 0
+    adapter = "adapter_model.safetensors"
+    assert same_weights(tmp_path / "adapter" / adapter, output / "adapter" / adapter)
 
 
 def test_an_unreadable_checkpoint_is_refused(inputs, tmp_path, capsys):

@@ -241,7 +241,7 @@ def test_export_refuses_wrong_arguments(
         ((checkpoint, tmp_path / "new", "--merge"), 2, "without an adapter. Omit --merge"),
         ((checkpoint, tmp_path / "new", "--merg"), 2, "--merg"),
         ((checkpoint,), 2, "DIR"),
-        ((policy, tmp_path / "new"), 1, "is a directory"),
+        ((policy, tmp_path / "new"), 1, "is a directory without a checkpoint"),
         ((train, tmp_path / "new"), 1, "is not a readable checkpoint"),
     ):
         assert run_cli("export", *arguments) == status

@@ -49,7 +49,7 @@ BAD_DATA = {
         "\n".join(['{"prompt": "a", "completion": "b"}'] * 9) + "\n",
         ["none of the 9 records", "train.jsonl:1:", "The columns are prompt, completion."],
     ),
-    "empty": ("", ["train.jsonl: no record in there"]),
+    "empty": ("", ["train.jsonl: empty, 0 bytes"]),
     "a single prompt": (
         "\n".join(json.dumps(r | {"prompt": "same"}) for r in plain_records(4)) + "\n",
         ["at least two different prompts; got 4 records", "--model.loss apo_zero_unpaired"],
@@ -177,7 +177,7 @@ def refused(*options: Any, command: str = "fit") -> None:
     assert run_cli(command, *nowhere, *data, *options) == 2
 
 
-LORA_SETTINGS = "It has r, alpha, target_modules, dropout."
+LORA_SETTINGS = "is no setting of an adapter. Did you mean rank_pattern? It has r, alpha, "
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "predict"])
@@ -210,7 +210,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(
     [
         ("model:\n  betta: 1\n", "'model.betta'. Did you mean '--model.beta'?"),
         ("modle:\n  beta: 1\n", "'modle.beta'. Did you mean '--model.beta'?"),
-        ("model:\n  lora:\n    rank: 8\n", "--model.lora has no setting 'rank'. " + LORA_SETTINGS),
+        ("model:\n  lora:\n    rank: 8\n", "--model.lora.rank " + LORA_SETTINGS),
         (
             "model:\n  beta: x\n",
             "--model.beta must be a number, got x.",
@@ -264,11 +264,11 @@ WRONG_VALUES = {
     ("model.dtype", "bfloat16"): "Add --model.lora",
     ("model.lora.r", "0"): "--model.lora.r must be at least 1, got 0",
     ("model.lora.r", "x"): "--model.lora.r must be a whole number, got x.",
-    ("model.lora.rank", "8"): "--model.lora has no setting 'rank'. " + LORA_SETTINGS,
+    ("model.lora.rank", "8"): "--model.lora.rank " + LORA_SETTINGS,
     (
         "model.lora",
         "5",
-    ): "--model.lora must be LoRA (r, alpha, target_modules, dropout) or null, got 5",
+    ): "--model.lora must be LoRA (r, alpha, target_modules, dropout, …) or null, got 5",
     ("data.batch_size", "0"): "--data.batch_size must be at least 1, got 0",
     ("data.batch_size", "2.5"): "--data.batch_size must be a whole number, got 2.5",
     ("data.max_length", "1"): "--data.max_length must be at least 2, got 1",
@@ -317,7 +317,10 @@ WRONG_VALUES = {
 
 
 ODD_VALUES = {
-    ("model.lora", "true"): "--model.lora must be LoRA (r, alpha, target_modules, dropout) or null",
+    (
+        "model.lora",
+        "true",
+    ): "--model.lora must be LoRA (r, alpha, target_modules, dropout, …) or null",
     ("model.lora.alpha", "null"): "--model.lora.alpha must not be null.",
     ("model.lora.target_modules", "[1]"): "--model.lora.target_modules must be a text or a list",
     ("model.follow.n", "2"): "--model.follow has no setting 'n'. It has every_n_steps, alpha.",

@@ -256,11 +256,11 @@ def test_bfloat16_mixed_runs_on_a_cpu(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "attention"), [("gpt2", "packed"), ("gemma2", "padded"), ("qwen2_moe", "pack")]
+    ("architecture", "route"), [("gpt2", "packed"), ("mamba", "padded"), ("qwen2_moe", "pack")]
 )
 def test_other_architectures_run(
     architecture: str,
-    attention: str,
+    route: str,
     train: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -268,7 +268,7 @@ def test_other_architectures_run(
     policy = small_model(tmp_path / "policy", architecture)
     whole = fit(policy, train, tmp_path / "whole", *SGD)
     printed = capsys.readouterr().out
-    assert f"attention    {attention}" in printed
+    assert f"route        {route}" in printed
     assert all(line == line.rstrip() for line in printed.splitlines())
     AutoModelForCausalLM.from_pretrained(whole / "model")
     if architecture != "qwen2_moe":  # its auxiliary loss is a mean over micro-batches

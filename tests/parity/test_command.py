@@ -11,9 +11,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import kto_lightning.loss
-from kto_lightning.parity.agreement import compare, movement
+from kto_lightning.parity.agreement import (
+    MOST_SENSITIVE,
+    Movement,
+    compare,
+    measure_sensitivity,
+    movement,
+)
 from kto_lightning.parity.command import main as parity_main
 from kto_lightning.parity.trace import Trace
+from tests.architectures.build import save_family
 from tests.support.cli import run_cli, small_data, small_model
 from tests.support.factories import (
     add_adapter,
@@ -24,6 +31,7 @@ from tests.support.factories import (
     save_model,
     write_jsonl,
 )
+from tests.support.image_text import save_image_text
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +67,27 @@ def test_both_agree_on_a_new_adapter_and_its_weights(files, capsys):
     assert report["weights"]["agrees"]
     assert report["weights"]["movement"] >= 1e-3
     assert "Set for `fit` only: --data.max_tokens 64" in report["notes"]
+
+
+@pytest.mark.parametrize("architecture", ["mistral3", "qwen3_5"])
+def test_both_agree_on_the_text_of_an_image_text_model(architecture, files, tmp_path, capsys):
+    model = save_image_text(tmp_path / "model", architecture)
+    options = ["--optimizer", "sgd", "--learning_rate", 0.02, "--json"]
+    assert parity(files | {"model": model}, *options) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["weights"]["agrees"]
+    assert report["weights"]["movement"] >= 1e-3
+
+
+@pytest.mark.parametrize("family", ["phimoe", "granitemoehybrid+dense_attention"])
+def test_both_agree_on_experts_of_other_names_or_of_none(family, files, tmp_path):
+    assert parity(files | {"model": save_family(tmp_path / "model", family)}) == 0
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "phimoe"])
+def test_a_new_adapter_leaves_out_what_it_cannot_be_on(family, files, tmp_path):
+    model = save_family(tmp_path / "model", family)
+    assert parity(files | {"model": model}, "--lora", 4, "--steps", 2) == 0
 
 
 def test_an_adapter_is_trained_further(files, tmp_path, capsys):
@@ -133,7 +162,13 @@ def test_errors_of_trl_are_printed(files, tmp_path, capsys):
     adapted = add_adapter(model, target_modules=["q_proj", "lm_head"])
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     assert parity(files | {"model": tmp_path / "adapter"}) == 1
-    assert "TRL cannot be run on this: Applying a PEFT adapter" in capsys.readouterr().err
+    assert "TRL cannot be run on this (ValueError: Applying a PEFT" in capsys.readouterr().err
+
+
+def test_models_that_trl_fails_on_are_an_error(files, tmp_path, capsys):
+    model = save_family(tmp_path / "model", "llama4_text")
+    assert parity(files | {"model": model}) == 1
+    assert "TRL cannot be run on this (AttributeError: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -222,3 +257,17 @@ def test_weights_are_compared_by_the_largest_movement():
     assert not movement(initial, initial, initial).is_enough
     with pytest.raises(ValueError, match="weights other"):
         movement({"other": torch.zeros(3)}, theirs, initial)
+
+
+def test_tolerances_follow_what_rounding_does_to_trl():
+    moved = trace(loss=[1.0, 1.0 + 1e-4], grad_norm=[3.0, 1.0])
+    update = Movement(largest=1.0, difference=5e-4)
+    found = measure_sensitivity(moved, trace(), update, beta=0.1)
+    assert found.columns["train/loss"] == pytest.approx(40)
+    assert found.columns["train/grad_norm"] == MOST_SENSITIVE
+    assert found.columns["train/z0"] == 1
+    assert found.weights == pytest.approx(20)
+    for loss, agrees in [(1.0 + 3e-4, True), (1.0 + 5e-4, False)]:
+        ours = trace(loss=[1.0, loss])
+        compared = {c.name: c for c in compare(ours, trace(), beta=0.1, sensitivity=found)}
+        assert compared["train/loss"].agrees == agrees

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from tests.support.cli import fit, rows, run_process, small_model, weights
 from tests.support.comparison import assert_numbers_agree, assert_weights_agree
 from tests.support.factories import plain_records, write_jsonl
+from tests.support.families import GRANITE_EXPERTS
+from tests.support.image_text import save_image_text
 from tests.support.ranks import fit_on_ranks, run_ranks
 from tests.support.tolerances import RELATIVE, SIX_DIGITS, assert_same_numbers, assert_same_rewards
 
@@ -27,14 +29,23 @@ CASES: dict[str, tuple[Any, ...]] = {
     "one example a step": (*SGD, "--data.batch_size", 1, "--trainer.max_steps", 3),
     "apo_zero": (*SGD, "--model.loss", "apo_zero_unpaired", "--data.max_tokens", 60),
     "validation": (*SGD, "--data.validation", 0.4, "--trainer.val_check_interval", 2),
-    "lora": (*SGD, "--model.lora.r", 4, "--data.max_tokens", 60),
+    "lora": (
+        *(*SGD, "--data.max_tokens", 60, "--model.lora.r", 4, "--model.lora.use_dora", "true"),
+        *("--model.lora.modules_to_save", '["norm"]'),
+    ),
     "checkpointing": (*SGD, "--model.activation_checkpointing", "true", "--data.max_tokens", 60),
     "a reference that follows": (*SGD, "--model.follow.every_n_steps", 2),
 }
+# Cut into single examples the auxiliary loss is one mean over the same parts.
+SINGLE = (*SGD, "--data.max_tokens", 1)
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[Any, ...]]] = {
-    "padded": ("gemma2", {}, SGD),
-    # Cut into single examples the auxiliary loss is one mean over the same parts.
-    "experts": ("qwen2_moe", {"router_aux_loss_coef": 0.1}, (*SGD, "--data.max_tokens", 1)),
+    "padded": ("mamba", {}, (*SGD, "--data.batch_size", 23)),
+    "cached, experts": ("granitemoehybrid", GRANITE_EXPERTS, SINGLE),
+    "weights that only long sequences use": (
+        "deepseek_v4",
+        {},
+        (*SINGLE, "--data.batch_size", 2, "--trainer.max_steps", 2),
+    ),
 }
 
 
@@ -57,13 +68,18 @@ def test_two_ranks_give_the_numbers_of_one(case: str, policy: Path, train: Path,
         assert all(row["val/reward/auc"] for row in rows(two)[1::2])
 
 
+def test_an_image_text_model_is_not_waited_for_where_text_gives_no_gradient(tmp_path, train):
+    policy = save_image_text(tmp_path / "policy", "mistral3")
+    compare(policy, train, tmp_path, *SGD, "--trainer.max_steps", 3)
+
+
 @pytest.mark.parametrize("case", MODELS)
 def test_two_ranks_give_the_numbers_of_one_with_other_models(
     case: str, train: Path, tmp_path: Path
 ):
     architecture, overrides, options = MODELS[case]
     policy = small_model(tmp_path / "policy", architecture, **overrides)
-    compare(policy, train, tmp_path, *options, "--trainer.max_steps", 3)
+    compare(policy, train, tmp_path, "--trainer.max_steps", 3, *options)
 
 
 def test_two_ranks_fill_and_read_one_cache(policy: Path, train: Path, tmp_path: Path):

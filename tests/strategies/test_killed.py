@@ -14,14 +14,22 @@ import psutil
 import pytest
 
 from kto_lightning.errors import ModelError
+from kto_lightning.sharded_checkpoint import HashingFile, verify_directory
 from kto_lightning.training.checkpoints import list_checkpoints
 from tests.support.cli import EVERY_STEP, LAST, fit_arguments, small_model
 from tests.support.comparison import assert_runs_equal
-from tests.support.faults import call_in_step, kill_ranks_in_step
+from tests.support.faults import (
+    call_in_step,
+    fill_disk_of_rank,
+    kill_ranks_in_step,
+    save_in_background,
+)
 from tests.support.ranks import RankResult, fit_on_ranks, job, run_ranks
 
 EVERY_OTHER = ("--checkpoint.every_n_steps", 2, "--model.lr_schedule", "cosine")
 MANY_STEPS = ("--trainer.max_epochs", 20, *EVERY_STEP, "--model.lr_schedule", "cosine")
+LONG = 360.0
+"""Seconds for a run of many steps, each of which is saved and synced to disk."""
 SETTINGS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "validation, a worker": (
         "ddp",
@@ -48,7 +56,10 @@ def whole_runs(policy: Path, train: Path, tmp_path_factory) -> Callable[..., Pat
         key, (strategy, settings) = (name, *options), SETTINGS[name]
         if key not in made:
             output = tmp_path_factory.mktemp("whole")
-            made[key] = fit_on_ranks(policy, train, output, *settings, *options, strategy=strategy)
+            given = (*settings, *options)
+            made[key] = fit_on_ranks(
+                policy, train, output, *given, strategy=strategy, time_limit=LONG
+            )
         return made[key]
 
     return run
@@ -119,8 +130,54 @@ def test_sigkill_at_random_moments(
             assert_reports_lost_rank(ended[rank])
         resume = LAST
     assert not (tmp_path / "model").exists()
-    fit_on_ranks(policy, train, tmp_path, *options, *LAST, strategy=strategy)
+    fit_on_ranks(policy, train, tmp_path, *options, *LAST, strategy=strategy, time_limit=LONG)
     assert_runs_equal(tmp_path, whole_runs(name, *MANY_STEPS))
+
+
+@pytest.mark.parametrize("prepare", [None, save_in_background], ids=["at once", "in background"])
+def test_a_run_killed_while_it_saves_resumes(
+    prepare: Callable[[], None] | None, policy: Path, train: Path, whole_runs, tmp_path: Path
+):
+    options = (*SETTINGS["fsdp2"][1], *EVERY_OTHER)
+    command = arguments(policy, train, tmp_path, "fsdp2", *options)
+    part = tmp_path / "checkpoints" / ".step=4.ckpt.part"
+    with job(*command, prepare=partial(save_slowly, prepare)) as running:
+        running.wait_for(part.exists)
+        running.signal(signal.SIGKILL)
+        running.wait()
+    assert part.exists()
+    ((step, checkpoint),) = list_checkpoints(tmp_path)
+    assert step == 2
+    verify_directory(checkpoint)
+    fit_on_ranks(policy, train, tmp_path, *options, *LAST, strategy="fsdp2", prepare=prepare)
+    assert_runs_equal(tmp_path, whole_runs("fsdp2", *EVERY_OTHER))
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [4, 6]
+    assert not list(part.parent.glob(".*"))
+
+
+def save_slowly(prepare: Callable[[], None] | None) -> None:
+    """For `prepare` of a job: every file of a checkpoint takes a while."""
+    if prepare is not None:
+        prepare()
+    sync = HashingFile.sync
+
+    def sync_late(self: HashingFile) -> None:
+        time.sleep(0.3)
+        sync(self)
+
+    HashingFile.sync = sync_late
+
+
+def test_a_full_disk_of_one_rank_ends_all_alike(policy: Path, train: Path, tmp_path: Path):
+    command = arguments(policy, train, tmp_path, "fsdp2", *EVERY_STEP)
+    for rank in run_ranks(*command, prepare=partial(fill_disk_of_rank, 1, 2)):
+        assert rank.status == 1
+        assert "step=3.ckpt cannot be written: [Errno 28] No space left on device (rank 1)" in (
+            rank.err
+        )
+        assert "Traceback" not in rank.err
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 2]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 def fail_in_step_three(rank: int) -> None:

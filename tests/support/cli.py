@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kto_lightning.__main__ import main
+from kto_lightning.training.checkpoint_files import AtomicCheckpointIO
 from kto_lightning.training.checkpoints import list_checkpoints
 from kto_lightning.training.metrics import MEASURED
 from tests.support.factories import make_tokenizer, plain_records, save_model, write_jsonl
@@ -85,7 +86,7 @@ def checkpoint_tensors(output: Path) -> dict[int, dict[str, Tensor]]:
     """Weights and optimizer state of every checkpoint, by step."""
     found = {}
     for step, path in list_checkpoints(output):
-        checkpoint = torch.load(path, weights_only=True)
+        checkpoint = AtomicCheckpointIO().load_checkpoint(path)
         found[step] = checkpoint["state_dict"] | {
             f"{index}.{name}": torch.as_tensor(value)
             for index, state in checkpoint["optimizer_states"][0]["state"].items()

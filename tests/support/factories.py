@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests.support.families import FAMILIES
+
 PAD_TOKEN, EOS_TOKEN, BOS_TOKEN = "<|pad|>", "<|endoftext|>", "<|begin|>"
 PAD_ID, EOS_ID, BOS_ID = 0, 1, 2
 """Ids of these tokens in every tokenizer and every model's configuration."""
@@ -174,21 +176,26 @@ def make_model(
     """A float32 model of two layers in evaluation mode, the same for the same arguments.
 
     Args:
-        architecture: a key of `ARCHITECTURES`, which is transformers' `model_type`.
+        architecture: a key of `ARCHITECTURES` or `FAMILIES`, which is transformers' `model_type`.
         vocab_size: at least the tokenizer's size.
         seed: decides every weight, without touching the caller's random state.
         overrides: fields of the configuration.
     """
-    settings = ARCHITECTURES[architecture] | {
+    settings = (ARCHITECTURES | FAMILIES)[architecture] | {
         "vocab_size": vocab_size,
         "pad_token_id": PAD_ID,
         "eos_token_id": EOS_ID,
         "bos_token_id": BOS_ID,
     }
     config = AutoConfig.for_model(architecture, **(settings | overrides))
+    return random_model(AutoModelForCausalLM, config, seed)
+
+
+def random_model(auto_class: Any, config: Any, seed: int) -> Any:
+    """A float32 model in eval mode; biases and norms are drawn too, which start at 0 or 1."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_class.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:

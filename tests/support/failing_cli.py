@@ -24,6 +24,11 @@ def hang() -> None:
     time.sleep(600)
 
 
+def pause() -> None:
+    """Long enough for a test to notice the step and act within it."""
+    time.sleep(3.0)
+
+
 def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -39,6 +44,7 @@ def terminate_parent() -> None:
 ACTIONS = {
     "fail": fail,
     "hang": hang,
+    "pause": pause,
     "killed": kill_self,
     "sigterm": terminate_self,
     "sigterm_to_parent": terminate_parent,

@@ -1,5 +1,6 @@
 """Faults injected into a run: a kill, an action during a step, a number that is not finite."""
 
+import errno
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from kto_lightning.batches.types import Logps, PackedBatch
 from kto_lightning.callbacks.checkpoints import Checkpoints
 from kto_lightning.models.policy import Policy
 from kto_lightning.module import KTOModule
+from kto_lightning.sharded_checkpoint import HashingFile
 from tests.support.cli import fit
 
 
@@ -70,6 +72,36 @@ def kill_ranks_in_step(step: int, *ranks: int) -> None:
     """For `prepare` of a job: SIGKILL to some of its ranks during a step."""
     if int(os.environ["RANK"]) in ranks:
         call_in_step(partial(os.kill, os.getpid(), signal.SIGKILL), step, "training_step")
+
+
+def save_in_background() -> None:
+    """For `prepare` of a job: let sharded checkpoints be written beside the steps, as when saving
+    has taken longer than a step."""
+    on_train_start = Checkpoints.on_train_start
+
+    def start_slow(self: Checkpoints, *args: Any) -> None:
+        self._saves_slowly = True
+        on_train_start(self, *args)
+
+    Checkpoints.on_train_start = start_slow
+
+
+def fill_disk_of_rank(rank: int, num_files: int) -> None:
+    """For `prepare` of a job: let a rank's disk be full after some files, one in each checkpoint,
+    which are written in the background."""
+    save_in_background()
+    if int(os.environ["RANK"]) != rank:
+        return
+    sync, done = HashingFile.sync, 0
+
+    def sync_or_fail(self: HashingFile) -> None:
+        nonlocal done
+        done += 1
+        if done > num_files:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(self)
+
+    HashingFile.sync = sync_or_fail
 
 
 def corrupt_policy(

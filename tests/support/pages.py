@@ -1,7 +1,12 @@
-"""HTML pages: well-formed, self-contained, with labelled charts."""
+"""HTML pages: well-formed, self-contained, with labelled charts; and pages without them."""
 
 import re
 from html.parser import HTMLParser
+
+import pytest
+from markupsafe import Markup
+
+from kto_lightning.reports.html import Chart, document
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use", "rect"}
 """Elements without an end tag; SVG's may also close themselves."""
@@ -66,3 +71,12 @@ def read_page(html: str) -> Reader:
     assert len(charts) == reader.tags.count("svg")
     assert all(charts)
     return reader
+
+
+def undraw(patch: pytest.MonkeyPatch) -> None:
+    """Let reports describe their charts in words alone, until the patch is undone."""
+
+    def description(chart: Chart, number: int) -> Markup:
+        return Markup("<p>{}</p>").format(chart.description())
+
+    patch.setattr(document, "draw", description)

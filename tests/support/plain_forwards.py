@@ -16,7 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from kto_lightning.batches.collate import pack
 from kto_lightning.batches.types import Logps, PackedBatch
-from tests.support.tolerances import assert_errs_like_plain, assert_gradients_err_like_plain
+from tests.support.tolerances import (
+    FACTOR,
+    assert_errs_like_plain,
+    assert_gradients_err_like_plain,
+)
 
 SIDES = ("matched", "mismatched")
 
@@ -79,7 +83,16 @@ def plain_logps(model: Any, triples: list[Triple]) -> tuple[Tensor, Tensor]:
 
 
 class Float64(TorchFunctionMode):
-    """Gives float64 where a model asks for float32, as it does in norms, softmax and positions."""
+    """Gives float64 where a model asks for float32, as it does in norms, softmax and positions, or
+    for no type."""
+
+    def __enter__(self) -> Any:
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_default_dtype(torch.float32)
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -97,8 +110,7 @@ def _widened(argument: Any) -> Any:
 def float64_copy(model: Any) -> Any:
     """A copy to be run in `Float64`."""
     exact = copy.deepcopy(model).double()
-    if getattr(exact.config, "num_experts_per_tok", None):
-        exact.set_experts_implementation("eager")  # the others know no float64
+    exact.set_experts_implementation("eager")  # the others know no float64
     return exact
 
 
@@ -122,17 +134,21 @@ class Plain:
         self.logps = dict(zip(SIDES, plain_logps(model, triples), strict=True))
         self.truth = dict(zip(SIDES, true_logps(self.exact, triples), strict=True))
 
-    def assert_logps(self, found: Logps, *sides: str) -> None:
+    def assert_logps(self, found: Logps, *sides: str, factor: float = FACTOR) -> None:
         """Those of these sides, of both where none is named; the other is None."""
         for side in SIDES:
             values = getattr(found, side)
             assert (values is None) == (side not in (sides or SIDES))
             if values is not None:
-                assert_errs_like_plain(values, self.logps[side], self.truth[side], name=side)
+                expected, truth = self.logps[side], self.truth[side]
+                assert_errs_like_plain(values, expected, truth, name=side, factor=factor)
+
+    def gradients(self, weights: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Those of a weighted sum of the matched log-probs, and their truth. Once."""
+        for matched in (self.logps["matched"], self.truth["matched"]):
+            (matched * weights.to(matched)).sum().backward()
+        return gradients(self.model), gradients(self.exact)
 
     def assert_gradients(self, found: torch.nn.Module, weights: Tensor) -> None:
         """That of a weighted sum of the matched log-probs."""
-        for matched in (self.logps["matched"], self.truth["matched"]):
-            (matched * weights.to(matched)).sum().backward()
-        sides = (gradients(model) for model in (found, self.model, self.exact))
-        assert_gradients_err_like_plain(*sides)
+        assert_gradients_err_like_plain(gradients(found), *self.gradients(weights))

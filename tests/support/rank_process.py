@@ -1,7 +1,7 @@
 """A process of a job of `tests.support.ranks`: one rank, which runs the command line.
 
 The fork server imports this module before it forks, so that a rank has nothing left to import.
-Shapes are checked as under pytest.
+Shapes are checked as under pytest, and reports have no charts.
 """
 
 import multiprocessing
@@ -11,12 +11,14 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from jaxtyping import install_import_hook
 
 with install_import_hook(["kto_lightning", "kto_kernels"], "beartype.beartype"):
     import kto_lightning.cli.export
     import kto_lightning.cli.trainer  # noqa: F401 - so that no rank imports it again
     from kto_lightning.__main__ import main
+    from tests.support.pages import undraw
 
 
 def run_rank(
@@ -38,6 +40,7 @@ def run_rank(
     os.environ.update(environment)
     # A child of a fork server would start its own children by one; a rank of a launcher does not.
     multiprocessing.set_start_method(None, force=True)
+    undraw(pytest.MonkeyPatch())
     status = 1
     try:
         if prepare is not None:

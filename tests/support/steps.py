@@ -16,9 +16,9 @@ from kto_lightning.batches.collate import StepBatches
 from kto_lightning.batches.packing import example_costs, plan_micro_batches
 from kto_lightning.batches.sampler import StepPlan
 from kto_lightning.batches.types import StepBatch
-from kto_lightning.models.packing_probe import make_policy
 from kto_lightning.models.policy import Policy
 from kto_lightning.models.reference import FrozenReference
+from kto_lightning.models.routes.choose import make_policy
 from kto_lightning.module import KTOModule
 from tests.support.factories import add_adapter, make_model
 from tests.support.loggers import RowLogger
@@ -138,14 +138,17 @@ def make_policy_and_reference(kind: str) -> tuple[Policy, Policy]:
     """A policy and a reference that already differ, so that no number of a step is trivial.
 
     Args:
-        kind: a key of `ARCHITECTURES`; lora: a llama with an adapter.
+        kind: a key of `ARCHITECTURES`; lora: a llama with an adapter; padded: a llama that runs
+            padded.
     """
-    architecture = "llama" if kind == "lora" else kind
+    architecture = "llama" if kind in ("lora", "padded") else kind
     policy, reference = (make_model(architecture, vocab_size=VOCABULARY) for _ in range(2))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    if kind == "padded":
+        return Policy(policy, route="padded"), Policy(reference, route="padded")
     return make_policy(add_adapter(policy) if kind == "lora" else policy)[0], make_policy(
         reference
     )[0]

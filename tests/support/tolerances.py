@@ -21,6 +21,9 @@ from torch import Tensor
 EPS = torch.finfo(torch.float32).eps
 FACTOR = 2.0
 """How often a computation may err by what plain code errs in the same type."""
+FACTOR_OF_MANY = 4.0
+"""In place of it where thousands are compared, of computations that divide the same sums elsewhere:
+by chance a few of them err more than twice as much."""
 ULPS = 2.0
 RELATIVE = 1e-5
 """Of log-probs, losses and gradient norms in two runs that differ in nothing but rounding: the
@@ -37,23 +40,34 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
 
 
 def assert_errs_like_plain(
-    found: Tensor, plain: Tensor, truth: Tensor, *, name: str = "", eps: float = EPS
+    found: Tensor,
+    plain: Tensor,
+    truth: Tensor,
+    *,
+    name: str = "",
+    eps: float = EPS,
+    factor: float = FACTOR,
 ) -> None:
     """The bound above, of all elements as one vector.
 
     Args:
         eps: of the type that both computed in.
+        factor: in place of `FACTOR`.
     """
     assert found.shape == plain.shape == truth.shape, name
     assert truth.dtype == torch.float64
     truth = truth.detach()
     error, plain_error = (float((x.detach().double() - truth).norm()) for x in (found, plain))
-    allowed = FACTOR * plain_error + ULPS * eps * float(truth.norm())
+    allowed = factor * plain_error + ULPS * eps * float(truth.norm())
     assert error <= allowed, f"{name}: off by {error:.2e}, plain by {plain_error:.2e}"
 
 
 def assert_gradients_err_like_plain(
-    found: Mapping[str, Tensor], plain: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+    found: Mapping[str, Tensor],
+    plain: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    *,
+    factor: float = FACTOR,
 ) -> None:
     """The bound above for each layer's gradient as one vector.
 
@@ -70,7 +84,7 @@ def assert_gradients_err_like_plain(
         layers[numbered.group() if numbered else name].append(name)
     for layer, names in layers.items():
         vectors = (torch.cat([side[n].flatten() for n in names]) for side in (found, plain, truth))
-        assert_errs_like_plain(*vectors, name=layer)
+        assert_errs_like_plain(*vectors, name=layer, factor=factor)
 
 
 def assert_same_logps(found: Tensor, expected: Tensor) -> None:
