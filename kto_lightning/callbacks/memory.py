@@ -7,6 +7,7 @@ import torch
 from lightning import Trainer
 
 from kto_lightning.data.datamodule import KTODataModule
+from kto_lightning.models.checkpointing import checkpoints_activations
 from kto_lightning.models.memory_plan import (
     PROMPT_SHARE,
     MemoryParts,
@@ -60,7 +61,7 @@ def run_shape(trainer: Trainer, module: KTOModule, data: KTODataModule) -> RunSh
         half=str(trainer.precision).startswith("bf16"),
         optimizer=module.optimization.optimizer,
         offloads_reference=second is not None and second.offloaded,
-        checkpoints_activations=module.policy.causal_lm.is_activation_checkpointing,
+        checkpoints_activations=checkpoints_activations(module.policy.causal_lm),
         offloads_activations=module.policy.offloads_activations,
         max_tokens=_max_tokens(data, trainer.world_size),
         prompt_share=_prompt_share(data),

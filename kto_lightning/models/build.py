@@ -11,6 +11,7 @@ import torch
 
 from kto_lightning.distributed import from_first_rank, on_any_rank
 from kto_lightning.errors import ConfigError
+from kto_lightning.models.checkpointing import checkpoints_activations
 from kto_lightning.models.following import FollowingReference
 from kto_lightning.models.loading import LoadedModel, load_model, take_policy
 from kto_lightning.models.model_files import weight_directories
@@ -89,7 +90,7 @@ def build_models(
     if policy.route != route:
         obstacles[route] = "its reference cannot be run so"
     # A model in memory may have it on in the re-entrant variant, which DDP does not always take.
-    if settings.activation_checkpointing or policy.causal_lm.is_activation_checkpointing:
+    if settings.activation_checkpointing or checkpoints_activations(policy.causal_lm):
         _checkpoint_activations(policy)
     policy.offloads_activations = settings.activation_offloading
     return BuiltModels(
@@ -143,7 +144,7 @@ def _load_here(
 
 def _checkpoint_activations(policy: Policy) -> None:
     model = policy.causal_lm
-    # transformers 5.23 has it under another name.
+    # Its name from transformers 5.23 on; before, the other one's.
     name = "activation_checkpointing_enable"
     enable = getattr(model, name, model.gradient_checkpointing_enable)
     try:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from kto_lightning.batches.types import PackedBatch, Sequences
 from kto_lightning.models.architecture import num_mixing_layers
 from kto_lightning.models.attention import UnsupportedAttentionError
+from kto_lightning.models.checkpointing import checkpoints_activations
 from kto_lightning.models.packed_run import PackedRun, PromptStore
 from kto_lightning.models.rope import SequenceLengths
 from kto_lightning.models.routes.runner import (
@@ -76,7 +77,7 @@ class PackedRunner:
         )
 
     def _checkpoints_activations(self) -> bool:
-        return self._model.is_activation_checkpointing
+        return checkpoints_activations(self._model)
 
     def _run_prompts(self, batch: PackedBatch) -> tuple[Float[Tensor, "rows width"], PromptStore]:
         """The hidden states and the store of a run of the prompts alone, `[x1 | x2 | …]`."""

@@ -17,9 +17,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -154,7 +153,9 @@ _OWN: dict[type, type] = {
         _Hybrid,
         _SlidingHybrid,
     )
-} | {DummyLayer: DummyLayer}
+}
+if hasattr(cache_utils, "DummyLayer"):  # transformers before 5.23 has no entry for empty layers
+    _OWN[cache_utils.DummyLayer] = cache_utils.DummyLayer
 
 
 class PromptCache(DynamicCache):
