@@ -47,6 +47,7 @@ from common import (
 )
 from contestants import Reference, Step, Task
 from inputs import SHAPES, Shape, made_records, read_jsonl, save_model, write_jsonl
+from load import busy_processes
 from race import ContestantFailed, Measurements, race
 from silence import quiet
 from step_runs import Inputs
@@ -250,6 +251,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--turn", type=int, default=2, help="steps per turn")
     add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     add("--threads", type=int, default=torch.get_num_threads(), help="per contestant")
+    add("--load", type=int, default=0, help="busy processes of one thread beside them")
     add("--json", type=Path, help="result file")
     return parser.parse_args(arguments)
 
@@ -276,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings |= {"shape": asdict(shape), "data": [path.name for path in options.data] or "made"}
     header = describe(torch.device(options.device)) | {"settings": json.dumps(settings)}
     print_header(header)
-    with scratch() as directory, quiet():
+    with scratch() as directory, quiet(), busy_processes(options.load):
         try:
             results = list(measure(records, options, directory))
         except ContestantFailed as error:

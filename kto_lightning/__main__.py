@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from kto_lightning.cli.streams import lost_output, protect_streams
+from kto_lightning.cli.waiting import wait_passively
 from kto_lightning.errors import printable
 from kto_lightning.strategies.parent import end_with_parent
 
@@ -45,7 +46,7 @@ commands:
   report    report on a run, finished or not, as an HTML page:  OUTPUT [--html FILE]
   export    a checkpoint to a Hugging Face directory:  CHECKPOINT DIR [--merge]
   parity    TRL's KTOTrainer and `fit` side by side:  --model DIR --data FILE
-  demo      pretrain a tiny model, align it with `fit`:  [--output_dir DIR]
+  demo      align a tiny model, or yours, and compare:  [--model DIR] [--output_dir DIR]
 
 options:
   COMMAND --help      all options of a command
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0; 1 for data or run; 2 for usage.
     """
     end_with_parent()
+    wait_passively()
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments:
         sys.stderr.write(USAGE)

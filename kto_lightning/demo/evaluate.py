@@ -1,16 +1,33 @@
 """Sampling of answers, and the share of good ones."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from kto_lightning.demo.task import Answer, Problem
+from kto_lightning.demo.answers import Answer, P
 
-MAX_NEW_TOKENS = 16
-"""About twice the longest good answer, six letters and the EOS."""
-BATCH_SIZE = 256
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Sampling:
+    """How answers are sampled, from the whole vocabulary."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    """0: the most probable token each time."""
+    top_p: float = 1.0
+    batch_size: int = 256
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For `generate`."""
+        common = {"max_new_tokens": self.max_new_tokens, "top_k": 0}
+        if self.temperature == 0:
+            return common | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return common | {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -61,40 +78,54 @@ def wilson_interval(good: int, total: int, z: float = 1.959964) -> tuple[float, 
     return max(0.0, low), min(1.0, high)
 
 
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> BatchEncoding:
+    """Token ids of the prompts, padded on the left; as chats if the tokenizer has a template."""
+    tokenizer.padding_side = "left"
+    if tokenizer.chat_template is None:
+        return tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)  # pyright: ignore[reportReturnType]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return tokenizer.apply_chat_template(  # pyright: ignore[reportReturnType]
+        chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens at which the model's own settings, or else its tokenizer, end an answer."""
+    config: Any = model.generation_config
+    ends: Any = config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    return list(ends) if isinstance(ends, list) else [ends]
+
+
 @torch.inference_mode()
 def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], seed: int
-) -> list[Answer]:
-    """One completion per problem, sampled at temperature 1 from the whole vocabulary.
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[P],
+    sampling: Sampling,
+    seed: int,
+) -> list[Answer[P]]:
+    """One completion per problem.
 
-    The same model, problems, seed and device give the same answers.
+    The same model, problems, sampling, seed and device give the same answers.
     """
     torch.manual_seed(seed)
-    answers: list[Answer] = []
-    for start in range(0, len(problems), BATCH_SIZE):
-        batch = problems[start : start + BATCH_SIZE]
-        inputs = tokenizer(
-            [problem.prompt for problem in batch],
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            return_token_type_ids=False,
-        ).to(model.device)
+    answers: list[Answer[P]] = []
+    ends = set(end_tokens(model, tokenizer))
+    for start in range(0, len(problems), sampling.batch_size):
+        batch = problems[start : start + sampling.batch_size]
+        inputs = encode_prompts(tokenizer, [problem.prompt for problem in batch]).to(model.device)
         tokens = model.generate(  # pyright: ignore[reportCallIssue] (nn.Module's __getattr__)
-            **inputs,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=MAX_NEW_TOKENS,
-            pad_token_id=tokenizer.pad_token_id,
+            **inputs, **sampling.settings, pad_token_id=tokenizer.pad_token_id
         )
-        completions = tokenizer.batch_decode(
-            tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        completions = tokens[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         answers += [
-            Answer(problem=problem, completion=completion)
-            for problem, completion in zip(batch, completions, strict=True)
+            Answer(
+                problem=problem, completion=text, is_whole=not ends.isdisjoint(completion.tolist())
+            )
+            for problem, text, completion in zip(batch, texts, completions, strict=True)
         ]
     return answers
 

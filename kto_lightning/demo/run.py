@@ -20,8 +20,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from kto_lightning.cli import trainer as trainer_command
+from kto_lightning.demo.answers import Answer, draw_feedback
 from kto_lightning.demo.curve import read_rewards, write_png
-from kto_lightning.demo.evaluate import Share, answer, share_good
+from kto_lightning.demo.evaluate import Sampling, Share, answer, share_good
 from kto_lightning.demo.folder import Folder
 from kto_lightning.demo.pretrain import NUM_STEPS, pretrain
 from kto_lightning.demo.show import (
@@ -32,7 +33,7 @@ from kto_lightning.demo.show import (
     show_shares,
     shown,
 )
-from kto_lightning.demo.task import Answer, Problem, draw_feedback, draw_problems
+from kto_lightning.demo.task import Problem, draw_problems
 from kto_lightning.errors import KTOError, printable
 
 NUM_HELD_OUT = 500
@@ -41,6 +42,8 @@ ROUND_SIZE = 800
 MAX_ROUNDS = 8
 NUM_SHOWN = 10
 EXPECTED_POINTS = 30.0
+SAMPLING = Sampling(max_new_tokens=16)
+"""About twice the longest good answer, six letters and the EOS."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,8 +54,8 @@ class DemoRun:
     seed: int
     device: torch.device
     rng: random.Random
-    held_out: list[Problem]
     console: Console
+    held_out: list[Problem] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     """Duration of each step, by its name."""
 
@@ -64,9 +67,11 @@ class DemoRun:
         yield
         self.seconds[name] = time.perf_counter() - began
 
-    def answers(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Answer]:
+    def answers(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> list[Answer[Problem]]:
         """The answers of the model to the held-out problems."""
-        return answer(model, tokenizer, self.held_out, seed=self.seed)
+        return answer(model, tokenizer, self.held_out, SAMPLING, seed=self.seed)
 
 
 def run_demo(output_dir: Path, seed: int) -> int:
@@ -122,7 +127,7 @@ def make_model(demo: DemoRun) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 def gather_feedback(
     demo: DemoRun, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> list[Answer]:
+) -> list[Answer[Problem]]:
     """Write feedback on answers of the model; return its answers to the held-out problems.
 
     Raises:
@@ -131,7 +136,7 @@ def gather_feedback(
     with demo.step("feedback", "2. Feedback on its answers: good or bad"):
         answers = collect_answers(demo, model, tokenizer)
         records = draw_feedback(answers, demo.rng, NUM_GOOD, NUM_BAD)
-        lines = [json.dumps(record) for record in records]
+        lines = [json.dumps(each.as_record(is_chat=False)) for each in records]
         demo.folder.feedback.write_text("\n".join(lines) + "\n")
         demo.console.print(
             f"   {NUM_GOOD} good and {NUM_BAD} bad of {len(answers)} answers are in "
@@ -147,18 +152,18 @@ def gather_feedback(
 
 def collect_answers(
     demo: DemoRun, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> list[Answer]:
+) -> list[Answer[Problem]]:
     """Answers to fresh problems, in rounds until there are NUM_GOOD good and NUM_BAD bad ones.
 
     Raises:
         KTOError: if MAX_ROUNDS rounds do not give as many.
     """
     exclude = frozenset(problem.solution for problem in demo.held_out)
-    answers: list[Answer] = []
+    answers: list[Answer[Problem]] = []
     good = 0
     for index in range(MAX_ROUNDS):
         problems = draw_problems(demo.rng, ROUND_SIZE, exclude)
-        answers += answer(model, tokenizer, problems, seed=demo.seed + 1000 * (index + 1))
+        answers += answer(model, tokenizer, problems, SAMPLING, seed=demo.seed + 1000 * (index + 1))
         good = share_good(answers).good
         if good >= NUM_GOOD and len(answers) - good >= NUM_BAD:
             return answers
@@ -193,7 +198,7 @@ def run_fit(demo: DemoRun, argv: list[str]) -> int:
         return trainer_command.main(argv)
 
 
-def compare_answers(demo: DemoRun, before: list[Answer]) -> list[Answer]:
+def compare_answers(demo: DemoRun, before: list[Answer[Problem]]) -> list[Answer[Problem]]:
     """Load the model that `fit` wrote, print the comparison, and return its answers."""
     model_dir = demo.folder.fit / "model"
     with demo.step("after", f"4. Before and after, on the {NUM_HELD_OUT} held-out problems"):

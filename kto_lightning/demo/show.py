@@ -8,9 +8,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from kto_lightning.demo.answers import Answer
 from kto_lightning.demo.curve import Curve, sparkline
 from kto_lightning.demo.evaluate import Share
-from kto_lightning.demo.task import Answer
+from kto_lightning.demo.task import Problem
 from kto_lightning.errors import printable
 
 WIDTH = 80
@@ -59,7 +60,9 @@ def show_shares(console: Console, before: Share, after: Share) -> None:
     console.print(table)
 
 
-def show_samples(console: Console, before: list[Answer], after: list[Answer]) -> None:
+def show_samples(
+    console: Console, before: list[Answer[Problem]], after: list[Answer[Problem]]
+) -> None:
     """Answers to the same problems side by side, each marked as good or bad."""
     table = Table(padding=(0, 1))
     for header in ("letters", "before", "after"):

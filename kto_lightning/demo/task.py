@@ -30,18 +30,9 @@ class Problem:
         """The one good completion, with the space that follows the prompt's colon."""
         return join_letters(sorted(self.letters))
 
-
-@dataclass(kw_only=True, frozen=True, slots=True)
-class Answer:
-    """A completion of a model for a problem."""
-
-    problem: Problem
-    completion: str
-
-    @property
-    def is_good(self) -> bool:
+    def accepts(self, completion: str) -> bool:
         """Whether it is the sorted letters and nothing else; surrounding space is ignored."""
-        return self.completion.strip() == self.problem.solution.strip()
+        return completion.strip() == self.solution.strip()
 
 
 def join_letters(letters: list[str]) -> str:
@@ -101,28 +92,3 @@ def demonstrate(problem: Problem, rng: random.Random, good_share: float) -> str:
     if rng.random() < good_share:
         return problem.solution
     return rng.choice(WRONG_ANSWERS)(problem, rng)
-
-
-def draw_feedback(
-    answers: list[Answer], rng: random.Random, num_good: int, num_bad: int
-) -> list[dict]:
-    """Records `{prompt, completion, label}` of `num_good` and `num_bad` random answers, in their
-    order.
-
-    Raises:
-        ValueError: if there are too few of either kind.
-    """
-    chosen: list[int] = []
-    for is_good, count in ((True, num_good), (False, num_bad)):
-        kind = [index for index, answer in enumerate(answers) if answer.is_good is is_good]
-        if len(kind) < count:
-            raise ValueError(f"{count} answers with is_good={is_good} are needed, got {len(kind)}")
-        chosen += rng.sample(kind, count)
-    return [
-        {
-            "prompt": answers[index].problem.prompt,
-            "completion": answers[index].completion,
-            "label": answers[index].is_good,
-        }
-        for index in sorted(chosen)
-    ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -152,3 +153,13 @@ def test_a_published_shape_can_be_cut(benchmark: ModuleType) -> None:
     shape = benchmark.shape_of(benchmark.parse(["--shape", "qwen2.5-7b", "--layers", "2"]))
     assert (shape.hidden_size, shape.vocabulary, shape.tied) == (3584, 152064, False)
     assert shape.num_layers == 2
+
+
+def test_load_lasts_as_long_as_its_block() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        load = importlib.import_module("load")
+    with load.busy_processes(2):
+        started = psutil.Process().children()
+        assert len(started) == 2
+    assert not any(psutil.pid_exists(process.pid) for process in started)

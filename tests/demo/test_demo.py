@@ -11,7 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from kto_lightning.demo import curve, evaluate, pretrain, show, task
+from kto_lightning.demo import curve, evaluate, pretrain, run, show, task
+from kto_lightning.demo.answers import Answer, draw_feedback
 from kto_lightning.demo.folder import MARKER, Folder
 from kto_lightning.errors import ConfigError
 
@@ -42,19 +43,19 @@ def problem() -> task.Problem:
     ],
 )
 def test_only_the_sorted_letters_are_good(problem, completion, good):
-    assert task.Answer(problem=problem, completion=completion).is_good is good
+    assert Answer(problem=problem, completion=completion).is_good is good
 
 
 def test_wrong_answers_are_bad_and_the_solution_good(rng):
     for problem in task.draw_problems(rng, 300):
-        assert task.Answer(problem=problem, completion=problem.solution).is_good
+        assert Answer(problem=problem, completion=problem.solution).is_good
         for wrong_answer in task.WRONG_ANSWERS:
-            assert not task.Answer(problem=problem, completion=wrong_answer(problem, rng)).is_good
+            assert not Answer(problem=problem, completion=wrong_answer(problem, rng)).is_good
 
 
 def test_demonstrations_are_good_as_often_as_asked(rng):
     problems = task.draw_problems(rng, 2000)
-    answers = [task.Answer(problem=p, completion=task.demonstrate(p, rng, 0.5)) for p in problems]
+    answers = [Answer(problem=p, completion=task.demonstrate(p, rng, 0.5)) for p in problems]
     # Four standard deviations of a share of 2,000: 0.045.
     assert evaluate.share_good(answers).value == pytest.approx(0.5, abs=0.045)
 
@@ -75,8 +76,9 @@ def test_problems_are_determined_by_the_seed():
 
 def test_feedback_has_the_counts_and_the_order_of_the_answers(rng):
     problems = task.draw_problems(rng, 400)
-    answers = [task.Answer(problem=p, completion=task.demonstrate(p, rng, 0.5)) for p in problems]
-    records = task.draw_feedback(answers, rng, num_good=120, num_bad=41)
+    answers = [Answer(problem=p, completion=task.demonstrate(p, rng, 0.5)) for p in problems]
+    drawn = draw_feedback(answers, rng, num_good=120, num_bad=41)
+    records = [answer.as_record(is_chat=False) for answer in drawn]
     assert [record["label"] for record in records].count(True) == 120
     assert [record["label"] for record in records].count(False) == 41
     given = [(answer.problem.prompt, answer.completion, answer.is_good) for answer in answers]
@@ -86,9 +88,9 @@ def test_feedback_has_the_counts_and_the_order_of_the_answers(rng):
 
 
 def test_too_few_answers_of_one_kind_are_an_error(problem, rng):
-    answers = [task.Answer(problem=problem, completion=problem.solution)] * 3
+    answers = [Answer(problem=problem, completion=problem.solution)] * 3
     with pytest.raises(ValueError, match="1 answers with is_good=False are needed, got 0"):
-        task.draw_feedback(answers, rng, num_good=3, num_bad=1)
+        draw_feedback(answers, rng, num_good=3, num_bad=1)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,9 @@ def test_answers_depend_on_the_seed_and_not_on_padding(rng):
     problems = task.draw_problems(rng, 12)
     tokenizer = pretrain.make_tokenizer([p.prompt + p.solution for p in problems])
     model = pretrain.make_model(tokenizer).eval()
-    first, again, other = (evaluate.answer(model, tokenizer, problems, s) for s in (1, 1, 2))
+    first, again, other = (
+        evaluate.answer(model, tokenizer, problems, run.SAMPLING, s) for s in (1, 1, 2)
+    )
     assert [answer.problem for answer in first] == problems
     assert first == again != other
     longest = max(problems, key=lambda p: len(tokenizer(p.prompt)["input_ids"]))
@@ -228,8 +232,8 @@ def test_the_printed_command_can_be_copied():
 
 
 def test_output_fits_80_columns(problem, capsys):
-    rambling = task.Answer(problem=problem, completion=" [bold]" + " z" * 14 + "\n\x1b[31m")
-    good = task.Answer(problem=problem, completion=problem.solution)
+    rambling = Answer(problem=problem, completion=" [bold]" + " z" * 14 + "\n\x1b[31m")
+    good = Answer(problem=problem, completion=problem.solution)
     values = [math.sin(step / 9) for step in range(160)]
     curves = {name: curve.Curve(steps=list(range(1, 161)), values=values) for name in curve.REWARDS}
     console = Console(width=80)
@@ -300,8 +304,6 @@ def share_after_trl(folder: Path, scratch: Path) -> evaluate.Share:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import KTOConfig, KTOTrainer
 
-    from kto_lightning.demo import run
-
     argv = json.loads((folder / "demo.json").read_text())["fit"][1:]
     settings = dict(zip(argv[::2], argv[1::2], strict=True))
     tokenizer = AutoTokenizer.from_pretrained(folder / "start")
@@ -331,4 +333,6 @@ def share_after_trl(folder: Path, scratch: Path) -> evaluate.Share:
     trainer.train()
     seed = int(settings["--seed_everything"])
     held_out = task.draw_problems(random.Random(seed), run.NUM_HELD_OUT)
-    return evaluate.share_good(evaluate.answer(model.eval(), tokenizer, held_out, seed))
+    return evaluate.share_good(
+        evaluate.answer(model.eval(), tokenizer, held_out, run.SAMPLING, seed)
+    )

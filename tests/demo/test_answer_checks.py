@@ -1,0 +1,65 @@
+"""Checks of answers, by hand."""
+
+import pytest
+
+from kto_lightning.demo import answer_checks as checks
+
+
+@pytest.mark.parametrize(
+    ("check", "answer", "arguments", "expected"),
+    [
+        (checks.has_at_most_words, "Salt, in short.", {"limit": 3}, True),
+        (checks.has_at_most_words, "Salt, in short, then.", {"limit": 3}, False),
+        (checks.has_at_most_words, "", {"limit": 3}, False),
+        (checks.is_lowercase, "the sea is blue.", {}, True),
+        (checks.is_lowercase, "The sea is blue.", {}, False),
+        (checks.is_lowercase, "1 2 3", {}, False),
+        (checks.is_uppercase, "THE SEA IS BLUE!", {}, True),
+        (checks.is_uppercase, "THE SEA IS BLUe!", {}, False),
+        (checks.is_json_with_keys, '{"age": 1, "name": []}', {"keys": ["name", "age"]}, True),
+        (checks.is_json_with_keys, '{"age": 1}', {"keys": ["name", "age"]}, False),
+        (checks.is_json_with_keys, '{"age": 1, "name": 2, "x": 3}', {"keys": ["name", "age"]}, 0),
+        (checks.is_json_with_keys, 'Here: {"age": 1, "name": 2}', {"keys": ["name", "age"]}, False),
+        (checks.is_json_with_keys, '["name", "age"]', {"keys": ["name", "age"]}, False),
+        (checks.is_json_with_keys, "[" * 100_000, {"keys": ["name", "age"]}, False),
+        (checks.is_numbered_list, "1. Pear\n2. Fig\n\n3. Plum", {"count": 3}, True),
+        (checks.is_numbered_list, "1. Pear\n2. Fig", {"count": 3}, False),
+        (checks.is_numbered_list, "1. Pear\n2. pear", {"count": 2}, False),
+        (checks.is_numbered_list, "Fruits:\n1. Pear\n2. Fig", {"count": 2}, False),
+        (checks.is_numbered_list, "1. Pear\n1. Fig", {"count": 2}, False),
+        (checks.is_numbered_list, "1. Pear\n2.", {"count": 2}, False),
+        (checks.has_no_comma, "The sea is wide.", {}, True),
+        (checks.has_no_comma, "The sea, it is wide.", {}, False),
+        (checks.has_no_comma, "The sea is wide. It is blue.", {}, False),
+        (checks.has_no_comma, "The sea", {}, False),
+        (checks.ends_with, "Salt is salty. The end.", {"ending": "The end."}, True),
+        (checks.ends_with, "Salt is salty. The end", {"ending": "The end."}, False),
+        (checks.ends_with, "The end.", {"ending": "The end."}, False),
+        (checks.begins_with, "Well, salt is salty.", {"beginning": "Well,"}, True),
+        (checks.begins_with, "Salt is, well, salty.", {"beginning": "Well,"}, False),
+        (checks.is_in_language, "La mer est belle et grande.", {"language": "French"}, True),
+        (checks.is_in_language, "Das Meer ist groß und blau.", {"language": "German"}, True),
+        (checks.is_in_language, "El mar es grande y azul.", {"language": "Spanish"}, True),
+        (checks.is_in_language, "Il mare è grande e blu.", {"language": "Italian"}, True),
+        (checks.is_in_language, "El mar es grande y azul.", {"language": "French"}, False),
+        (checks.is_in_language, "The sea is the home of fish.", {"language": "French"}, False),
+        (checks.is_in_language, "la la", {"language": "French"}, False),
+        (checks.is_sum_in_words, "Two plus six is eight.", {"left": 2, "right": 6}, True),
+        (checks.is_sum_in_words, "eight", {"left": 2, "right": 6}, True),
+        (checks.is_sum_in_words, "8", {"left": 2, "right": 6}, False),
+        (checks.is_sum_in_words, "Two plus six is nine.", {"left": 2, "right": 6}, False),
+        (checks.is_sum_in_words, "seven or eight", {"left": 2, "right": 6}, False),
+        (checks.is_sum_in_words, "eight (8)", {"left": 2, "right": 6}, False),
+        (checks.is_yes_or_no, "Yes.", {"is_yes": True}, True),
+        (checks.is_yes_or_no, "yes", {"is_yes": False}, False),
+        (checks.is_yes_or_no, "Yes, it is.", {"is_yes": True}, False),
+        (checks.has_word, "Old men fish.", {"word": "old"}, True),
+        (checks.has_word, "Golden fish swim.", {"word": "old"}, False),
+        (checks.has_word, "An old man. An old fish.", {"word": "old"}, False),
+        (checks.has_sentences, "One. Two!", {"count": 2}, True),
+        (checks.has_sentences, "It costs 2.50 here. Yes?!", {"count": 2}, True),
+        (checks.has_sentences, "One. Two", {"count": 1}, False),
+    ],
+)
+def test_by_hand(check, answer, arguments, expected):
+    assert check(answer, **arguments) is bool(expected)
