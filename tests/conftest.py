@@ -1,6 +1,7 @@
 """What every test shares. No test reaches a hub or an old cache: settled before any import."""
 
 import atexit
+import importlib
 import os
 import shutil
 import tempfile
@@ -54,6 +55,20 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.cli import small_data
 
     return small_data(tmp_path_factory.mktemp("data") / "train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real model, SmolLM2-135M-Instruct in float32, where its package is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TESTS.parent / "benchmarks"))
+        script = importlib.import_module("smollm2")
+    directory = tmp_path_factory.mktemp("smollm2")
+    try:
+        script.save_smollm2(directory)
+    except script.ModelMissing as error:
+        pytest.skip(str(error))
+    return directory
 
 
 @pytest.fixture(scope="module", autouse=True)
