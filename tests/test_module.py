@@ -1,6 +1,5 @@
 """One optimizer step by a real Trainer: the same however its batch is cut into micro-batches."""
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import Trainer
-from torch import Tensor
 
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.errors import ConfigError
@@ -27,7 +25,7 @@ from tests.support.factories import (
     write_jsonl,
 )
 from tests.support.loggers import RowLogger
-from tests.support.plain_forwards import Float64, plain_logp
+from tests.support.plain_step import plain_step, true_step
 from tests.support.steps import (
     DESIRABLE_WEIGHT,
     LENGTHS,
@@ -46,54 +44,6 @@ from tests.support.tolerances import EPS, FACTOR, assert_same_numbers
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 
 
-def truth(module: KTOModule, examples: Examples) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """`oracle` in float64."""
-    with Float64():
-        return oracle(module, examples, torch.float64)
-
-
-def oracle(
-    module: KTOModule, examples: Examples, dtype: torch.dtype = torch.float32
-) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """The step's numbers and gradients in plain PyTorch: one sequence a forward, the paper's form
-    of the loss. Each y' is the completion of the example before."""
-    assert module.policy is not None
-    assert isinstance(module.reference, FrozenReference)
-    policy, reference = copy.deepcopy((module.policy, module.reference.policy))
-    for scorer in (policy, reference):
-        scorer.use_route("padded")  # their own attention
-        scorer.to(dtype)
-    count = len(examples)
-
-    def logps(model: Any, shift: int) -> Tensor:
-        pairs = [(examples[i].prompt_ids, examples[i - shift].completion_ids) for i in range(count)]
-        return torch.stack([plain_logp(model, *pair) for pair in pairs])
-
-    matched = logps(policy.model, 0)
-    with torch.no_grad():
-        old = logps(reference.model, 0)
-        raw = (logps(policy.model, 1) - logps(reference.model, 1)).mean()
-    beta, loss_name = module.objective.beta, module.objective.loss
-    z0 = raw.clamp(min=0) if loss_name == "kto" else torch.zeros(())
-    losses = []
-    for i in range(count):
-        gain = matched[i] - old[i] - z0 if examples.desirable[i] else z0 - (matched[i] - old[i])
-        weight = DESIRABLE_WEIGHT if examples.desirable[i] else UNDESIRABLE_WEIGHT
-        losses.append(weight * examples.weights[i] * (1 - torch.sigmoid(beta * gain)))
-    loss = torch.stack(losses).mean()
-    loss.backward()
-    gradients = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
-    norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
-    row = {"loss": loss, "z0": z0, "grad_norm": norm}
-    if loss_name == "kto":
-        row["z0_raw"] = raw
-    for name, chosen in (("desirable", examples.desirable), ("undesirable", ~examples.desirable)):
-        if chosen.any():
-            row[f"reward/{name}"] = beta * (matched - old)[torch.from_numpy(chosen)].mean()
-            row[f"logps/{name}"] = matched[torch.from_numpy(chosen)].mean()
-    return {f"train/{name}": value.item() for name, value in row.items()}, gradients
-
-
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
 @pytest.mark.parametrize("max_tokens", [10**6, 30])
 @pytest.mark.parametrize(
@@ -104,8 +54,8 @@ def oracle(
 def test_a_step_is_that_of_plain_pytorch(desirable: list[bool], max_tokens: int, loss: str) -> None:
     examples = Examples(LENGTHS, desirable)
     module = make_module(loss=loss, beta=0.2)
-    expected, gradients = truth(module, examples)
-    _, plain = oracle(module, examples)
+    expected, gradients = true_step(module, examples)
+    _, plain = plain_step(module, examples)
     batch = step_batch(examples, max_tokens=max_tokens, paired=loss == "kto")
     assert (len(batch.micro_batches) == 1) is (max_tokens > 100)
     result = fit_steps(module, batch)
@@ -168,7 +118,7 @@ def test_fillers_change_nothing() -> None:
 def test_a_batch_of_one(index: int) -> None:
     one = Examples(LENGTHS[index : index + 1], [index == 0])
     module = make_module()
-    expected, _ = truth(module, one)
+    expected, _ = true_step(module, one)
     row = fit_steps(module, step_batch(one)).row
     assert_same_numbers({name: row[name] for name in expected}, expected)
     assert "train/reward/margin" not in row

@@ -1,6 +1,5 @@
 """Packed attention against its definition in float64, segment by segment."""
 
-import math
 from contextlib import suppress
 from threading import Thread
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from kto_lightning.models.attention import UnsupportedAttentionError, packed_attention
 from kto_lightning.models.packed_run import CHECKPOINTING, PackedRun, PromptStore, current_run
 from kto_lightning.models.row_indices import interleaved_ranges
+from tests.support.attention import by_segment, defined_attention
 
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 8
 
@@ -49,44 +49,6 @@ def attend(
         found, weights = packed_attention(layer, query, key, value, mask, **options)
     assert weights is None
     return found
-
-
-def defined_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    window: int | None = None,
-    scaling: float = HEAD_SIZE**-0.5,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attention of one sequence's last queries: `[1, heads, q, d]` and `[1, kv_heads, kv, d]`."""
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = scaling * query @ key.transpose(2, 3)
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    num_queries, num_keys = scores.shape[2:]
-    places = torch.arange(num_keys - num_queries, num_keys)
-    distance = places[:, None] - torch.arange(num_keys)
-    visible = (distance >= 0) & (distance < (window or math.inf))
-    weights = scores.masked_fill(~visible, -math.inf).exp()
-    total = weights.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + sinks.exp()[:, None, None]
-    return weights / total @ value
-
-
-def by_segment(query: Tensor, key: Tensor, value: Tensor, run: PackedRun, **options: Any) -> Tensor:
-    segments = zip(
-        query.split(run.lengths, 2),
-        key.split(run.kv_lengths, 2),
-        value.split(run.kv_lengths, 2),
-        strict=True,
-    )
-    parts = [defined_attention(*part, **options) for part in segments]
-    return torch.cat(parts, dim=2).transpose(1, 2)
 
 
 segment_lengths = st.lists(st.integers(0, 9), min_size=1, max_size=4)

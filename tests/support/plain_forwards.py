@@ -127,11 +127,19 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 class Plain:
-    """A model by separate plain forwards, in its own type and in float64."""
+    """A model by separate plain forwards, in its own type and in float64.
 
-    def __init__(self, model: Any, triples: list[Triple]) -> None:
+    Args:
+        autocast: the type of the products in place of its own, whose rounding then is the bound.
+    """
+
+    def __init__(
+        self, model: Any, triples: list[Triple], *, autocast: torch.dtype | None = None
+    ) -> None:
         self.model, self.exact = model, float64_copy(model)
-        self.logps = dict(zip(SIDES, plain_logps(model, triples), strict=True))
+        self.eps = torch.finfo(autocast or torch.float32).eps
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            self.logps = dict(zip(SIDES, plain_logps(model, triples), strict=True))
         self.truth = dict(zip(SIDES, true_logps(self.exact, triples), strict=True))
 
     def assert_logps(self, found: Logps, *sides: str, factor: float = FACTOR) -> None:
@@ -141,7 +149,9 @@ class Plain:
             assert (values is None) == (side not in (sides or SIDES))
             if values is not None:
                 expected, truth = self.logps[side], self.truth[side]
-                assert_errs_like_plain(values, expected, truth, name=side, factor=factor)
+                assert_errs_like_plain(
+                    values, expected, truth, name=side, eps=self.eps, factor=factor
+                )
 
     def gradients(self, weights: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Those of a weighted sum of the matched log-probs, and their truth. Once."""
@@ -151,4 +161,4 @@ class Plain:
 
     def assert_gradients(self, found: torch.nn.Module, weights: Tensor) -> None:
         """That of a weighted sum of the matched log-probs."""
-        assert_gradients_err_like_plain(gradients(found), *self.gradients(weights))
+        assert_gradients_err_like_plain(gradients(found), *self.gradients(weights), eps=self.eps)

@@ -67,6 +67,7 @@ def assert_gradients_err_like_plain(
     plain: Mapping[str, Tensor],
     truth: Mapping[str, Tensor],
     *,
+    eps: float = EPS,
     factor: float = FACTOR,
 ) -> None:
     """The bound above for each layer's gradient as one vector.
@@ -84,7 +85,7 @@ def assert_gradients_err_like_plain(
         layers[numbered.group() if numbered else name].append(name)
     for layer, names in layers.items():
         vectors = (torch.cat([side[n].flatten() for n in names]) for side in (found, plain, truth))
-        assert_errs_like_plain(*vectors, name=layer, factor=factor)
+        assert_errs_like_plain(*vectors, name=layer, eps=eps, factor=factor)
 
 
 def assert_same_logps(found: Tensor, expected: Tensor) -> None:
