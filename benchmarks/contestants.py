@@ -1,4 +1,4 @@
-"""Training processes that take steps on request: ours and TRL's.
+"""Training processes that take steps on request: ours and TRL's (`trl_contestants.py`).
 
 A contestant's process lives for the whole comparison. It loads everything, sends the memory it then
 holds, and takes one optimizer step per request, for which it sends a `Step`. So other load on the
@@ -19,16 +19,17 @@ import torch
 from common import reset_peak_memory, used_memory_mib
 from silence import quiet
 from step_floor import UnitCosts, floor
-from step_runs import Inputs, trl_config
+from step_runs import Inputs
 
 Reference = Literal["computed", "cached"]
+ContestantName = Literal["ours", "TRL", "TRL SFT"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """The training run of one process."""
 
-    contestant: Literal["ours", "TRL"]
+    contestant: ContestantName
     reference: Reference
     """`cached`: TRL precomputes log-probs before its first step, ours are read from `cache`."""
     inputs: Inputs
@@ -61,11 +62,11 @@ class Step:
     """Above `idle_mib`, over all steps so far."""
     loss: float
     logps: dict[str, float]
-    """Class means in nats, of the classes in the batch."""
+    """Class means in nats, of the classes in the batch; none of SFT."""
     num_tokens: int
     """Tokens of the matched sequences, without padding."""
     floor_operations: float | None
-    """Lower bound of the step's operations (`step_floor.py`); None for TRL."""
+    """Lower bound of the step's operations (`step_floor.py`); None for TRL's."""
 
 
 class Turns:
@@ -108,9 +109,17 @@ def run_contestant(connection: Connection, task: Task) -> None:
     turns = Turns(connection, torch.device(task.device))
     try:
         with quiet():
-            {"ours": train_ours, "TRL": train_trl}[task.contestant](task, turns)
+            _trainer_of(task.contestant)(task, turns)
     except Exception:
         connection.send(traceback.format_exc())
+
+
+def _trainer_of(contestant: ContestantName) -> Callable[[Task, Turns], None]:
+    if contestant == "ours":
+        return train_ours
+    from trl_contestants import train_kto, train_sft  # which import TRL
+
+    return train_kto if contestant == "TRL" else train_sft
 
 
 def train_ours(task: Task, turns: Turns) -> None:
@@ -181,71 +190,3 @@ def train_ours(task: Task, turns: Turns) -> None:
         enable_model_summary=False,
         use_distributed_sampler=False,
     ).fit(module, datamodule=data)
-
-
-def train_trl(task: Task, turns: Turns) -> None:
-    """Train with an unmodified `KTOTrainer` and the same settings, without logging and saving."""
-    from datasets import Dataset
-    from inputs import read_jsonl
-    from peft import PeftModel
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        PrinterCallback,
-        TrainerCallback,
-    )
-    from trl.trainer.kto_trainer import KTOTrainer
-
-    class TakeTurns(TrainerCallback):
-        def on_train_begin(self, *arguments: Any, **others: Any) -> None:
-            turns.ready()
-
-        def on_step_end(self, *arguments: Any, **others: Any) -> None:
-            turns.end_step(lambda: trainer.step_values)
-
-    class RecordingTrainer(KTOTrainer):
-        def training_step(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
-            metrics = self._metrics["train"]
-            metrics.clear()
-            loss = super().training_step(model, inputs, *arguments, **options)
-            names = {"desirable": "logps/chosen", "undesirable": "logps/rejected"}
-            self.last = (loss, {k: metrics[v][-1] for k, v in names.items() if metrics.get(v)})
-            self.num_tokens = inputs["attention_mask"].sum()
-            return loss
-
-        @property
-        def step_values(self) -> dict[str, Any]:
-            loss, logps = self.last
-            return {
-                "loss": loss.item(),
-                "logps": logps,
-                "num_tokens": int(self.num_tokens),
-                "floor_operations": None,
-            }
-
-    on_gpu = task.device == "cuda"
-    dtype = torch.bfloat16 if on_gpu and task.adapter else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(task.inputs.model, dtype=dtype)
-    if task.adapter is not None:
-        model = PeftModel.from_pretrained(model, task.adapter, is_trainable=True)
-    trainer = RecordingTrainer(
-        model=model,
-        args=trl_config(
-            task.output,
-            device=task.device,
-            per_device_train_batch_size=task.batch_size,
-            max_steps=task.num_steps,
-            max_length=task.max_length,
-            max_grad_norm=0.0,
-            learning_rate=task.learning_rate,
-            lr_scheduler_type="constant",
-            bf16=on_gpu,
-            gradient_checkpointing=task.checkpointing,
-            precompute_ref_log_probs=task.reference == "cached",
-        ),
-        train_dataset=Dataset.from_list(read_jsonl(task.inputs.train)),
-        processing_class=AutoTokenizer.from_pretrained(task.inputs.model),
-        callbacks=[TakeTurns()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()

@@ -44,6 +44,14 @@ class Shape:
 
 SHAPES = {
     "small": Shape(),
+    "smollm2-135m": Shape(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        vocabulary=49152,
+    ),
     "qwen2.5-0.5b": Shape(
         hidden_size=896,
         intermediate_size=4864,

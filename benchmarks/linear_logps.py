@@ -1,4 +1,4 @@
-"""Time `kto_kernels.linear_logps` against eager, torch.compile, TRL and Liger.
+"""Time `kto_kernels.linear_logps` against eager, torch.compile, TRL, Liger and Cut Cross-Entropy.
 
     python benchmarks/linear_logps.py                        # this device's default shapes
     python benchmarks/linear_logps.py --shape 256x896x65536 --dtype float32 --rounds 15
@@ -122,6 +122,15 @@ def liger() -> Score:
     return score
 
 
+def cut_cross_entropy() -> Score:
+    from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
+
+    def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return -linear_cross_entropy(hidden, weight, targets, reduction="none")
+
+    return score
+
+
 def contestants(task: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Score]:
     """The contestants that can run a task on a device."""
     found: dict[str, Score] = {"eager": eager.linear_logps}
@@ -131,6 +140,8 @@ def contestants(task: str, device: torch.device, arguments: argparse.Namespace) 
         found["TRL"] = trl()
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         found["Liger, summed"] = liger()
+    if device.type == "cuda" and importlib.util.find_spec("cut_cross_entropy"):
+        found["Cut Cross-Entropy"] = cut_cross_entropy()
     if task == "gradient-free" and device.type == "cuda":
         found["ours, fused"] = ours(fused=True)
     modes = {"ours": None}
@@ -195,7 +206,7 @@ def errors_over_eager(problem: Problem, scores: dict[str, Score]) -> dict[str, f
 
 def count_gemms(task: str, name: str, score: Score) -> float | None:
     """Matrix products of 2·N·D·V operations, in a small run on the CPU; None if it cannot run."""
-    if "compile" in name or "Liger" in name:
+    if any(part in name for part in ("compile", "Liger", "Cut")):
         return None
     if "fused" in name:
         score = ours(

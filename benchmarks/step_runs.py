@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import silence  # noqa: F401  (sets what the libraries below read when they are imported)
@@ -25,6 +25,8 @@ from trl.trainer.kto_trainer import KTOTrainer
 from kto_lightning.batches.types import StepBatch
 from kto_lightning.data.datamodule import KTODataModule
 from kto_lightning.module import KTOModule
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,8 +163,15 @@ def row_of(
 
 
 def trl_config(directory: Path, *, device: str = "cpu", **settings: Any) -> KTOConfig:
-    """TRL's settings, with saving, logging and progress bars turned off."""
-    return KTOConfig(
+    """`quiet_config` of `KTOTrainer`."""
+    return quiet_config(KTOConfig, directory, device=device, **settings)
+
+
+def quiet_config(
+    config_class: type[C], directory: Path, *, device: str = "cpu", **settings: Any
+) -> C:
+    """Settings of a trainer of TRL, with saving, logging and progress bars turned off."""
+    return config_class(
         **{
             "output_dir": str(directory),
             "dataset_num_proc": None,

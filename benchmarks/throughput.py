@@ -2,7 +2,7 @@
 
     python benchmarks/throughput.py --data feedback.jsonl --json benchmarks/results/throughput.json
     python benchmarks/throughput.py --shape qwen2.5-0.5b                # made records, this device
-    python benchmarks/throughput.py --shape qwen2.5-7b --lora
+    python benchmarks/throughput.py --shape qwen2.5-7b --lora --sft
     python benchmarks/throughput.py --shape small --vocabulary 32768 --layers 2
 
 Both train the same randomly initialised model on the same records in the same order, with the same
@@ -12,6 +12,9 @@ waits. A step is measured from the end of the previous one: data, forward, backw
 ours the row in `metrics.csv`. Steps before the first timed one (`--warmup`) count only for the peak
 memory and for the comparison of losses.
 
+With `--sft` TRL's `SFTTrainer` takes its turns too, on the same sequences: what a pass of plain
+fine-tuning over them costs. It has no reference and no mismatched completions.
+
 - computed: the reference runs in every step;
 - cached: ours reads log-probs from its cache, TRL's are precomputed. Neither cost is included.
 
@@ -19,14 +22,13 @@ Memory is the peak above that of the loaded, idle process: resident memory on a 
 memory on CUDA. MFU, on a GPU, is the lower bound of a step's operations (`step_floor.py`, the same
 for both) over its time, relative to what this device reaches in a large matrix product.
 
-If losses, log-probs or tokens of the two differ, no ratio is given and the exit status is 1.
+If losses, log-probs or tokens of the two differ, or the tokens of SFT, no ratio is given and the
+exit status is 1.
 """
 
 import argparse
 import json
-import math
 import os
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -36,99 +38,19 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from agreement import OURS, SFT, TRL, compare
 from common import (
-    Contestant,
-    Times,
     describe,
     print_header,
     print_table,
-    time_paired,
     write_result,
 )
-from contestants import Reference, Step, Task
+from contestants import ContestantName, Reference, Task
 from inputs import SHAPES, Shape, made_records, read_jsonl, save_model, write_jsonl
 from load import busy_processes
 from race import ContestantFailed, Measurements, race
 from silence import quiet
 from step_runs import Inputs
-
-# For rounding, which grows in training. Other partners or another order change log-probs by tens of
-# percent.
-TOLERANCES = {"cpu": {"loss": 1e-3, "logps": 1e-4}, "cuda": {"loss": 2e-2, "logps": 1e-2}}
-OURS, TRL = "ours", "TRL"
-
-
-def disagreement(ours: Sequence[Step], theirs: Sequence[Step], device: str) -> str | None:
-    """The first difference between the two runs, or None."""
-    allowed = TOLERANCES[device]
-    for number, (mine, other) in enumerate(zip(ours, theirs, strict=True), start=1):
-        if mine.num_tokens != other.num_tokens:
-            return f"step {number}: {mine.num_tokens} tokens, TRL's {other.num_tokens}"
-        if mine.logps.keys() != other.logps.keys():
-            return f"step {number}: classes {sorted(mine.logps)}, TRL's {sorted(other.logps)}"
-        pairs = [("loss", mine.loss, other.loss)]
-        pairs += [("logps", value, other.logps[name]) for name, value in mine.logps.items()]
-        for name, value, expected in pairs:
-            if not relative_difference(value, expected) <= allowed[name]:
-                return f"step {number}: {name} {value:.6g}, TRL's {expected:.6g}"
-    return None
-
-
-def relative_difference(value: float, other: float) -> float:
-    return abs(value - other) / abs(other) if other else abs(value)
-
-
-def summarize(run: Measurements, warmup: int, batch_size: int, peak_tflops: float | None) -> dict:
-    """A row of the result: medians over the timed steps, and all steps."""
-    steps = run.timed(warmup)
-    times = Times(samples_ms=tuple(step.seconds * 1e3 for step in steps))
-    return {
-        "examples_per_second": statistics.median(batch_size / step.seconds for step in steps),
-        "tokens_per_second": statistics.median(step.num_tokens / step.seconds for step in steps),
-        "step_ms": times.median_ms,
-        "step_ms_10": times.quantile_ms(0.1),
-        "step_ms_90": times.quantile_ms(0.9),
-        "cpu_ms": statistics.median(step.cpu_seconds * 1e3 for step in steps),
-        "peak_mib": run.steps[-1].peak_mib,
-        "idle_mib": run.idle_mib,
-        "peak_tflops": peak_tflops,
-        "steps": [asdict(step) for step in run.steps],
-    }
-
-
-def compare(runs: dict[str, Measurements], options: argparse.Namespace) -> dict[str, Any]:
-    """Both rows and, if the two runs agree, the ratios."""
-    peak = device_tflops(options.device) if options.device == "cuda" else None
-    rows = {
-        name: summarize(run, options.warmup, options.batch_size, peak) for name, run in runs.items()
-    }
-    ours, theirs = (runs[name].timed(options.warmup) for name in (OURS, TRL))
-    if peak is not None:
-        # The lower bound is the same for both, whatever they compute in addition.
-        for name, steps in ((OURS, ours), (TRL, theirs)):
-            shares = [
-                (mine.floor_operations or math.nan) / step.seconds / peak / 1e12
-                for mine, step in zip(ours, steps, strict=True)
-            ]
-            rows[name]["mfu"] = statistics.median(shares)
-    problem = disagreement(runs[OURS].steps, runs[TRL].steps, options.device)
-    result: dict[str, Any] = {"rows": rows, "disagreement": problem}
-    if problem is None:
-        pairs = list(zip(theirs, ours, strict=True))
-        result |= {
-            "speedup": statistics.median(t.seconds / o.seconds for t, o in pairs),
-            "cpu_speedup": statistics.median(t.cpu_seconds / o.cpu_seconds for t, o in pairs),
-            "memory_share": rows[OURS]["peak_mib"] / rows[TRL]["peak_mib"],
-        }
-    return result
-
-
-def device_tflops(device: str, size: int = 8192) -> float:
-    """Operations per second of a large bfloat16 matrix product on the device, in 10¹²."""
-    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product = Contestant(name="", run=lambda: torch.mm(left, right))
-    best = min(time_paired([product], torch.device(device), rounds=10)[""].samples_ms)
-    return 2 * size**3 / best / 1e9
 
 
 def measure(
@@ -168,9 +90,10 @@ def measure(
         ours = replace(ours, reference=reference)
         if reference == "cached":
             race([ours], turn=num_steps)  # fills the cache
-        pair = [ours, replace(ours, contestant=TRL)]
-        mine, theirs = race(pair, turn=options.turn)
-        runs = {OURS: mine, TRL: theirs}
+        names: list[ContestantName] = [OURS, TRL, *([SFT] if options.sft else [])]
+        tasks = [replace(ours, contestant=name) for name in names]
+        raced = race(tasks, turn=options.turn)
+        runs: dict[str, Measurements] = dict(zip(names, raced, strict=True))
         yield {"reference": reference} | compare(runs, options)
 
 
@@ -190,6 +113,11 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
             f"second ({result['cpu_speedup']:.2f} by CPU time), with {result['memory_share']:.2f} "
             "of TRL's memory; losses and log-probs agree"
         )
+        if "time_over_sft" in result:
+            print(
+                f"{result['reference']}: a step takes {result['time_over_sft']:.2f} times the time "
+                f"of TRL's SFT over the same tokens (TRL's KTO {result['trl_time_over_sft']:.2f})"
+            )
 
 
 def as_text(reference: str, name: str, row: dict[str, Any]) -> dict[str, str]:
@@ -240,6 +168,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("hidden", "intermediate", "layers", "heads", "kv-heads", "vocabulary"):
         add(f"--{name}", type=int, help="overrides the shape's")
     add("--lora", action="store_true", help="train an adapter of rank 16 on a frozen base")
+    add("--sft", action="store_true", help="also TRL's SFTTrainer on the same sequences")
     add("--reference", nargs="+", choices=get_args(Reference), default=get_args(Reference))
     add("--batch-size", type=int, default=8)
     add("--max-length", type=int, default=1024)

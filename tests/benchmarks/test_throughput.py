@@ -1,4 +1,4 @@
-"""`benchmarks/throughput.py`: both train the same, and different work gets no ratio."""
+"""`benchmarks/throughput.py`: all train on the same, and different work gets no ratio."""
 
 import importlib
 import json
@@ -58,8 +58,8 @@ def check(result: dict[str, Any]) -> None:
     assert result["memory_share"] == ours["peak_mib"] / theirs["peak_mib"]
 
 
-def test_two_processes_train_the_same_in_turn(benchmark, tmp_path: Path, capsys) -> None:
-    content = run(benchmark, tmp_path / "throughput.json", "--reference", "computed")
+def test_three_processes_train_on_the_same_in_turn(benchmark, tmp_path: Path, capsys) -> None:
+    content = run(benchmark, tmp_path / "throughput.json", "--reference", "computed", "--sft")
     (result,) = content["results"]
     assert result["reference"] == "computed"
     check(result)
@@ -67,11 +67,17 @@ def test_two_processes_train_the_same_in_turn(benchmark, tmp_path: Path, capsys)
     assert json.loads(content["header"]["settings"])["shape"]["hidden_size"] == 32
     printed = capsys.readouterr().out.splitlines()
     table = [line for line in printed if line.startswith("|")]
-    assert len(table) == 4
+    assert len(table) == 5
     for line, (name, row) in zip(table[2:], result["rows"].items(), strict=True):
         assert f" {name} " in line
         assert f" {row['cpu_ms']:.0f} " in line
-    assert printed[-1].startswith(f"computed: ours takes {result['speedup']:.2f} times")
+    assert printed[-2].startswith(f"computed: ours takes {result['speedup']:.2f} times")
+    over = result["time_over_sft"]
+    assert printed[-1].startswith(f"computed: a step takes {over:.2f} times the time of TRL's SFT")
+    sft, ours = result["rows"]["TRL SFT"]["steps"], result["rows"]["ours"]["steps"]
+    assert [step["num_tokens"] for step in sft] == [step["num_tokens"] for step in ours]
+    assert len({step["loss"] for step in sft}) == len(sft)
+    assert all(step["loss"] > 0 for step in sft)
 
 
 @pytest.mark.slow
@@ -109,6 +115,20 @@ def test_the_ratios(benchmark: ModuleType) -> None:
     assert result["memory_share"] == 0.25
     assert result["rows"]["ours"]["examples_per_second"] == 16
     assert result["rows"]["TRL"]["tokens_per_second"] == 32
+
+
+def test_the_ratios_with_sft(benchmark: ModuleType) -> None:
+    lines = made_lines(benchmark)
+    faster = [replace(step, seconds=0.25, logps={}) for step in lines[benchmark.OURS].steps]
+    lines[benchmark.SFT] = replace(lines[benchmark.OURS], steps=faster)
+    result = benchmark.compare(lines, benchmark.parse(["--device", "cpu"]))
+    assert result["time_over_sft"] == pytest.approx(2)
+    assert result["trl_time_over_sft"] == pytest.approx(8)
+    assert result["speedup"] == pytest.approx(4)
+    faster[1] = replace(faster[1], num_tokens=65)
+    result = benchmark.compare(lines, benchmark.parse(["--device", "cpu"]))
+    assert result["disagreement"] == "step 2: 64 tokens, SFT's 65"
+    assert "time_over_sft" not in result
 
 
 @pytest.mark.parametrize(
@@ -159,7 +179,8 @@ def test_load_lasts_as_long_as_its_block() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         load = importlib.import_module("load")
+    before = set(psutil.Process().children())  # of the races of other tests
     with load.busy_processes(2):
-        started = psutil.Process().children()
+        started = set(psutil.Process().children()) - before
         assert len(started) == 2
     assert not any(psutil.pid_exists(process.pid) for process in started)
