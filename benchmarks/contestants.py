@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from common import reset_peak_memory, used_memory_mib
@@ -69,6 +69,16 @@ class Step:
     """Lower bound of the step's operations (`step_floor.py`); None for TRL's."""
 
 
+class StepEnds(Protocol):
+    """What a run is to tell of."""
+
+    def ready(self) -> None:
+        """Everything is loaded and nothing trained yet."""
+
+    def end_step(self, step_values: Callable[[], dict[str, Any]]) -> None:
+        """A step has ended; `step_values` gives the fields of `Step` that are not measured."""
+
+
 class Turns:
     """A contestant's side of the connection: it measures a step and waits for the next request."""
 
@@ -114,7 +124,7 @@ def run_contestant(connection: Connection, task: Task) -> None:
         connection.send(traceback.format_exc())
 
 
-def _trainer_of(contestant: ContestantName) -> Callable[[Task, Turns], None]:
+def _trainer_of(contestant: ContestantName) -> Callable[[Task, StepEnds], None]:
     if contestant == "ours":
         return train_ours
     from trl_contestants import train_kto, train_sft  # which import TRL
@@ -122,7 +132,7 @@ def _trainer_of(contestant: ContestantName) -> Callable[[Task, Turns], None]:
     return train_kto if contestant == "TRL" else train_sft
 
 
-def train_ours(task: Task, turns: Turns) -> None:
+def train_ours(task: Task, turns: StepEnds) -> None:
     """Train as `fit` does, with `metrics.csv` and the diagnostics, but without saving a model."""
     from lightning import Callback, Trainer
 

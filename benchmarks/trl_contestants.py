@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import Task, Turns
+from contestants import StepEnds, Task
 from datasets import Dataset
 from inputs import read_jsonl
 from peft import PeftModel
@@ -20,7 +20,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 class TakeTurns(TrainerCallback):
     """Takes a step when it is asked for."""
 
-    def __init__(self, turns: Turns) -> None:
+    def __init__(self, turns: StepEnds) -> None:
         self._turns = turns
         self.trainer: Any = None
         """Whose `step_values` are sent."""
@@ -66,13 +66,13 @@ class RecordingSFT(SFTTrainer):
         return {"loss": self.loss.item(), "logps": {}, "num_tokens": int(self.num_tokens)}
 
 
-def train_kto(task: Task, turns: Turns) -> None:
+def train_kto(task: Task, turns: StepEnds) -> None:
     """Train with `KTOTrainer` and the settings of ours."""
     cached = task.reference == "cached"
     _train(task, turns, RecordingKTO, KTOConfig, precompute_ref_log_probs=cached)
 
 
-def train_sft(task: Task, turns: Turns) -> None:
+def train_sft(task: Task, turns: StepEnds) -> None:
     """Train with `SFTTrainer` on the same sequences, whose completions alone are scored. It knows
     no labels of the records."""
     records = [
@@ -85,7 +85,7 @@ def train_sft(task: Task, turns: Turns) -> None:
 
 def _train(
     task: Task,
-    turns: Turns,
+    turns: StepEnds,
     trainer_class: Any,
     config_class: type[Any],
     records: list[dict[str, Any]] | None = None,

@@ -44,6 +44,27 @@ def test_a_wrong_result_gets_no_time(benchmark, monkeypatch) -> None:
     benchmark.print_table([benchmark.as_text(row) for row in rows.values()])
 
 
+def test_a_peer_that_fails_is_named_and_the_others_are_timed(
+    benchmark, monkeypatch, capsys
+) -> None:
+    def failing(*_):
+        raise RuntimeError("no room\nfor this")
+
+    def scores(*_, **__):
+        return {"eager": benchmark.eager.linear_logps, "ours": benchmark.ours(), "TRL": failing}
+
+    monkeypatch.setattr(benchmark, "contestants", scores)
+    problem = benchmark.Problem.make((24, 16, 200), CPU, torch.float32)
+    arguments = argparse.Namespace(rounds=1)
+    rows = {row["contestant"]: row for row in benchmark.measure(problem, "frozen", CPU, arguments)}
+    assert "total_ms" in rows["ours"]
+    assert "total_ms" not in rows["TRL"]
+    assert "TRL fails: RuntimeError: no room\n" in capsys.readouterr().out
+    monkeypatch.setattr(benchmark, "contestants", lambda *_: scores() | {"ours": failing})
+    with pytest.raises(RuntimeError, match="no room"):
+        list(benchmark.measure(problem, "frozen", CPU, arguments))
+
+
 def test_paired_times(common) -> None:
     mine = common.Times(samples_ms=(1.0, 2.0, 10.0))
     theirs = common.Times(samples_ms=(2.0, 6.0, 10.0))
