@@ -1,4 +1,4 @@
-# Set-up is part of every target. `make demo` installs what training needs; everything else installs
+# Set-up is part of every target but `gpu`. `make demo` installs what training needs; everything else installs
 # the development tools as well.
 
 PYTHON ?= python3.11
@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constrai
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help real demo test test-slow fuzz lint docs parity wheel-test clean
+.PHONY: help real demo test test-slow fuzz lint docs parity gpu wheel-test clean
 
 help:
 	@echo "make demo        train a small model from feedback, on CPU or GPU, and show before and after"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint        format, lint, types, spelling, import contracts"
 	@echo "make docs        the documentation as a site, in build/site; broken links are errors"
 	@echo "make parity      the parity table against TRL"
+	@echo "make gpu         on a GPU: all that it must prove, for MINUTES (9) at a time; goes on where it stopped"
 	@echo "make wheel-test  build the wheel, install it into an environment of its own, train with it"
 
 # Both stamps are remade whenever the dependencies change. torch is installed first: every later
@@ -71,6 +72,13 @@ docs: $(VENV)/.dev
 
 parity: $(VENV)/.dev
 	$(BIN)/python -m tests.parity.table
+
+# Without set-up: a GPU that is lent may have no network. benchmarks/README.md says what it needs.
+gpu: MINUTES ?= 9
+gpu: OUTPUT ?= output/gpu
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_acceptance \
+		--minutes $(MINUTES) --output $(OUTPUT)
 
 wheel-test: $(VENV)/.dev
 	$(BIN)/pytest -m slow tests/test_wheel.py
