@@ -92,7 +92,7 @@ def _shown(command: tuple[str, ...], place: Place) -> list[str]:
     shown: list[str] = []
     for word in command:
         if word == "{marks}":
-            shown.append("gpu" if place.on_gpu else "not gpu and not slow")
+            shown.append("gpu" if place.on_gpu else "not gpu")
         elif word == "{model}":
             shown += [] if place.model is None else ["--model", str(place.model)]
         else:

@@ -219,7 +219,7 @@ def test_what_cannot_run_here_says_why(place, tmp_path: Path) -> None:
     assert found[1:] == ["--model", str(tmp_path), "4.0"]
     marks = part("a", "-m", "{marks}")
     assert running.command_of(marks, given, 300.0, {})[-1] == "gpu"
-    assert running.command_of(marks, place, 300.0, {})[-1] == "not gpu and not slow"
+    assert running.command_of(marks, place, 300.0, {})[-1] == "not gpu"
 
 
 def git(folder: Path, *arguments: str) -> None:

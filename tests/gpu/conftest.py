@@ -1,4 +1,7 @@
-"""The device of the GPU tests. Those with a `device` run on the CPU too, which tests the tests."""
+"""The device of the GPU tests. Those with a `device` run on the CPU too, which tests the tests.
+
+What is slow on a CPU is marked so, and runs on a GPU all the same: `-m gpu` selects it.
+"""
 
 import pytest
 import torch

@@ -72,6 +72,7 @@ class Meter:
         used.now, used.peak = self._tracked.alive - before, self._tracked.peak - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_step_takes_what_is_planned(

@@ -27,7 +27,10 @@ from tests.support.cli import (
 from tests.support.comparison import assert_numbers_agree, assert_weights_agree
 from tests.support.tolerances import EPS, assert_same_rewards
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning"),
+    pytest.mark.slow,  # on the CPU other tests have the same
+]
 
 FLOAT32 = ("--trainer.precision", "32-true")
 LARGE = ("--model.optimizer", "sgd", "--model.learning_rate", 0.1)

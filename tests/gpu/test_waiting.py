@@ -10,7 +10,10 @@ import torch
 from kto_lightning.models.packed_run import CHECKPOINTING
 from tests.support.steps import Examples, fit_steps, make_module, step_batch
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning"),
+    pytest.mark.slow,
+]
 
 NUM_STEPS, WARMUP = 4, 2
 """Steps before `WARMUP` compile kernels and allocate workspaces, which waits."""
