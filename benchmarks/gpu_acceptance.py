@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 # However it is started, and with nothing of ours installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -28,7 +29,7 @@ import torch
 from common import describe, print_header
 from gpu_parts import PARTS, STAGES, Part
 from gpu_report import markdown, one_line, print_report
-from gpu_results import FAILED, SKIPPED, Results, as_file_name, revision
+from gpu_results import FAILED, SKIPPED, Results, revision
 from gpu_running import Place, reason_to_skip, run_part
 
 WHOLE_CALL = 0.9
@@ -110,8 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
         seconds=60 * options.minutes,
     )
     print_report(results, left)
-    name = f"{as_file_name(results.device if on_gpu else 'cpu')}_{time.strftime('%Y-%m-%d')}.md"
-    (options.output / name).write_text(markdown(results, left), encoding="utf-8")
+    (options.output / results.page).write_text(markdown(results, left), encoding="utf-8")
     return int(any(_failed(results, part) for part in parts))
 
 

@@ -1,7 +1,6 @@
 """The table at the end of the GPU acceptance, on the terminal and as Markdown."""
 
 import io
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from common import print_table
 from gpu_goals import kernel_rows, profile_rows, proposed_dispatch, step_rows
 from gpu_parts import PARTS, STAGES, Part
-from gpu_results import FAILED, Results, as_file_name
+from gpu_results import FAILED, Results
 
 from kto_kernels.linear_logps.plan import DISPATCH
 
@@ -60,8 +59,7 @@ def tables(results: Results, left: Sequence[Part]) -> Iterator[tuple[str, list[d
 def dispatch_lines(results: Results) -> list[str]:
     """Proposed rows of `plan.DISPATCH`."""
     kernels = [row for _, rows in results.rows(3) for row in rows]
-    name = f"{as_file_name(results.device)}_{time.strftime('%Y-%m-%d')}.md"
-    return proposed_dispatch(kernels, name, tile_mib=DISPATCH[-1].tile_mib)
+    return proposed_dispatch(kernels, results.page, tile_mib=DISPATCH[-1].tile_mib)
 
 
 def failures(results: Results) -> Iterator[tuple[str, str]]:

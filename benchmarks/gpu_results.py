@@ -6,14 +6,16 @@ the part that was running, and the next call goes on from there.
 
 import hashlib
 import json
-import os
 import re
 import subprocess
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from gpu_parts import Part
+
+from kto_lightning.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("kto_lightning", "kernels", "tests", "benchmarks")
@@ -64,6 +66,9 @@ class Results:
         self.commit, self.header = commit, header
         self.device: str = header["device"]
         self.directory = output / f"{commit}_{as_file_name(self.device)}"
+        name = self.device if "cuda" in header else "cpu"
+        self.page = f"{as_file_name(name)}_{time.strftime('%Y-%m-%d')}.md"
+        """Name of the page with all tables."""
 
     def of(self, part: Part) -> dict[str, Any] | None:
         """A part's result; None: it has not run."""
@@ -83,11 +88,8 @@ class Results:
             self._write(part.stage, content)
 
     def _write(self, stage: int, content: dict[str, Any]) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self._path(stage)
-        written = path.with_suffix(".part")
-        written.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(written, path)
+        text = json.dumps(content, indent=2) + "\n"
+        write_whole(self._path(stage), text, what="the results")
 
     def rows(self, stage: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         """Names of a stage's parts that passed, with the results of their own files."""

@@ -1,6 +1,6 @@
 """Does KTO make a real language model better? Ours, TRL's and supervised fine-tuning, side by side.
 
-    python benchmarks/real_model.py --output real --small          # 40 minutes on two CPU cores
+    python benchmarks/real_model.py --output real --small          # a size for two CPU cores
     python benchmarks/real_model.py --output real                  # full size, on a GPU
     python benchmarks/real_model.py --output real --small --vary beta=0.05,0.5 balance=no
 
@@ -32,7 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ from kto_lightning.cli.waiting import wait_passively
 from kto_lightning.demo.evaluate import Sampling, answer
 from kto_lightning.demo.instructions import HELD_OUT_KINDS, TRAINED_KINDS, draw_instructions
 from kto_lightning.demo.own_model import HeldOut, open_model
+from kto_lightning.errors import KTOError
+from kto_lightning.files import write_whole
 
 HERE = Path(__file__).parent
 NUM_RESAMPLINGS = 10_000
@@ -102,13 +104,16 @@ class Experiment:
         self.model: Path = options.model or self.output / "start"
         self.threads: int = options.threads
         self.on_gpu = torch.cuda.is_available()
-        self.stop_at = time.monotonic() + 60 * options.minutes if options.minutes else None
+        self.stop_at = (
+            time.monotonic() + 60 * options.minutes if options.minutes is not None else None
+        )
 
     def prepare(self) -> None:
         """The model, and the records of every seed.
 
         Raises:
             ModelMissing: if no `--model` is given and SmolLM2 is not installed.
+            KTOError: if a model cannot be opened, or a file not be written.
         """
         self.output.mkdir(parents=True, exist_ok=True)
         if self.model == self.output / "start":
@@ -129,9 +134,7 @@ class Experiment:
             # Kinds come in turn; a batch should not hold the same ones in every seed.
             random.Random(seed).shuffle(answers)
             lines = [json.dumps(each.as_record(is_chat=True)) + "\n" for each in answers]
-            partial = self.records(seed).with_suffix(".partial")
-            partial.write_text("".join(lines))
-            partial.rename(self.records(seed))
+            write_whole(self.records(seed), "".join(lines), what="the records")
 
     def records(self, seed: int) -> Path:
         return self.output / f"feedback_{seed}.jsonl"
@@ -317,6 +320,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    if options.seeds < 1:
+        raise SystemExit(f"--seeds {options.seeds}: expected 1 or more")
     experiment = Experiment(options)
     variants = variants_of(options, experiment.size)
     wait_passively()  # in all runs, which inherit it
@@ -324,11 +329,11 @@ def main(arguments: list[str] | None = None) -> int:
     with quiet():
         try:
             experiment.prepare()
-        except ModelMissing as error:
+        except (ModelMissing, KTOError) as error:
             print(f"real_model: {error}", file=sys.stderr)
             return 1
     device = torch.device("cuda" if experiment.on_gpu else "cpu")
-    header = describe(device) | {"size": json.dumps(experiment.size, default=vars_of)}
+    header = describe(device) | {"size": json.dumps(asdict(experiment.size))}
     print_header(header)
     counts = [experiment.num_good(seed) for seed in experiment.seeds]
     print(f"good of {experiment.size.num_records} answers, by seed: {counts}")
@@ -348,11 +353,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         write_result(options.json, header, [{"start": start, "runs": runs}])
     return 0
-
-
-def vars_of(value: Any) -> dict[str, Any]:
-    """Fields of a dataclass, for JSON."""
-    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def report(start: dict[str, Any], runs: dict[str, list[dict[str, Any]]], size: Size) -> None:

@@ -6,7 +6,6 @@ fine-tuning has no use for bad answers: it repeats the good ones until they are 
 """
 
 import json
-import resource
 import sys
 import time
 import traceback
@@ -16,19 +15,21 @@ from typing import Any
 
 import silence  # noqa: F401  (sets what the libraries below read when they are imported)
 import torch
+from common import used_memory_mib
 from inputs import read_jsonl
-from step_runs import trl_config
+from step_runs import quiet_config
 from torch.nn.functional import cross_entropy
 
 from kto_lightning.demo.answers import Answer
 from kto_lightning.demo.evaluate import Sampling, answer
 from kto_lightning.demo.instructions import Instruction
 from kto_lightning.demo.own_model import HeldOut, open_model
+from kto_lightning.demo.run import fit_command
+from kto_lightning.files import write_whole
 
 START, OURS, TRL, SFT = "start", "ours", "TRL", "SFT"
 MAX_LENGTH = 512
 TEXT_WINDOW = 512
-MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +112,7 @@ def train_ours(run: Run) -> Path:
         settings |= {"--model.lora.r": training.lora_rank}
     if not training.balance:
         settings |= {"--model.desirable_weight": 1.0, "--model.undesirable_weight": 1.0}
-    status = trainer.main(["fit", *(str(part) for pair in settings.items() for part in pair)])
+    status = trainer.main(fit_command(settings))
     if status != 0:
         raise SystemExit(f"fit ended with status {status}")
     return output / "fit" / "model"
@@ -119,76 +120,69 @@ def train_ours(run: Run) -> Path:
 
 def train_trl(run: Run) -> Path:
     """TRL's `KTOTrainer`."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM
+    from trl.trainer.kto_config import KTOConfig
     from trl.trainer.kto_trainer import KTOTrainer
 
     from kto_lightning.batches.class_weights import ClassWeights, recommended_weights
-    from kto_lightning.models.tokenizer import load_tokenizer
 
-    training, records = run.training, read_jsonl(Path(run.records))
+    records = read_jsonl(Path(run.records))
     good = sum(record["label"] for record in records)
     weights = ClassWeights(desirable=1.0, undesirable=1.0)
-    if training.balance:
+    if run.training.balance:
         weights = recommended_weights(good, len(records) - good)
-    directory = Path(run.output) / "model"
-    trainer = KTOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(run.start, dtype=torch.float32),
-        args=trl_config(
-            directory,
-            device=run.device.type,
-            bf16=run.on_gpu,
-            beta=training.beta,
-            learning_rate=training.learning_rate,
-            lr_scheduler_type="constant",
-            max_grad_norm=0.0,
-            per_device_train_batch_size=training.batch_size,
-            num_train_epochs=training.epochs,
-            max_length=MAX_LENGTH,
-            desirable_weight=weights.desirable,
-            undesirable_weight=weights.undesirable,
-            seed=run.seed,
-        ),
-        train_dataset=Dataset.from_list(records),
-        processing_class=load_tokenizer(run.start),
+    return _train(
+        run,
+        KTOTrainer,
+        KTOConfig,
+        records,
+        beta=run.training.beta,
+        desirable_weight=weights.desirable,
+        undesirable_weight=weights.undesirable,
     )
-    trainer.train()
-    trainer.save_model(str(directory))
-    return directory
 
 
 def train_sft(run: Run) -> Path:
     """TRL's `SFTTrainer` on the good answers, whose completions alone have a loss."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    from kto_lightning.models.tokenizer import load_tokenizer
-
-    training, records = run.training, read_jsonl(Path(run.records))
+    records = read_jsonl(Path(run.records))
     good = [{k: r[k] for k in ("prompt", "completion")} for r in records if r["label"]]
     repeated = [good[index % len(good)] for index in range(len(records))]
-    directory = Path(run.output) / "model"
-    settings = trl_config(
-        directory, device=run.device.type, bf16=run.on_gpu, learning_rate=training.learning_rate
-    ).to_dict()
-    shared = ("output_dir", "bf16", "gradient_checkpointing", "use_cpu", "save_strategy")
-    shared += ("logging_strategy", "disable_tqdm", "report_to", "dataloader_pin_memory")
-    trainer = SFTTrainer(
+    return _train(run, SFTTrainer, SFTConfig, repeated, completion_only_loss=True)
+
+
+def _train(
+    run: Run,
+    trainer_class: Any,
+    config_class: type[Any],
+    records: list[dict[str, Any]],
+    **settings: Any,
+) -> Path:
+    """Train by one of TRL's trainers; the directory of the model."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    from kto_lightning.models.tokenizer import load_tokenizer
+
+    training, directory = run.training, Path(run.output) / "model"
+    trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(run.start, dtype=torch.float32),
-        args=SFTConfig(
-            **{name: settings[name] for name in shared},
+        args=quiet_config(
+            config_class,
+            directory,
+            device=run.device.type,
+            bf16=run.on_gpu,
             learning_rate=training.learning_rate,
             lr_scheduler_type="constant",
             max_grad_norm=0.0,
             per_device_train_batch_size=training.batch_size,
             num_train_epochs=training.epochs,
             max_length=MAX_LENGTH,
-            completion_only_loss=True,
             seed=run.seed,
+            **settings,
         ),
-        train_dataset=Dataset.from_list(repeated),
+        train_dataset=Dataset.from_list(records),
         processing_class=load_tokenizer(run.start),
     )
     trainer.train()
@@ -236,13 +230,6 @@ def evaluate(run: Run, directory: Path) -> dict[str, Any]:
     }
 
 
-def peak_mib(run: Run) -> float:
-    """Most resident memory of this process so far, or most allocated memory of the GPU, in MiB."""
-    if run.on_gpu:
-        return torch.cuda.max_memory_allocated() / MIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def main(path: Path) -> int:
     run = Run.read(path)
     torch.set_num_threads(run.threads)
@@ -255,15 +242,13 @@ def main(path: Path) -> int:
             result |= {
                 "seconds": time.perf_counter() - began,
                 "cpu_seconds": time.process_time() - began_cpu,
-                "peak_mib": peak_mib(run),
+                "peak_mib": used_memory_mib(run.device, peak=True),
             }
         result |= evaluate(run, directory)
     except Exception:
         traceback.print_exc()
         return 1
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result))
-    partial.rename(path.with_name("result.json"))  # whole or absent
+    write_whole(path.with_name("result.json"), json.dumps(result), what="the result")
     return 0
 
 

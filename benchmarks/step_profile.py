@@ -21,9 +21,9 @@ from typing import Any, get_args
 import torch
 from common import describe, print_header, print_table, write_result
 from contestants import Reference, Task, train_ours
-from inputs import SHAPES, made_records, save_model, write_jsonl
+from inputs import SHAPES, made_records, write_jsonl
 from silence import quiet
-from step_runs import Inputs
+from step_runs import save_inputs
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -113,17 +113,9 @@ def print_profile(found: dict[str, Any]) -> None:
 def run_profiled(options: argparse.Namespace, directory: Path) -> ProfiledStep:
     """Train for as many steps as are needed, all on the same batch."""
     device = torch.device(options.device)
-    frozen_half = options.lora and device.type == "cuda"
-    inputs = Inputs(model=directory / "model", train=directory / "train.jsonl")
     records = made_records(options.batch_size, words=options.words, prompt_share=0.5)
-    adapter = directory / "adapter" if options.lora else None
-    save_model(
-        inputs.model,
-        records,
-        SHAPES[options.shape],
-        dtype=torch.bfloat16 if frozen_half else torch.float32,
-        device=options.device,
-        adapter=adapter,
+    inputs, adapter = save_inputs(
+        directory, records, SHAPES[options.shape], lora=options.lora, device=options.device
     )
     num_steps = options.warmup + 1
     write_jsonl(inputs.train, records * num_steps)

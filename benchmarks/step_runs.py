@@ -10,7 +10,7 @@ from unittest.mock import patch
 import silence  # noqa: F401  (sets what the libraries below read when they are imported)
 import torch
 from datasets import Dataset
-from inputs import Shape, read_jsonl
+from inputs import Shape, read_jsonl, save_model
 from lightning import Trainer
 from operations import counter
 from step_floor import num_positions
@@ -47,6 +47,24 @@ class Inputs:
 
     model: Path
     train: Path
+
+
+def save_inputs(
+    directory: Path, records: list[dict[str, Any]], shape: Shape, *, lora: bool, device: str
+) -> tuple[Inputs, Path | None]:
+    """Save a model whose tokenizer knows the records, and with `lora` an adapter on it; a frozen
+    base is in bfloat16 on a GPU. The paths, of which the records' has no file yet."""
+    inputs = Inputs(model=directory / "model", train=directory / "train.jsonl")
+    adapter = directory / "adapter" if lora else None
+    save_model(
+        inputs.model,
+        records,
+        shape,
+        dtype=torch.bfloat16 if lora and device == "cuda" else torch.float32,
+        device=device,
+        adapter=adapter,
+    )
+    return inputs, adapter
 
 
 CUTS = 3

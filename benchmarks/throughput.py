@@ -46,27 +46,19 @@ from common import (
     write_result,
 )
 from contestants import ContestantName, Reference, Task
-from inputs import SHAPES, Shape, made_records, read_jsonl, save_model, write_jsonl
+from inputs import SHAPES, Shape, made_records, read_jsonl, write_jsonl
 from load import busy_processes
 from race import ContestantFailed, Measurements, race
 from silence import quiet
-from step_runs import Inputs
+from step_runs import save_inputs
 
 
 def measure(
     records: list[dict[str, Any]], options: argparse.Namespace, directory: Path
 ) -> Iterator[dict[str, Any]]:
     """One result for each of `--reference`."""
-    inputs = Inputs(model=directory / "model", train=directory / "train.jsonl")
-    adapter = directory / "adapter" if options.lora else None
-    frozen_half = options.lora and options.device == "cuda"
-    save_model(
-        inputs.model,
-        records,
-        shape_of(options),
-        dtype=torch.bfloat16 if frozen_half else torch.float32,
-        device=options.device,
-        adapter=adapter,
+    inputs, adapter = save_inputs(
+        directory, records, shape_of(options), lora=options.lora, device=options.device
     )
     num_steps = options.warmup + options.steps
     write_jsonl(inputs.train, records[: num_steps * options.batch_size])

@@ -17,6 +17,7 @@ from kto_lightning.callbacks.lightning_state import kto_data, kto_module
 from kto_lightning.errors import ConfigError, check_count
 from kto_lightning.files import write_whole
 from kto_lightning.models.policy import Policy
+from kto_lightning.models.tokenizer import end_token_ids
 
 _SHARDED = (FSDPStrategy, ModelParallelStrategy)
 
@@ -100,8 +101,7 @@ class Generations(Callback):
         write_whole(_path(trainer), json.dumps(content, indent=2) + "\n", what="the answers")
 
     def _answer(self, model: Any, tokenizer: Any, prompt_ids: np.ndarray) -> str:
-        own = model.generation_config.eos_token_id
-        ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+        ends = end_token_ids(tokenizer, model.name_or_path, generation=model.generation_config)
         settings = GenerationConfig(
             do_sample=False,
             num_beams=1,

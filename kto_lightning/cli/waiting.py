@@ -6,8 +6,7 @@ SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Environment variables of OpenMP, GNU's and LLVM's; any of them keeps what its owner chose."""
 
 SPIN_COUNT = 1000
-"""Tries of a waiting thread of GNU's OpenMP before it sleeps, 300,000 by default. It is 24 µs where
-it was measured, about half of what waking a thread up cost there."""
+"""Tries of a waiting thread of GNU's OpenMP before it sleeps, 300,000 by default."""
 
 
 def wait_passively() -> None:

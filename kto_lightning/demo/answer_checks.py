@@ -77,7 +77,7 @@ def is_in_language(answer: str, language: str) -> bool:
     than of any other language."""
     words = words_of(answer)
     counts = {
-        name: sum(word in common.split() for word in words)
+        name: sum(map(set(common.split()).__contains__, words))
         for name, common in FUNCTION_WORDS.items()
     }
     others = max(count for name, count in counts.items() if name != language)

@@ -9,6 +9,7 @@ import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from kto_lightning.demo.answers import Answer, P
+from kto_lightning.models.tokenizer import end_token_ids
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -89,15 +90,6 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> Ba
     )
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens at which the model's own settings, or else its tokenizer, end an answer."""
-    config: Any = model.generation_config
-    ends: Any = config.eos_token_id
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    return list(ends) if isinstance(ends, list) else [ends]
-
-
 @torch.inference_mode()
 def answer(
     model: PreTrainedModel,
@@ -112,12 +104,15 @@ def answer(
     """
     torch.manual_seed(seed)
     answers: list[Answer[P]] = []
-    ends = set(end_tokens(model, tokenizer))
+    ends = end_token_ids(tokenizer, str(model.name_or_path), generation=model.generation_config)
     for start in range(0, len(problems), sampling.batch_size):
         batch = problems[start : start + sampling.batch_size]
         inputs = encode_prompts(tokenizer, [problem.prompt for problem in batch]).to(model.device)
         tokens = model.generate(  # pyright: ignore[reportCallIssue] (nn.Module's __getattr__)
-            **inputs, **sampling.settings, pad_token_id=tokenizer.pad_token_id
+            **inputs,
+            **sampling.settings,
+            eos_token_id=sorted(ends),
+            pad_token_id=tokenizer.pad_token_id,
         )
         completions = tokens[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)

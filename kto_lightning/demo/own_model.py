@@ -14,21 +14,18 @@ from pathlib import Path
 import torch
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from kto_lightning.demo.answers import Answer
 from kto_lightning.demo.evaluate import Sampling, answer, share_good
-from kto_lightning.demo.folder import Folder
 from kto_lightning.demo.instructions import (
     HELD_OUT_KINDS,
     Instruction,
     draw_held_out,
     draw_instructions,
 )
-from kto_lightning.demo.run import DemoRun, run_fit
-from kto_lightning.demo.show import make_console, mark_answer, show_shares, shown
+from kto_lightning.demo.run import DemoRun, begin, fit_command, run_fit
+from kto_lightning.demo.show import mark_answer, show_shares, shown
 from kto_lightning.errors import ConfigError, KTOError, printable
 from kto_lightning.models.tokenizer import load_tokenizer
 
@@ -84,33 +81,23 @@ def run_on_model(output_dir: Path, model: str, seed: int, options: list[str]) ->
             good or too few bad answers.
     """
     began = time.perf_counter()
-    folder = Folder(root=output_dir)
-    folder.claim()
-    transformers_logging.disable_progress_bar()
-    rng = random.Random(seed)
-    demo = DemoRun(
-        folder=folder,
-        seed=seed,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        rng=rng,
-        console=make_console(),
-    )
     held_out = HeldOut.draw(seed, NUM_HELD_OUT, NUM_HELD_OUT_KINDS)
+    demo = begin(output_dir, seed, random.Random(seed), held_out.all, CHECK_SAMPLING)
     with demo.step("load", f"1. The model {shown(Path(model))} (on {demo.device.type})"):
         policy, tokenizer = open_model(model, demo.device)
         demo.console.print(f"   {policy.num_parameters():,} parameters")
     gather_feedback(demo, policy, tokenizer, held_out.prompts)
-    with demo.step("before", f"   Its answers to {len(held_out.all)} held-out instructions"):
-        before = answer(policy, tokenizer, held_out.all, CHECK_SAMPLING, seed)
+    with demo.step("before", f"   Its answers to {len(demo.held_out)} held-out instructions"):
+        before = demo.answers(policy, tokenizer)
         demo.console.print(f"   good: {share_good(before)}")
     del policy
-    argv = fit_arguments(folder, model, seed, demo.device, options)
+    argv = fit_arguments(demo, model, options)
     status = run_fit(demo, argv)
     if status != 0:
         return status
-    with demo.step("after", f"4. Before and after, on the {len(held_out.all)} held-out ones"):
-        policy, tokenizer = open_model(str(folder.fit / "model"), demo.device)
-        after = answer(policy, tokenizer, held_out.all, CHECK_SAMPLING, seed)
+    with demo.step("after", f"4. Before and after, on the {len(demo.held_out)} held-out ones"):
+        policy, tokenizer = open_model(str(demo.folder.fit / "model"), demo.device)
+        after = demo.answers(policy, tokenizer)
         show_by_kind(demo, before, after)
     demo.seconds["total"] = time.perf_counter() - began
     conclude(demo, argv, held_out, before, after)
@@ -138,7 +125,7 @@ def open_model(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTra
 
 
 def gather_feedback(
-    demo: DemoRun,
+    demo: DemoRun[Instruction],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     exclude: frozenset[str],
@@ -158,38 +145,29 @@ def gather_feedback(
                 f"{MIN_OF_A_CLASS} good and {MIN_OF_A_CLASS} bad ones are needed to learn from. "
                 "Try another model: one tuned on instructions, and not far better than these."
             )
-        is_chat = tokenizer.chat_template is not None
-        lines = [json.dumps(each.as_record(is_chat=is_chat)) for each in answers]
-        demo.folder.feedback.write_text("\n".join(lines) + "\n")
-        demo.console.print(
-            f"   {good} good and {len(answers) - good} bad answers are in "
-            f"{shown(demo.folder.feedback)}:"
-        )
-        for line in lines[:3]:
-            demo.console.print(Text(printable(line)))
+        counts = f"{good} good and {len(answers) - good} bad answers"
+        demo.write_feedback(answers, counts, is_chat=tokenizer.chat_template is not None)
 
 
-def fit_arguments(
-    folder: Folder, model: str, seed: int, device: torch.device, options: list[str]
-) -> list[str]:
+def fit_arguments(demo: DemoRun[Instruction], model: str, options: list[str]) -> list[str]:
     """The arguments of `python -m kto_lightning`. Class weights stay `auto`."""
     settings = {
         "--model.policy": model,
         "--model.learning_rate": 2e-5,
-        "--data.train": folder.feedback,
+        "--data.train": demo.folder.feedback,
         "--data.batch_size": 16,
         "--trainer.max_epochs": 1,
         "--trainer.devices": 1,
-        "--seed_everything": seed,
-        "--output_dir": folder.fit,
+        "--seed_everything": demo.seed,
+        "--output_dir": demo.folder.fit,
     }
-    if device.type == "cuda":
+    if demo.device.type == "cuda":
         settings["--trainer.precision"] = "bf16-mixed"
-    return ["fit", *(str(part) for pair in settings.items() for part in pair), *options]
+    return [*fit_command(settings), *options]
 
 
 def show_by_kind(
-    demo: DemoRun, before: list[Answer[Instruction]], after: list[Answer[Instruction]]
+    demo: DemoRun[Instruction], before: list[Answer[Instruction]], after: list[Answer[Instruction]]
 ) -> None:
     """Both shares, the shares by kind, and a few answers that changed."""
     show_shares(demo.console, share_good(before), share_good(after))
@@ -213,7 +191,7 @@ def show_by_kind(
 
 
 def conclude(
-    demo: DemoRun,
+    demo: DemoRun[Instruction],
     argv: list[str],
     held_out: HeldOut,
     before: list[Answer[Instruction]],

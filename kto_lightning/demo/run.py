@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Generic
 
 import torch
 from rich.console import Console
@@ -20,7 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from kto_lightning.cli import trainer as trainer_command
-from kto_lightning.demo.answers import Answer, draw_feedback
+from kto_lightning.demo.answers import Answer, P, draw_feedback
 from kto_lightning.demo.curve import read_rewards, write_png
 from kto_lightning.demo.evaluate import Sampling, Share, answer, share_good
 from kto_lightning.demo.folder import Folder
@@ -47,15 +48,17 @@ SAMPLING = Sampling(max_new_tokens=16)
 
 
 @dataclass(kw_only=True, slots=True)
-class DemoRun:
-    """The state that the steps of the demo share."""
+class DemoRun(Generic[P]):
+    """The state that the steps of a demo share."""
 
     folder: Folder
     seed: int
     device: torch.device
     rng: random.Random
     console: Console
-    held_out: list[Problem] = field(default_factory=list)
+    held_out: list[P]
+    sampling: Sampling
+    """Of the answers to `held_out`."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Duration of each step, by its name."""
 
@@ -69,9 +72,39 @@ class DemoRun:
 
     def answers(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ) -> list[Answer[Problem]]:
+    ) -> list[Answer[P]]:
         """The answers of the model to the held-out problems."""
-        return answer(model, tokenizer, self.held_out, SAMPLING, seed=self.seed)
+        return answer(model, tokenizer, self.held_out, self.sampling, seed=self.seed)
+
+    def write_feedback(self, answers: list[Answer[P]], counts: str, *, is_chat: bool) -> None:
+        """Write the answers as training records, and print how many there are and the first."""
+        lines = [json.dumps(each.as_record(is_chat=is_chat)) for each in answers]
+        self.folder.feedback.write_text("\n".join(lines) + "\n")
+        self.console.print(f"   {counts} are in {shown(self.folder.feedback)}:")
+        for line in lines[:3]:
+            self.console.print(Text(printable(line)))
+
+
+def begin(
+    output_dir: Path, seed: int, rng: random.Random, held_out: list[P], sampling: Sampling
+) -> DemoRun[P]:
+    """Claim the folder of a demo.
+
+    Raises:
+        ConfigError: if it holds other files.
+    """
+    folder = Folder(root=output_dir)
+    folder.claim()
+    transformers_logging.disable_progress_bar()
+    return DemoRun(
+        folder=folder,
+        seed=seed,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        rng=rng,
+        console=make_console(),
+        held_out=held_out,
+        sampling=sampling,
+    )
 
 
 def run_demo(output_dir: Path, seed: int) -> int:
@@ -81,25 +114,15 @@ def run_demo(output_dir: Path, seed: int) -> int:
         KTOError: if the folder holds other files, or there are too few good or bad answers.
     """
     began = time.perf_counter()
-    folder = Folder(root=output_dir)
-    folder.claim()
-    transformers_logging.disable_progress_bar()
+    rng = random.Random(seed)
+    demo = begin(output_dir, seed, rng, draw_problems(rng, NUM_HELD_OUT), SAMPLING)
     # A second thread gains little for so small a model, and costs much where cores are shared or a
     # container may use fewer than it sees.
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    rng = random.Random(seed)
-    demo = DemoRun(
-        folder=folder,
-        seed=seed,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        rng=rng,
-        held_out=draw_problems(rng, NUM_HELD_OUT),
-        console=make_console(),
-    )
     model, tokenizer = make_model(demo)
     before = gather_feedback(demo, model, tokenizer)
-    argv = fit_arguments(folder, seed)
+    argv = fit_arguments(demo.folder, seed)
     status = run_fit(demo, argv)
     if status != 0:
         return status
@@ -108,7 +131,7 @@ def run_demo(output_dir: Path, seed: int) -> int:
     return conclude(demo, argv, share_good(before), share_good(after))
 
 
-def make_model(demo: DemoRun) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def make_model(demo: DemoRun[Problem]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Train the tiny model and save it."""
     with demo.step("pretrain", f"1. A half-trained tiny model (on {demo.device.type})"):
 
@@ -126,7 +149,7 @@ def make_model(demo: DemoRun) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def gather_feedback(
-    demo: DemoRun, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    demo: DemoRun[Problem], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[Answer[Problem]]:
     """Write feedback on answers of the model; return its answers to the held-out problems.
 
@@ -135,15 +158,9 @@ def gather_feedback(
     """
     with demo.step("feedback", "2. Feedback on its answers: good or bad"):
         answers = collect_answers(demo, model, tokenizer)
-        records = draw_feedback(answers, demo.rng, NUM_GOOD, NUM_BAD)
-        lines = [json.dumps(each.as_record(is_chat=False)) for each in records]
-        demo.folder.feedback.write_text("\n".join(lines) + "\n")
-        demo.console.print(
-            f"   {NUM_GOOD} good and {NUM_BAD} bad of {len(answers)} answers are in "
-            f"{shown(demo.folder.feedback)}:"
-        )
-        for line in lines[:3]:
-            demo.console.print(Text(printable(line)))
+        chosen = draw_feedback(answers, demo.rng, NUM_GOOD, NUM_BAD)
+        counts = f"{NUM_GOOD} good and {NUM_BAD} bad of {len(answers)} answers"
+        demo.write_feedback(chosen, counts, is_chat=False)
     with demo.step("before", f"   Its answers to {NUM_HELD_OUT} held-out problems"):
         before = demo.answers(model, tokenizer)
         demo.console.print(f"   good: {share_good(before)}")
@@ -151,7 +168,7 @@ def gather_feedback(
 
 
 def collect_answers(
-    demo: DemoRun, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    demo: DemoRun[Problem], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[Answer[Problem]]:
     """Answers to fresh problems, in rounds until there are NUM_GOOD good and NUM_BAD bad ones.
 
@@ -187,10 +204,15 @@ def fit_arguments(folder: Folder, seed: int) -> list[str]:
         "--seed_everything": seed,
         "--output_dir": folder.fit,
     }
+    return fit_command(settings)
+
+
+def fit_command(settings: dict[str, Any]) -> list[str]:
+    """`fit` with a value for each key, as arguments of `python -m kto_lightning`."""
     return ["fit", *(str(part) for pair in settings.items() for part in pair)]
 
 
-def run_fit(demo: DemoRun, argv: list[str]) -> int:
+def run_fit(demo: DemoRun[Any], argv: list[str]) -> int:
     """Run the command line's `fit` in this process; its exit status."""
     with demo.step("fit", "3. KTO on that feedback, with this command"):
         show_command(demo.console, argv)
@@ -198,7 +220,7 @@ def run_fit(demo: DemoRun, argv: list[str]) -> int:
         return trainer_command.main(argv)
 
 
-def compare_answers(demo: DemoRun, before: list[Answer[Problem]]) -> list[Answer[Problem]]:
+def compare_answers(demo: DemoRun[Problem], before: list[Answer[Problem]]) -> list[Answer[Problem]]:
     """Load the model that `fit` wrote, print the comparison, and return its answers."""
     model_dir = demo.folder.fit / "model"
     with demo.step("after", f"4. Before and after, on the {NUM_HELD_OUT} held-out problems"):
@@ -216,7 +238,7 @@ def compare_answers(demo: DemoRun, before: list[Answer[Problem]]) -> list[Answer
     return after
 
 
-def conclude(demo: DemoRun, argv: list[str], before: Share, after: Share) -> int:
+def conclude(demo: DemoRun[Problem], argv: list[str], before: Share, after: Share) -> int:
     """Write `demo.json` and print the result; 0 if the share rose by EXPECTED_POINTS, else 1."""
     rise = 100 * (after.value - before.value)
     result = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kto_lightning.demo import own_model
+from kto_lightning.demo import own_model, run
 from kto_lightning.demo.__main__ import main
 from kto_lightning.demo.answers import Answer
 from kto_lightning.demo.instructions import HELD_OUT_KINDS
@@ -41,7 +41,8 @@ class Answerer:
 
 def test_it_learns_from_the_verdicts_and_tells_both_shares(model, tmp_path, monkeypatch, capsys):
     answerer = Answerer()
-    monkeypatch.setattr(own_model, "answer", answerer)
+    for module in (own_model, run):  # the feedback's answers, and those to held-out instructions
+        monkeypatch.setattr(module, "answer", answerer)
     output = tmp_path / "out"
     options = ["--trainer.accelerator", "cpu", "--model.lora.r", "4"]
     assert main(["--model", str(model), "--output_dir", str(output), *options]) == 0
